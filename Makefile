@@ -1,0 +1,21 @@
+# Every target does all the set-up it needs; PYTHON chooses the environment it is done in.
+PYTHON ?= python
+
+.PHONY: help build demo test clean
+help:      ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
+
+build:     ## install requirements.txt and compile the deformable attention operator
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PYTHON) -m deform_attn_cuda.build
+
+demo: build  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (15 minutes, 2 cores)
+	$(PYTHON) train.py --data shapes --preset tiny --out runs/demo
+	$(PYTHON) evaluate.py --ckpt runs/demo/last.pt --draw 12 --out runs/demo
+
+test: build  ## run the specification
+	$(PYTHON) -m pytest
+
+clean:     ## remove the compiled operator, caches, and nothing that was trained or downloaded
+	rm -rf deform_attn_cuda/build .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
