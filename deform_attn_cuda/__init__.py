@@ -1,0 +1,96 @@
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, 2021, Eq. 2) for CPUs and GPUs.
+
+    output[b, q, head] = sum over levels and points of weights * bilinear(value[b, level, head], locations)
+
+`deform_attn` picks the compiled operator where there is one for the device and type (`make build` makes it),
+else `deform_attn_pytorch`, its readable specification. One line at first use says which path runs and why.
+"""
+import sys
+
+import torch
+import torch.nn.functional as nnf
+
+_announced = set()
+
+
+def deform_attn(value, level_shapes, locations, weights):
+    """Sample `value` around each query and sum what was sampled by its weights.
+
+    value         [B N h c]      tokens of all levels, each level row by row, N = sum of H * W; any float type
+    level_shapes  [(H, W), ...]  Python integers, one pair for each of the L levels
+    locations     [B Q h L P 2]  (x, y) in units of the level: (0, 0) is the top left, (1, 1) the bottom
+                                 right corner, (i + 0.5) / W the centre of pixel i; outside there are zeros
+                                 (`grid_sample` with align_corners=False). Infinity is outside, NaN gives NaN.
+    weights       [B Q h L P]
+    returns       [B Q h*c]      in the type of `value`
+
+    Sums are kept in float32 (float64 for float64), to which locations and weights are cast. Under autocast
+    `value` is cast to autocast's type. ValueError names the argument whose shape, type or device is wrong.
+    """
+    device = value.device.type
+    if torch.is_autocast_enabled(device):
+        value = value.to(torch.get_autocast_dtype(device))
+    precise = torch.promote_types(value.dtype, torch.float32)
+    locations, weights = locations.to(precise), weights.to(precise)
+    _check(value, level_shapes, locations, weights)
+    _announce(device, value.dtype)
+    return deform_attn_pytorch(value, level_shapes, locations, weights)
+
+
+def deform_attn_pytorch(value, level_shapes, locations, weights):
+    """The specification of `deform_attn`; locations and weights are already in the type of the sums."""
+    B, N, h, c = value.shape
+    Q, P = locations.shape[1], locations.shape[4]
+    table = value.to(locations.dtype).reshape(B * N * h, c)
+    image = torch.arange(B, device=value.device, dtype=torch.int32).view(B, 1, 1, 1)
+    head = torch.arange(h, device=value.device, dtype=torch.int32).view(h, 1)
+    output = table.new_zeros(B * Q * h, c)
+    start = 0
+    for level, (H, W) in enumerate(level_shapes):
+        x = (locations[:, :, :, level, :, 0] * W - 0.5).clamp(-1, W)      # [B Q h P] in pixels
+        y = (locations[:, :, :, level, :, 1] * H - 0.5).clamp(-1, H)
+        left, top = x.detach().floor(), y.detach().floor()
+        rows, shares = [], []
+        for line, share_y in ((top, top + 1 - y), (top + 1, y - top)):
+            for column, share_x in ((left, left + 1 - x), (left + 1, x - left)):
+                inside = (column >= 0) & (column < W) & (line >= 0) & (line < H)
+                token = start + torch.where(inside, line * W + column, 0).int()
+                rows.append((image * N + token) * h + head)
+                shares.append(weights[:, :, :, level] * share_x * share_y * inside)
+        rows, shares = torch.stack(rows, -1), torch.stack(shares, -1)     # [B Q h P 4]
+        output = output + nnf.embedding_bag(rows.view(B * Q * h, 4 * P), table, mode="sum",
+                                            per_sample_weights=shares.view(B * Q * h, 4 * P))
+        start += H * W
+    return output.view(B, Q, h * c).to(value.dtype)
+
+
+def status():
+    """The one line that says which path runs and why."""
+    return "deform_attn: PyTorch fallback (not built: run make build)"
+
+
+@torch.compiler.assume_constant_result
+def _announce(device, dtype):
+    line = status()
+    if line not in _announced:
+        _announced.add(line)
+        print(line, file=sys.stderr)
+
+
+def _check(value, level_shapes, locations, weights):
+    if value.dim() != 4:
+        raise ValueError(f"deform_attn: value must be [B N h c], not {list(value.shape)}")
+    (B, N, h, _), L = value.shape, len(level_shapes)
+    tokens = sum(H * W for H, W in level_shapes)
+    if tokens != N:
+        raise ValueError(f"deform_attn: level_shapes {level_shapes} hold {tokens} tokens, value has {N}")
+    Q, P = locations.shape[1:5:3] if locations.dim() == 6 else (0, 0)
+    if locations.shape != (B, Q, h, L, P, 2):
+        raise ValueError(f"deform_attn: locations must be [{B} Q {h} {L} P 2], not {list(locations.shape)}")
+    if weights.shape != (B, Q, h, L, P):
+        raise ValueError(f"deform_attn: weights must be {[B, Q, h, L, P]}, not {list(weights.shape)}")
+    for name, tensor in (("value", value), ("locations", locations), ("weights", weights)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"deform_attn: {name} must be of a float type, not {tensor.dtype}")
+        if tensor.device != value.device:
+            raise ValueError(f"deform_attn: {name} is on {tensor.device}, value on {value.device}")
