@@ -1,0 +1,212 @@
+"""What training minimises: denoising queries, matching, and the criterion, as in MaskDINO (appendix B of the paper).
+
+targets: a list with one dict per image of
+    labels [n] int64 in 0..K-1,
+    boxes [n 4] (cx, cy, w, h) in [0, 1] of the network's input, that is of the image after padding to a multiple of 32,
+    masks [n H W] bool, over the same padded input,
+    image_id, for messages.
+Predictions are the dicts of `logits`, `boxes` and mostly `masks` that DIMaskDINO returns, at every stage.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+
+# For the cost of a match and for the loss alike (released code).
+WEIGHTS = {"class": 4.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
+DETECTION = ("class", "box", "giou")
+
+
+# ---- Denoising queries -----------------------------------------------------------------------------------------------
+
+
+class Denoising(NamedTuple):
+    """Noised objects that are to be restored. Slot j of each group holds object j of the image."""
+
+    labels: Tensor  # [B D] int64, -1 in the empty slots of an image with fewer objects than another
+    boxes_logit: Tensor  # [B D 4]
+    groups: int  # D = groups * the largest number of objects in an image
+
+    def attention_mask(self, queries):
+        """Who may not look at whom, [D+queries D+queries]: the groups at each other, the other queries at any group."""
+        size = self.labels.shape[1] // max(self.groups, 1)
+        group = torch.arange(self.groups, device=self.labels.device).repeat_interleave(size)
+        group = torch.cat((group, group.new_full((queries,), -1)))
+        return (group[:, None] != group) & (group >= 0)
+
+
+def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_noise=0.4):
+    """As many groups of noised objects as fit into `queries`; none if an image has more objects, or no image has any.
+
+    label_noise: the share of labels replaced by a random one. box_noise: centres move by up to this share of half the
+    size, sizes change by up to this share.
+    """
+    counts = [len(target["labels"]) for target in targets]
+    size = max(counts)
+    groups = queries // size if size else 0
+    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).repeat(groups)
+    slot = torch.cat([torch.arange(n) + group * size for group in range(groups) for n in counts] or [image[:0]])
+    labels = torch.cat([target["labels"] for target in targets]).repeat(groups)
+    boxes = torch.cat([target["boxes"] for target in targets]).repeat(groups, 1)
+
+    replaced = (torch.rand_like(labels.float()) < label_noise).nonzero()[:, 0]
+    labels[replaced] = torch.randint_like(labels[replaced], 0, num_classes)
+    reach = torch.cat((boxes[:, 2:] / 2, boxes[:, 2:]), 1)
+    boxes = (boxes + (torch.rand_like(boxes) * 2 - 1) * reach * box_noise).clamp(0, 1)
+
+    slots = (len(targets), groups * size)
+    slot_labels, slot_boxes = labels.new_full(slots, -1), boxes.new_zeros(*slots, 4)
+    slot_labels[image, slot], slot_boxes[image, slot] = labels, boxes.logit(1e-5)
+    return Denoising(slot_labels, slot_boxes, groups)
+
+
+# ---- Costs and losses of one set of predictions ----------------------------------------------------------------------
+
+
+def sample(maps, points):
+    """Bilinear values [n m P] of maps [n m H W] at points [n P 2], (x, y) in [0, 1]; zero outside."""
+    return nnf.grid_sample(maps, points[:, :, None] * 2 - 1, align_corners=False)[..., 0]
+
+
+def costs(logits, boxes, target):
+    """The class, box and GIoU cost of every prediction [Q K], [Q 4] for every object: three of [Q n]."""
+    p = logits.sigmoid()
+    present = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+    absent = 0.75 * p**2 * -(1 - p + 1e-8).log()
+    pairs = (len(boxes), len(target["boxes"]), 4)
+    a = box_convert(boxes, "cxcywh", "xyxy")[:, None].expand(pairs)
+    b = box_convert(target["boxes"], "cxcywh", "xyxy").expand(pairs)
+    return {
+        "class": (present - absent)[:, target["labels"]],
+        "box": (boxes[:, None] - target["boxes"]).abs().sum(-1),
+        "giou": generalized_box_iou_loss(a, b, eps=1e-6) - 1,
+    }
+
+
+def mask_costs(masks, target):
+    """The cross-entropy and dice cost of every sampled mask [Q P] for every object's sampled mask [n P]: two of [Q n]."""
+    p = masks.sigmoid()
+    return {
+        "mask": (nnf.softplus(masks).sum(-1, keepdim=True) - masks @ target.T) / masks.shape[1],
+        "dice": 1 - (2 * p @ target.T + 1) / (p.sum(-1, keepdim=True) + target.sum(-1) + 1),
+    }
+
+
+def uncertain_points(masks, number):
+    """Points [M P 2] for masks [M H W]: of 3 P random ones the 3/4 P where the mask is least certain; 1/4 P random."""
+    points = torch.rand(len(masks), 3 * number, 2, device=masks.device)
+    certainty = sample(masks[:, None], points)[:, 0].abs()
+    chosen = certainty.topk(int(0.75 * number), largest=False).indices
+    random = torch.rand(len(masks), number - chosen.shape[1], 2, device=masks.device)
+    return torch.cat((points.gather(1, chosen[..., None].expand(-1, -1, 2)), random), 1)
+
+
+# ---- The criterion ---------------------------------------------------------------------------------------------------
+
+
+class Criterion(nn.Module):
+    """The loss of DIMaskDINO's outputs: of the first selection, each token-interaction layer, the initial prediction and
+    every decoder layer, matched to the objects one to one, and of the denoising queries, which need no matching."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.points = config.mask_points
+        self.weights = {name: w * (config.detection_loss if name in DETECTION else 1) for name, w in WEIGHTS.items()}
+
+    def forward(self, outputs, targets, num_objects=None):
+        """outputs of DIMaskDINO, targets as above -> weighted losses {"class_selection": scalar, ..., "dice_6": scalar}.
+
+        The loss to minimise is their sum. num_objects: what they are divided by, the number of objects in the batch of
+        all processes over the number of processes; None: that of these targets. Raises FloatingPointError where a
+        prediction is not finite, with its name.
+        """
+        num_objects = max(sum(len(t["labels"]) for t in targets) if num_objects is None else num_objects, 1)
+        matched = {"selection": outputs["selection"]}
+        matched |= {f"interaction_{i}": x for i, x in enumerate(outputs["interaction"])}
+        matched |= {f"{i}": x for i, x in enumerate(outputs["layers"])}
+        with torch.autocast(outputs["logits"].device.type, enabled=False):
+            terms = {}
+            for name, (queries, objects) in self.match(matched, targets).items():
+                terms |= self.losses(name, matched[name], targets, queries, objects, num_objects)
+            for i, noised in enumerate(outputs["denoising"]):
+                queries, objects, groups = self.slots(noised, targets)
+                terms |= self.losses(f"denoising_{i}", noised, targets, queries, objects, num_objects * groups)
+        return terms
+
+    @torch.no_grad()
+    def match(self, sets, targets):
+        """The best one-to-one match of each set of predictions: {name: (queries [M], objects [M])}, numbered through the
+        batch. Every image has its own random points, shared by its masks. The only wait for the device in a step."""
+        todo = {}
+        for b, target in enumerate(targets):
+            points = torch.rand(1, self.points, 2, device=target["boxes"].device)
+            object_points = sample(target["masks"][None].float(), points)[0] if len(target["labels"]) else None
+            for name, prediction in sets.items() if object_points is not None else ():
+                terms = costs(prediction["logits"][b].float(), prediction["boxes"][b], target)
+                if "masks" in prediction:
+                    terms |= mask_costs(sample(prediction["masks"][b][None].float(), points)[0], object_points)
+                todo[name, b] = sum(WEIGHTS[term] * cost for term, cost in terms.items())
+        matrices = torch.cat([cost.flatten() for cost in todo.values()]).cpu() if todo else torch.empty(0)
+        first_object = [sum(len(t["labels"]) for t in targets[:b]) for b in range(len(targets))]
+        matches = {name: ([], []) for name in sets}
+        for (name, b), cost in zip(todo, matrices.split([c.numel() for c in todo.values()]), strict=True):
+            if not cost.isfinite().all():
+                raise FloatingPointError(explain(name, b, sets[name], targets[b]))
+            rows, columns = linear_sum_assignment(cost.view(todo[name, b].shape).numpy())
+            matches[name][0].extend(rows + b * sets[name]["logits"].shape[1])
+            matches[name][1].extend(columns + first_object[b])
+        device = targets[0]["labels"].device
+        return {name: [torch.tensor(index, dtype=torch.long, device=device) for index in m] for name, m in matches.items()}
+
+    def slots(self, noised, targets):
+        """The slots of denoising queries that hold an object, and the object of each, numbered through the batch."""
+        counts = [len(target["labels"]) for target in targets]
+        total, size = noised["logits"].shape[1], max(counts)
+        groups = total // size if size else 0
+        slot = torch.arange(groups)[:, None] * size
+        queries = [(slot + torch.arange(n) + b * total).flatten() for b, n in enumerate(counts)]
+        objects = [(torch.arange(n) + sum(counts[:b])).repeat(groups) for b, n in enumerate(counts)]
+        device = noised["logits"].device
+        return torch.cat(queries).to(device), torch.cat(objects).to(device), max(groups, 1)
+
+    def losses(self, name, prediction, targets, queries, objects, normalizer):
+        """The weighted losses of one set, given which of its queries (numbered through the batch) is which object."""
+        labels = torch.cat([target["labels"] for target in targets])[objects]
+        boxes = torch.cat([target["boxes"] for target in targets])[objects]
+        logits = prediction["logits"].flatten(0, 1)
+        classes = torch.zeros_like(logits)
+        classes[queries, labels] = 1
+        predicted = prediction["boxes"].flatten(0, 1)[queries]
+        corners = (box_convert(x, "cxcywh", "xyxy") for x in (predicted, boxes))
+        terms = {
+            "class": sigmoid_focal_loss(logits, classes, reduction="sum"),
+            "box": (predicted - boxes).abs().sum(),
+            "giou": generalized_box_iou_loss(*corners, reduction="sum", eps=1e-6),
+        }
+        if "masks" in prediction:
+            masks = prediction["masks"].flatten(0, 1).index_select(0, queries).float()
+            with torch.no_grad():
+                points = uncertain_points(masks, self.points)
+                objects_masks = torch.cat([target["masks"] for target in targets])
+                inside = [  # a few at a time: at full resolution, and once for each denoising group
+                    sample(objects_masks[o][:, None].float(), p)[:, 0]
+                    for o, p in zip(objects.split(64), points.split(64), strict=True)
+                ]
+                inside = torch.cat(inside)
+            masks = sample(masks[:, None], points)[:, 0]
+            p = masks.sigmoid()
+            terms["mask"] = nnf.binary_cross_entropy_with_logits(masks, inside, reduction="none").mean(1).sum()
+            terms["dice"] = (1 - (2 * (p * inside).sum(1) + 1) / (p.sum(1) + inside.sum(1) + 1)).sum()
+        return {f"{term}_{name}": self.weights[term] * loss / normalizer for term, loss in terms.items()}
+
+
+def explain(name, b, prediction, target):
+    """Which prediction or target of an image makes its matching cost infinite or NaN."""
+    found = [part for part, x in prediction.items() if not x[b].isfinite().all()] or ["the cost itself"]
+    wrong = [part for part in ("boxes",) if not target[part].isfinite().all()]
+    source = f"the target's {wrong[0]}" if wrong else f"predicted {' and '.join(found)}"
+    return f"matching met a number that is not finite: {source}, in set {name}, image {target.get('image_id', b)}"
