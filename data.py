@@ -541,7 +541,7 @@ class Shapes(NamedTuple):
 
 SHAPES = {
     "shapes": Shapes({"train": 4000, "val": 100}, (128, 128), 4, (24, 90), 3, 12, 12, 2, 6),
-    "shapes-full": Shapes({"train": 8000, "val": 500}, (256, 384), 14, (16, 240), 12, 50, 40, 6, 2),
+    "shapes-full": Shapes({"train": 4000, "val": 500}, (256, 384), 14, (16, 240), 10, 40, 30, 4, 2),
 }
 SHAPE_IDS = (2, 3, 5, 7, 11, 13, 17, 19)  # category ids with gaps, like COCO's
 MIN_VISIBLE = 0.4  # no object is placed that would hide more of an earlier one
@@ -578,8 +578,8 @@ OUTLINES = {  # signed distance to the outline of a shape of radius 1, in the or
     "bar": partial(_to_polygon, vertices=BAR),
 }
 CLUTTER = (
-    lambda x, y: abs(_to_polygon(x, y, np.array([(-1, 0), (1, 0)]))) - 0.06,
-    lambda x, y: np.maximum(abs(np.hypot(x, y) - 0.9) - 0.06, y),
+    lambda x, y: abs(_to_polygon(x, y, np.array([(-1, 0), (1, 0)]))) - 0.04,
+    lambda x, y: np.maximum(abs(np.hypot(x, y) - 0.9) - 0.05, y),
 )
 
 
@@ -647,9 +647,9 @@ def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list
         colours.append(candidates[np.linalg.norm(candidates - colours, axis=2).min(1).argmax(), 0])
         fill = colours[-1] + shapes.texture * _texture(rng, radius * x, radius * y)
         canvas[window] += np.clip(0.5 - distance, 0, 1)[..., None] * (fill - canvas[window])
-    canvas += rng.normal(0, shapes.noise, canvas.shape)
-    record = {"id": image_id, "file_name": f"{image_id:06}.png", "width": width, "height": height}
-    Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(folder / record["file_name"], compress_level=1)
+    canvas += shapes.noise * rng.standard_normal(canvas.shape, np.float32)
+    record = {"id": image_id, "file_name": f"{image_id:06}.jpg", "width": width, "height": height}
+    Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(folder / record["file_name"], quality=92, subsampling=0)
     annotations = []
     for number, category_id in enumerate(category_ids):
         if category_id:
