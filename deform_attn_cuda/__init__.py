@@ -5,12 +5,17 @@
 `deform_attn` picks the compiled operator where there is one for the device and type (`make build` makes it),
 else `deform_attn_pytorch`, its readable specification. One line at first use says which path runs and why.
 """
+import hashlib
+import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
 
-_announced = set()
+HERE = Path(__file__).parent
+STAMP = HERE / "build/stamp.json"  # written by build.py: the library's name, and what it was built for and from
+KERNEL_TYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
 
 
 def deform_attn(value, level_shapes, locations, weights):
@@ -33,7 +38,9 @@ def deform_attn(value, level_shapes, locations, weights):
     precise = torch.promote_types(value.dtype, torch.float32)
     locations, weights = locations.to(precise), weights.to(precise)
     _check(value, level_shapes, locations, weights)
-    _announce(device, value.dtype)
+    if _compiled(device, value.dtype):
+        sizes = [size for shape in level_shapes for size in shape]
+        return torch.ops.deform_attn.forward(value, sizes, locations, weights)
     return deform_attn_pytorch(value, level_shapes, locations, weights)
 
 
@@ -64,17 +71,66 @@ def deform_attn_pytorch(value, level_shapes, locations, weights):
     return output.view(B, Q, h * c).to(value.dtype)
 
 
-def status():
-    """The one line that says which path runs and why."""
-    return "deform_attn: PyTorch fallback (not built: run make build)"
+def status(device=None, dtype=torch.float32):
+    """The one line that says which path runs for a device (the best one here if None) and type, and why."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    reason = _why_not(device, dtype)
+    return f"deform_attn: PyTorch fallback ({reason})" if reason else f"deform_attn: {device.upper()} kernel"
+
+
+def _why_not(device, dtype):
+    """Why the compiled operator cannot be used, or nothing."""
+    if _not_loaded:
+        return _not_loaded
+    if dtype not in KERNEL_TYPES.get(device, ()):
+        return f"no kernel for {dtype} on {device}"
+    return ""
 
 
 @torch.compiler.assume_constant_result
-def _announce(device, dtype):
-    line = status()
-    if line not in _announced:
-        _announced.add(line)
-        print(line, file=sys.stderr)
+def _compiled(device, dtype):
+    """Whether the compiled operator is used; says so the first time."""
+    if (device, dtype) not in _paths:
+        _paths[device, dtype] = not _why_not(device, dtype)
+        line = status(device, dtype)
+        if line not in _said:
+            _said.add(line)
+            print(line, file=sys.stderr)
+    return _paths[device, dtype]
+
+
+_paths, _said = {}, set()
+
+
+def sources_digest():
+    sources = sorted(path for path in HERE.iterdir() if path.suffix in (".cpp", ".cu", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
+def _load():
+    """Load the compiled operator. Returns why that is not possible, or nothing."""
+    if not STAMP.exists():
+        return "not built: run make build"
+    stamp = json.loads(STAMP.read_text())
+    if stamp["torch"] != torch.__version__:
+        return f"built for PyTorch {stamp['torch']}, this is {torch.__version__}: run make build"
+    if stamp["sources"] != sources_digest():
+        return "its sources have changed: run make build"
+    try:
+        torch.ops.load_library(STAMP.parent / stamp["library"])
+    except OSError as error:
+        return f"cannot be loaded, run make build: {error}"
+
+    @torch.library.register_fake("deform_attn::forward")
+    def _(value, level_shapes, locations, weights):
+        B, _, h, c = value.shape
+        return value.new_empty(B, locations.shape[1], h * c)
+
+    @torch.library.register_fake("deform_attn::backward")
+    def _(grad_output, value, level_shapes, locations, weights):
+        return torch.empty_like(value), torch.empty_like(locations), torch.empty_like(weights)
+
+    return ""
 
 
 def _check(value, level_shapes, locations, weights):
@@ -94,3 +150,6 @@ def _check(value, level_shapes, locations, weights):
             raise ValueError(f"deform_attn: {name} must be of a float type, not {tensor.dtype}")
         if tensor.device != value.device:
             raise ValueError(f"deform_attn: {name} is on {tensor.device}, value on {value.device}")
+
+
+_not_loaded = _load()

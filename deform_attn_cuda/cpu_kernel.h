@@ -1,0 +1,32 @@
+// What operator.cpp and cpu_kernel.cpp, which is compiled once for each instruction set, have to agree on.
+#pragma once
+#include <cstdint>
+
+namespace deform_attn {
+
+struct bfloat16 { uint16_t bits; };
+
+// Shapes of one call, letters as in __init__.py, and for each of the L * P points of a query the geometry of its level.
+struct Problem {
+  int64_t B, N, h, c, Q, L, P;
+  const int32_t *width, *height, *start;  // [L * P]; start: first token of the level
+};
+
+// V: type of the value and the output; A: type of the sums, the locations and the weights.
+template <typename V, typename A>
+struct Kernels {
+  // Output of queries [first, last) of one image and head.
+  void (*forward)(const Problem&, const V* value, const A* locations, const A* weights, V* output, int64_t image,
+                  int64_t head, int64_t first, int64_t last);
+  // Gradients that belong to one image, head and level: its rows of grad_value, its points of the other two.
+  void (*backward)(const Problem&, const V* grad_output, const V* value, const A* locations, const A* weights,
+                   A* grad_value, A* grad_locations, A* grad_weights, int64_t image, int64_t head, int64_t level);
+};
+
+struct CpuKernels {
+  Kernels<float, float> float32;
+  Kernels<double, double> float64;
+  Kernels<bfloat16, float> bfloat16_;
+};
+
+}  // namespace deform_attn
