@@ -494,7 +494,7 @@ def save(run, name):
         "classes": run.train_set.classes,
         "data": run.args.data,
         "run": identity(run),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     path = run.args.out / name
     unfinished = path.with_suffix(".tmp")
