@@ -33,7 +33,7 @@ def deform_attn(value, level_shapes, locations, weights):
     `value` is cast to autocast's type. ValueError names the argument whose shape, type or device is wrong.
     """
     device = value.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         value = value.to(torch.get_autocast_dtype(device))
     precise = torch.promote_types(value.dtype, torch.float32)
     locations, weights = locations.to(precise), weights.to(precise)
