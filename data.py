@@ -1,9 +1,8 @@
-"""Data: any COCO-format folder, COCO and BDD100K in their official layouts, and `shapes`, synthetic images made on the spot.
+"""Data: any folder in COCO format, COCO and BDD100K in their official layouts, and the synthetic images of shapes.py.
 
     Geometry                       how an original image becomes the network's input, applied alike to pixels and masks
-    CocoDataset, open_dataset      images and targets; `collate` makes a batch of them
+    open_dataset, CocoDataset      images and targets; `collate` makes a batch of them
     check                          what is wrong with a data set, before a training run finds out
-    make_shapes                    the synthetic images
 
 Boxes of a target are (cx, cy, w, h) in [0, 1] of the network's input: of the image after padding, on the right and
 at the bottom, to a multiple of 32.  User errors are ValueError or FileNotFoundError with a one-line message.
@@ -11,16 +10,12 @@ at the bottom, to a multiple of 32.  User errors are ValueError or FileNotFoundE
 
 import json
 import math
-import os
-import shutil
-import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import repeat
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
@@ -29,11 +24,13 @@ from PIL import Image, ImageOps
 from pycocotools import mask as rle
 from torch.utils.data import Dataset
 
+from shapes import SHAPES, make_shapes
+
 STRIDE = 32  # the network's input is padded to a multiple of this
 GREY = 128  # what lies beyond a training image, as in the released code (which pads test images with the mean instead)
 
 
-# ---- Geometry: one description for pixels and masks ----------------------------------------------------------------
+# ---- Geometry: one description for pixels and masks
 
 
 class Geometry(NamedTuple):
@@ -70,25 +67,25 @@ class Geometry(NamedTuple):
         return canvas
 
     def polygons(self, polygons: list, height: int, width: int) -> np.ndarray:
-        """Rasterise [x0, y0, x1, y1, ...] of a height x width image after moving the vertices: uint8 [H W] of the output.
+        """Move the vertices [x0, y0, x1, y1, ...] of a height x width image, then rasterise them: uint8 [H W].
 
-        The result is exactly the crop of what pycocotools rasterises in the resized image.  It works in fifths of a
-        pixel and rounds with C's cast, which truncates toward zero; so vertices are rounded that way before the crop
-        moves them, and those that land left of or above the crop are placed where the cast gives them back unchanged.
+        Exactly the crop of what pycocotools rasterises in the resized image.  It works in fifths of a pixel and rounds
+        with C's cast, toward zero; so vertices are rounded that way before the crop moves them, and those that land
+        left of or above the crop are put where the cast gives them back unchanged.
         """
+        whole = np.array((height, width) if self.transpose else (width, height), float)
+        scale, offset = np.array(self.size[::-1]) / whole, np.array(self.offset[::-1])
         moved = []
         for polygon in polygons:
             points = np.asarray(polygon, float).reshape(-1, 2)
-            if self.transpose:
-                points = points[:, ::-1]
-            whole = np.array((height, width) if self.transpose else (width, height), float)
+            points = points[:, ::-1] if self.transpose else points
             points = np.where((self.horizontal_flip, self.vertical_flip), whole - points, points)
-            fifths = np.trunc(5 * (points * (np.array(self.size[::-1]) / whole)) + 0.5) - 5 * np.array(self.offset[::-1])
+            fifths = np.trunc(5 * (points * scale) + 0.5) - 5 * offset
             moved.append(((fifths - (fifths < 0)) / 5).ravel().tolist())
-        return rle.decode(rle.merge(rle.frPyObjects(moved, *self.output)))
+        return decode(rle.merge(rle.frPyObjects(moved, *self.output)))
 
     def bitmask(self, mask: np.ndarray) -> np.ndarray:
-        """Transform a bitmask [h w]: an output pixel takes the value at its centre, so the mask stays the same region."""
+        """Transform a bitmask [h w]: each output pixel takes the value at its centre, so the region keeps its edges."""
         if self.transpose:
             mask = mask.T
         height, width = self._filled()
@@ -96,8 +93,9 @@ class Geometry(NamedTuple):
         columns = ((np.arange(width) + self.offset[1] + 0.5) * (mask.shape[1] / self.size[1])).astype(int)
         rows = mask.shape[0] - 1 - rows if self.vertical_flip else rows
         columns = mask.shape[1] - 1 - columns if self.horizontal_flip else columns
+        y, x = np.flatnonzero(mask.any(1)[rows]), np.flatnonzero(mask.any(0)[columns])
         output = np.zeros(self.output, np.uint8)
-        output[:height, :width] = mask[rows[:, None], columns]
+        output[np.ix_(y, x)] = mask[np.ix_(rows[y], columns[x])]
         return output
 
     def _filled(self) -> tuple[int, int]:
@@ -121,7 +119,7 @@ def _shortest_side(shortest, longest, rng, width, height):
     return Geometry(size, size)
 
 
-# ---- Images and objects ----------------------------------------------------------------------------------------------
+# ---- Images and objects
 
 
 def read_image(path: Path) -> Image.Image:
@@ -137,7 +135,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_record(folder: Path, record: dict) -> Image.Image:
-    """The image of a json's record, upright RGB.  ValueError where it is unreadable or not of the size in the record."""
+    """The image of a json's record, upright RGB.  ValueError where it is unreadable or not of the size recorded."""
     path = folder / record["file_name"]
     image = read_image(path)
     if image.size != (record["width"], record["height"]):
@@ -146,6 +144,35 @@ def read_record(folder: Path, record: dict) -> Image.Image:
             f"the json says {record['width']} x {record['height']}"
         )
     return image
+
+
+def _runs(counts: str | bytes) -> list[int] | None:
+    """The runs of a compressed encoding: five bits a character, the sixth says that more follow, from the fourth run on
+    as the difference to the last but one.  None where it is malformed.  Source: COCO API, maskApi.c."""
+    runs, value, shift = [], 0, 0
+    for character in counts.encode() if isinstance(counts, str) else counts:
+        bits = character - 48
+        if not 0 <= bits < 64:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits < 32:
+            value -= (bits & 16 > 0) << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, shift = 0, 0
+    return None if shift else runs
+
+
+def decode(runs: dict) -> np.ndarray:
+    """A compressed run-length encoding as a uint8 bitmask [h w], as pycocotools decodes it, only faster."""
+    (height, width), ends = runs["size"], np.cumsum(_runs(runs["counts"])).tolist()
+    columns = np.zeros(height * width, np.uint8)
+    for start, end in zip(ends[::2], ends[1::2], strict=False):
+        columns[start:end] = 1
+    x, y, w, h = rle.toBbox(runs).astype(int).tolist()
+    mask = np.zeros((height, width), np.uint8)
+    mask[y : y + h, x : x + w] = columns.reshape(width, height)[x : x + w, y : y + h].T
+    return mask
 
 
 def _compressed(segmentation: list | dict, height: int, width: int) -> dict:
@@ -159,7 +186,7 @@ def _compressed(segmentation: list | dict, height: int, width: int) -> dict:
 
 def _mask(segmentation: list | dict, geometry: Geometry, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, dict):
-        return geometry.bitmask(rle.decode(_compressed(segmentation, height, width)))
+        return geometry.bitmask(decode(_compressed(segmentation, height, width)))
     return geometry.polygons(segmentation, height, width)
 
 
@@ -201,6 +228,8 @@ class CocoDataset(Dataset):
             if not annotation["iscrowd"]:
                 self.annotations[annotation["image_id"]].append(annotation)
         self.image_ids = sorted(i for i in self.images if self.annotations[i] or not training)
+        if not self.image_ids:
+            self.report.fatal["no images" + " with objects" * training].append(f"in {folder}")
 
     def __len__(self):
         return len(self.image_ids)
@@ -238,7 +267,7 @@ def collate(batch: list) -> tuple[torch.Tensor, list[dict]]:
     return torch.stack(images), list(targets)
 
 
-# ---- Check -------------------------------------------------------------------------------------------------------------
+# ---- Check
 
 
 class Report(NamedTuple):
@@ -281,22 +310,20 @@ def _reading_error(folder, record):
 
 def _sound(coco, folder, report) -> dict:
     """The COCO dict without what cannot be used, which goes to `report`; the dict given stays as it is."""
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
-            raise ValueError(f"this is no COCO json: it has no list named {key}")
     categories = _unique(coco["categories"], "category", {"id": int, "name": str}, report)
     images = _unique(coco["images"], "image", {"id": int, "file_name": str, "width": int, "height": int}, report)
     annotations = _unique(coco["annotations"], "annotation", {"id": int, "image_id": int, "category_id": int}, report)
-    for kind, records in (("categories", categories), ("images", images)):
-        if not records:
-            report.fatal[f"no {kind}"].append(str(folder))
-    images = {i: image for i, image in images.items() if _file_is_sound(image, folder, report)}
-    sound = (_sound_annotation(a, images, categories, report) for a in annotations.values())
+    if 0 in annotations:  # pycocotools takes a match with annotation 0 for no match
+        annotations[0] = {**annotations[0], "id": max(annotations) + 1}
+    if not categories:
+        report.fatal["no categories"].append(f"images in {folder}")
+    sound = {image_id for image_id, image in images.items() if _is_sound(image, folder, report)}
+    annotations = (_complete(a, images, categories, report) for a in annotations.values())
     return {
         **coco,
         "categories": list(categories.values()),
-        "images": list(images.values()),
-        "annotations": [annotation for annotation in sound if annotation],
+        "images": [images[image_id] for image_id in sound],
+        "annotations": [a for a in annotations if a and a["image_id"] in sound],
     }
 
 
@@ -314,12 +341,11 @@ def _unique(records, kind, fields, report) -> dict[int, dict]:
     return unique
 
 
-def _file_is_sound(image, folder, report) -> bool:
-    name = PurePosixPath(image["file_name"].replace("\\", "/"))
-    where = f"image {image['id']} ({image['file_name']})"
+def _is_sound(image, folder, report) -> bool:
+    name, where = PureWindowsPath(image["file_name"]), f"image {image['id']} ({image['file_name']})"
     if image["id"] < 0 or image["width"] < 1 or image["height"] < 1:
         report.fatal["images with a negative id or without pixels"].append(where)
-    elif name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
+    elif name.anchor or ".." in name.parts:  # the Windows rules know every separator and way to be absolute
         report.fatal["paths that leave the image folder"].append(where)
     elif not (folder / image["file_name"]).is_file():
         report.fatal[f"files missing in {folder}"].append(where)
@@ -328,37 +354,33 @@ def _file_is_sound(image, folder, report) -> bool:
     return False
 
 
-def _sound_annotation(annotation, images, categories, report) -> dict | None:
-    """The annotation with all that evaluation asks for, or None."""
+def _complete(annotation, images, categories, report) -> dict | None:
+    """The annotation with all that evaluation asks for, or None where it cannot be used."""
     where = f"annotation {annotation['id']}"
     if annotation["category_id"] not in categories:
-        report.fatal["unknown categories"].append(f"{where} (category_id {annotation['category_id']})")
+        report.fatal["category_id not among the categories"].append(f"{where} ({annotation['category_id']})")
         return None
-    image = images.get(annotation["image_id"])
-    if image is None:
-        report.warnings["annotations of unknown images"].append(f"{where} (image_id {annotation['image_id']})")
+    if annotation["image_id"] not in images:
+        report.warnings["annotations of unknown images"].append(f"{where} (image {annotation['image_id']})")
         return None
-    height, width = image["height"], image["width"]
-    segmentation = annotation.get("segmentation")
+    height, width = (images[annotation["image_id"]][side] for side in ("height", "width"))
+    segmentation, box, area = (annotation.get(key) for key in ("segmentation", "bbox", "area"))
     if isinstance(segmentation, dict):
-        usable = segmentation if _runs_fill(segmentation, height, width) else None
+        usable = segmentation if _fills(segmentation, height, width) else None
     else:
-        usable = [p for p in segmentation if _is_polygon(p)] if isinstance(segmentation, list) else []
+        usable = [p for p in segmentation if _is_polygon(p)] if isinstance(segmentation, list) else None
     if not usable:
         report.warnings["segmentations that cannot be decoded"].append(where)
         return None
     if len(usable) < len(segmentation):
-        report.warnings["polygons that enclose nothing or are malformed"].append(where)
-    annotation = {"iscrowd": 0, **annotation, "segmentation": usable}
-    box = annotation.get("bbox")
+        report.warnings["polygons of less than three points or not finite"].append(where)
     if box is not None and not (isinstance(box, list) and len(box) == 4 and _finite(box) and min(box[2:]) > 0):
         report.warnings["boxes that are not finite and positive"].append(where)
         box = None
-    if box is None or not _finite([annotation.get("area")]):
+    if box is None or not _finite([area]):
         runs = _compressed(usable, height, width)
-        annotation["bbox"] = rle.toBbox(runs).tolist() if box is None else box
-        annotation["area"] = annotation.get("area") or int(rle.area(runs))
-    return annotation
+        box, area = box or rle.toBbox(runs).tolist(), area if _finite([area]) else int(rle.area(runs))
+    return {"iscrowd": 0, **annotation, "segmentation": usable, "bbox": box, "area": area}
 
 
 def _is_polygon(polygon) -> bool:
@@ -374,7 +396,7 @@ def _finite(numbers) -> bool:
         return False
 
 
-def _runs_fill(segmentation, height, width) -> bool:
+def _fills(segmentation, height, width) -> bool:
     """Whether a run-length encoding is well formed and fills its image; pycocotools would read beyond a short one."""
     counts = segmentation.get("counts")
     if segmentation.get("size") != [height, width]:
@@ -386,26 +408,11 @@ def _runs_fill(segmentation, height, width) -> bool:
     return sum(counts) == height * width
 
 
-def _runs(counts: str) -> list[int] | None:
-    """The runs of a compressed encoding: five bits a character, the sixth says that more follow, from the fourth run on
-    as the difference to the last but one.  None where it breaks off.  Source: COCO API, maskApi.c."""
-    runs, value, shift = [], 0, 0
-    for character in counts.encode():
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (bits & 16 > 0) << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value, shift = 0, 0
-    return None if shift else runs
-
-
-# ---- Data sets -----------------------------------------------------------------------------------------------------------
+# ---- Data sets
 
 COCO_LAYOUT = (
-    "expected annotations/instances_{train,val}2017.json, train2017/*.jpg and val2017/*.jpg there; the publisher offers "
-    "them at https://cocodataset.org/#download (train2017.zip, val2017.zip, annotations_trainval2017.zip)"
+    "expected annotations/instances_{train,val}2017.json, train2017/*.jpg and val2017/*.jpg there; the publisher "
+    "offers them at https://cocodataset.org/#download (train2017.zip, val2017.zip, annotations_trainval2017.zip)"
 )
 BDD100K_LAYOUT = (
     "expected images/10k/{train,val}/*.jpg and labels/ins_seg/rles/ins_seg_{train,val}.json or "
@@ -413,26 +420,27 @@ BDD100K_LAYOUT = (
     '("10K Images" and "Instance Segmentation", see https://doc.bdd100k.com/download.html)'
 )
 FOLDER_LAYOUT = (
-    "expected annotations/instances_train*.json, annotations/instances_val*.json and the images in folders of the same "
-    "name (train*, val*) or where the json's file names lead to from there"
+    "expected annotations/instances_train*.json and annotations/instances_val*.json, and the images in folders of "
+    "the same names (train*, val*) or where the json's file names lead to from there"
 )
 
 
-def open_dataset(data: str, root: str | Path, split: str, geometry: Callable, training: bool, seed: int = 0) -> CocoDataset:
+def open_dataset(
+    data: str, root: str | Path, split: str, geometry: Callable, training: bool, seed: int = 0
+) -> CocoDataset:
     """The data set `data`: "shapes", "shapes-full", "coco" or "bdd100k" under `root`, or else a folder in COCO layout.
 
     split: "train" or "val".  FileNotFoundError says what layout is expected, ValueError what is wrong with the json.
     """
-    if data in SHAPES:
-        folder = Path(root) / data
-        make_shapes(folder, SHAPES[data])
-        coco, images = _read_coco(folder, split, FOLDER_LAYOUT)
+    if data == "bdd100k":
+        coco, images = _read_bdd100k(_inside(root, "bdd100k", "labels"), split)
     elif data == "coco":
         coco, images = _read_coco(_inside(root, "coco", "annotations"), split, COCO_LAYOUT)
-    elif data == "bdd100k":
-        coco, images = _read_bdd100k(_inside(root, "bdd100k", "labels"), split)
     else:
-        coco, images = _read_coco(Path(data), split, FOLDER_LAYOUT)
+        folder = Path(root) / data if data in SHAPES else Path(data)
+        if data in SHAPES:
+            make_shapes(folder, SHAPES[data])
+        coco, images = _read_coco(folder, split, FOLDER_LAYOUT)
     return CocoDataset(coco, images, geometry, training, seed)
 
 
@@ -457,16 +465,17 @@ def _read_coco(folder: Path, split: str, layout: str) -> tuple[dict, Path]:
     if len(found) > 1:
         raise ValueError(f"which one is the {split} data: {' or '.join(map(str, found))}? Leave one there")
     coco = _read_json(found[0])
-    try:
-        first = coco["images"][0]["file_name"]
-    except (KeyError, IndexError, TypeError):
-        raise ValueError(f"{found[0]} is no COCO json with images") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
+            raise ValueError(f"{found[0]} is no COCO json: it has no list named {key}")
+    first = coco["images"][0] if coco["images"] else None
+    first = str(first.get("file_name")) if isinstance(first, dict) else ""
     suffix = found[0].stem.removeprefix("instances_")
     candidates = (folder / suffix, folder, folder / "images" / suffix, folder / "images")
-    return coco, next((c for c in candidates if (c / str(first)).is_file()), candidates[0])
+    return coco, next((c for c in candidates if (c / first).is_file()), candidates[0])
 
 
-# ---- BDD100K ---------------------------------------------------------------------------------------------------------------
+# ---- BDD100K
 
 BDD100K = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")  # ids 1 to 8
 BDD100K_ALIASES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle", "van": "car", "caravan": "car"}
@@ -476,204 +485,52 @@ BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "traile
 def _read_bdd100k(folder: Path, split: str) -> tuple[dict, Path]:
     """BDD100K's instance segmentation as a COCO dict.  Crowds and ignored objects become `iscrowd`: neither is trained
     on, and evaluation holds neither against a detection, as its documentation asks."""
-    images = folder / "images" / "10k" / split
-    frames = folder / "labels" / "ins_seg" / "rles" / f"ins_seg_{split}.json"
-    bitmasks = sorted((folder / "labels" / "ins_seg" / "bitmasks" / split).glob("*.png"))
-    if not images.is_dir() or not (frames.is_file() or bitmasks):
+    images, labels = folder / "images" / "10k" / split, folder / "labels" / "ins_seg"
+    rles, bitmasks = labels / "rles" / f"ins_seg_{split}.json", sorted((labels / "bitmasks" / split).glob("*.png"))
+    if not images.is_dir() or not (rles.is_file() or bitmasks):
         raise FileNotFoundError(f"no {split} data in {folder}: {BDD100K_LAYOUT}")
-    if frames.is_file():
-        frames = _read_json(frames)
-        objects = {f["name"]: _frame_objects(f) for f in (frames["frames"] if isinstance(frames, dict) else frames)}
+    if rles.is_file():
+        frames = _read_json(rles)
+        try:
+            frames = frames["frames"] if isinstance(frames, dict) else frames
+            objects = {frame["name"]: _frame_objects(frame["labels"] or []) for frame in frames}
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{rles} is no json of BDD100K's rles") from None
     else:
         with ProcessPoolExecutor() as pool:
-            names = [path.stem + ".jpg" for path in bitmasks]
+            names = [f"{path.stem}.jpg" for path in bitmasks]
             objects = dict(zip(names, pool.map(_bitmask_objects, bitmasks, chunksize=16), strict=True))
-    records, annotations = [], []
+    coco = {"images": [], "annotations": [], "categories": []}
+    coco["categories"] = [{"id": number, "name": name} for number, name in enumerate(BDD100K, 1)]
     for image_id, name in enumerate(sorted(objects), 1):
-        records.append({"id": image_id, "file_name": name, "width": 1280, "height": 720})
-        for number, (category_id, iscrowd, runs) in enumerate(objects[name], len(annotations) + 1):
-            record = {"id": number, "image_id": image_id, "category_id": category_id, "iscrowd": iscrowd}
-            annotations.append({**record, "segmentation": runs})
-    categories = [{"id": number, "name": name} for number, name in enumerate(BDD100K, 1)]
-    return {"images": records, "annotations": annotations, "categories": categories}, images
+        coco["images"].append({"id": image_id, "file_name": name, "width": 1280, "height": 720})
+        for found in objects[name]:
+            coco["annotations"].append({"id": len(coco["annotations"]) + 1, "image_id": image_id, **found})
+    return coco, images
 
 
-def _frame_objects(frame) -> list[tuple[int, int, dict]]:
-    """(category_id, iscrowd, run-length encoding) of each object in a frame of the rles json."""
+def _frame_objects(labels) -> list[dict]:
+    """The objects of a frame of the rles json, as annotations without ids."""
     objects = []
-    for label in frame.get("labels") or []:
+    for label in labels:
         name, attributes = label["category"], label.get("attributes") or {}
-        ignored = name in BDD100K_IGNORED or attributes.get("crowd") or attributes.get("ignored")
+        crowd = name in BDD100K_IGNORED or attributes.get("crowd") or attributes.get("ignored")
         name = BDD100K_IGNORED.get(name) or BDD100K_ALIASES.get(name, name)
-        if name in BDD100K and label.get("rle"):
-            objects.append((BDD100K.index(name) + 1, int(bool(ignored)), label["rle"]))
+        if name in BDD100K:
+            category_id, iscrowd = BDD100K.index(name) + 1, int(bool(crowd))
+            objects.append({"category_id": category_id, "iscrowd": iscrowd, "segmentation": label.get("rle")})
     return objects
 
 
-def _bitmask_objects(path) -> list[tuple[int, int, dict]]:
-    """The same from a bitmask: red is the category, green's last two bits are crowd and ignored, blue and alpha the id."""
+def _bitmask_objects(path) -> list[dict]:
+    """The same from a bitmask: red is the category, the last two bits of green say crowd and ignored, blue and alpha
+    are the object's number."""
     with Image.open(path) as image:
         red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")).astype(np.int64), 2, 0)
     pixels = (blue << 24) + (alpha << 16) + (red << 8) + green
     objects = []
     for value in np.unique(pixels[red > 0]).tolist():
         runs = rle.encode(np.asfortranarray(pixels == value, np.uint8))
-        objects.append((value >> 8 & 255, int(value & 3 > 0), {**runs, "counts": runs["counts"].decode()}))
+        segmentation = {"size": runs["size"], "counts": runs["counts"].decode()}
+        objects.append({"category_id": value >> 8 & 255, "iscrowd": int(value & 3 > 0), "segmentation": segmentation})
     return objects
-
-
-# ---- Shapes: synthetic images in COCO format -----------------------------------------------------------------------------
-
-
-class Shapes(NamedTuple):
-    """What makes a set of synthetic images easy or hard; lengths in pixels."""
-
-    images: dict[str, int]  # of each split
-    side: tuple[int, int]  # of an image, from and to
-    objects: int  # at most, in one image
-    diameter: tuple[int, int]  # of an object, from and to, log-uniform
-    clutter: int  # strokes and arcs at most: drawn like objects, labelled as nothing
-    texture: float  # of objects, and
-    background: float  # of the background: amplitudes in grey values
-    noise: float  # standard deviation in grey values
-    colours: int  # tries to find a colour unlike those already in the image
-
-
-SHAPES = {
-    "shapes": Shapes({"train": 4000, "val": 100}, (128, 128), 4, (24, 90), 3, 12, 12, 2, 6),
-    "shapes-full": Shapes({"train": 4000, "val": 500}, (256, 384), 14, (16, 240), 10, 40, 30, 4, 2),
-}
-SHAPE_IDS = (2, 3, 5, 7, 11, 13, 17, 19)  # category ids with gaps, like COCO's
-MIN_VISIBLE = 0.4  # no object is placed that would hide more of an earlier one
-
-
-def _to_polygon(x, y, vertices):
-    """Signed distance of points to a polygon, negative inside; two vertices make a line, which has no inside."""
-    inside, nearest = np.zeros(x.shape, bool), np.full(x.shape, np.inf)
-    for (ax, ay), (bx, by) in zip(vertices, np.roll(vertices, -1, 0), strict=True):
-        dx, dy, px, py = bx - ax, by - ay, x - ax, y - ay
-        along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
-        nearest = np.minimum(nearest, np.hypot(px - along * dx, py - along * dy))
-        if dy:
-            inside ^= ((py < 0) != (y < by)) & (px < py * dx / dy)
-    return np.where(inside, -nearest, nearest)
-
-
-def _wheel(*radii):
-    """The polygon with vertices at these distances from the origin, at equal angles."""
-    angles = 2 * np.pi * np.arange(len(radii)) / len(radii)
-    return np.stack((np.cos(angles), np.sin(angles)), 1) * np.array(radii)[:, None]
-
-
-CROSS = np.array([(3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1), (-1, -3), (1, -3), (1, -1), (3, -1)])
-BAR = np.array([(1, 0.22), (-1, 0.22), (-1, -0.22), (1, -0.22)])
-OUTLINES = {  # signed distance to the outline of a shape of radius 1, in the order of SHAPE_IDS
-    "disk": lambda x, y: np.hypot(x, y) - 1,
-    "square": partial(_to_polygon, vertices=_wheel(1, 1, 1, 1)),
-    "triangle": partial(_to_polygon, vertices=_wheel(1, 1, 1)),
-    "star": partial(_to_polygon, vertices=_wheel(*(1, 0.42) * 5)),
-    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.25,
-    "cross": partial(_to_polygon, vertices=CROSS / 10**0.5),
-    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.9 - np.hypot(x - 0.55, y)),
-    "bar": partial(_to_polygon, vertices=BAR),
-}
-CLUTTER = (
-    lambda x, y: abs(_to_polygon(x, y, np.array([(-1, 0), (1, 0)]))) - 0.04,
-    lambda x, y: np.maximum(abs(np.hypot(x, y) - 0.9) - 0.05, y),
-)
-
-
-def make_shapes(folder: Path, shapes: Shapes) -> None:
-    """Write the data set into `folder` unless it is there.  It appears whole or not at all, and is the same everywhere."""
-    if folder.is_dir():
-        return
-    print(f"making {sum(shapes.images.values()):,} synthetic images in {folder}", file=sys.stderr)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        whole = Path(temporary) / folder.name
-        (whole / "annotations").mkdir(parents=True)
-        with ProcessPoolExecutor() as pool:
-            for split, count in shapes.images.items():
-                (whole / split).mkdir()
-                made = list(pool.map(partial(_make_image, shapes, whole / split), range(1, count + 1), chunksize=16))
-                annotations = [a for _, objects in made for a in objects]
-                for number, annotation in enumerate(annotations, 1):
-                    annotation["id"] = number
-                categories = [{"id": i, "name": n} for i, n in zip(SHAPE_IDS, OUTLINES, strict=True)]
-                coco = {"images": [image for image, _ in made], "annotations": annotations, "categories": categories}
-                (whole / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
-        try:
-            whole.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was quicker, and its images are the same
-                raise
-
-
-def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list[dict]]:
-    """Draw one image, write it and return its records.  All that is random comes from the split and the image's id."""
-    rng = np.random.default_rng((*folder.name.encode(), image_id))
-    height, width = rng.integers(shapes.side[0], shapes.side[1] + 1, 2).tolist()
-    waves = [Image.fromarray(grid.astype(np.float32)) for grid in rng.normal(size=(3, 5, 5))]
-    waves = [np.asarray(wave.resize((width, height), Image.Resampling.BICUBIC)) for wave in waves]
-    colours = [rng.uniform(50, 206, 3)]
-    canvas = colours[0] + shapes.background * np.stack(waves, -1)  # [H W 3]
-    owner = np.zeros((height, width), int)  # what each pixel shows: 0 the background, then a number for each thing
-    places, areas, category_ids = [], [0], [None]  # areas of objects before others hide them, 0 for all else
-    objects = 0 if rng.random() < 0.03 else rng.integers(1, shapes.objects + 1)
-    things = rng.permutation([True] * objects + [False] * rng.integers(shapes.clutter + 1))
-    for is_object in things.astype(bool):
-        kind = rng.integers(len(OUTLINES if is_object else CLUTTER))
-        outline = (list(OUTLINES.values()) if is_object else CLUTTER)[kind]
-        for _attempt in range(8):
-            radius = np.exp(rng.uniform(*np.log(shapes.diameter))) / 2
-            centre = rng.uniform(0, (width, height))
-            if places and rng.random() < 0.5:  # onto an earlier thing
-                near, reach = places[rng.integers(len(places))]
-                centre = near + rng.uniform(-0.7, 0.7, 2) * (radius + reach)
-            centre = centre.clip(0.6 * radius, np.array((width, height)) - 0.6 * radius)
-            window, x, y = _turned(centre, radius, rng.uniform(0, 2 * np.pi), height, width)
-            distance = radius * outline(x, y)
-            after = owner.copy()
-            after[window][distance < 0] = len(areas)
-            if (np.bincount(after.ravel(), minlength=len(areas))[: len(areas)] >= MIN_VISIBLE * np.array(areas)).all():
-                break
-        else:
-            continue
-        owner = after
-        places.append((centre, radius))
-        areas.append((distance < 0).sum() if is_object else 0)
-        category_ids.append(SHAPE_IDS[kind] if is_object else None)
-        candidates = rng.uniform(20, 236, (shapes.colours, 1, 3))
-        colours.append(candidates[np.linalg.norm(candidates - colours, axis=2).min(1).argmax(), 0])
-        fill = colours[-1] + shapes.texture * _texture(rng, radius * x, radius * y)
-        canvas[window] += np.clip(0.5 - distance, 0, 1)[..., None] * (fill - canvas[window])
-    canvas += shapes.noise * rng.standard_normal(canvas.shape, np.float32)
-    record = {"id": image_id, "file_name": f"{image_id:06}.jpg", "width": width, "height": height}
-    Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(folder / record["file_name"], quality=92, subsampling=0)
-    annotations = []
-    for number, category_id in enumerate(category_ids):
-        if category_id:
-            runs = rle.encode(np.asfortranarray(owner == number, np.uint8))
-            segmentation = {"size": runs["size"], "counts": runs["counts"].decode()}
-            annotation = {"image_id": image_id, "category_id": category_id, "iscrowd": 0, "segmentation": segmentation}
-            annotations.append({**annotation, "area": int(rle.area(runs)), "bbox": rle.toBbox(runs).tolist()})
-    return record, annotations
-
-
-def _turned(centre, radius, angle, height, width):
-    """The window of the image that a shape can touch, and its pixel centres in the shape's own turned coordinates."""
-    low = np.floor(centre - radius - 1).clip(0).astype(int)
-    high = np.ceil(centre + radius + 1).astype(int)
-    window = slice(low[1], min(high[1], height)), slice(low[0], min(high[0], width))
-    y, x = np.mgrid[window]
-    x, y = (x + 0.5 - centre[0]) / radius, (y + 0.5 - centre[1]) / radius
-    return window, x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-
-
-def _texture(rng, x, y):
-    """Plain, waves, stripes or a checkerboard, tinted, in -1..1: [h w 3]."""
-    angle, phase, period = rng.uniform(0, 2 * np.pi, 2).tolist() + [np.exp(rng.uniform(np.log(6), np.log(40)))]
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    wave, other = np.cos(2 * np.pi * along / period + phase), np.cos(2 * np.pi * across / period)
-    pattern = (0 * wave, wave, np.sign(wave), np.sign(wave) * np.sign(other))[rng.integers(4)]
-    return pattern[..., None] * rng.uniform(-1, 1, 3)

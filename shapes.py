@@ -1,0 +1,170 @@
+"""`shapes`: synthetic images in COCO format, made on first use, the same on every machine.
+
+Eight classes are told apart by outline alone: colours and textures are random.  Objects hide each other, so masks are
+what can be seen of them, with holes and in several pieces; the border cuts some, clutter looks like parts of them, and
+some images are empty.  Each image has a random stream of its own: order and number of workers do not matter.
+"""
+
+import json
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as rle
+
+
+class Shapes(NamedTuple):
+    """What makes a set of synthetic images easy or hard; lengths in pixels."""
+
+    images: dict[str, int]  # of each split
+    side: tuple[int, int]  # of an image, from and to
+    objects: int  # at most in one image, and fewer pieces of clutter: drawn alike, labelled as nothing
+    diameter: tuple[int, int]  # of an object, from and to, log-uniform
+    texture: float  # amplitude in grey values
+
+
+SHAPES = {
+    "shapes": Shapes({"train": 4000, "val": 100}, (128, 128), 4, (24, 90), 12),
+    "shapes-full": Shapes({"train": 4000, "val": 500}, (256, 384), 14, (16, 240), 40),
+}
+SHAPE_IDS = (2, 3, 5, 7, 11, 13, 17, 19)  # category ids with gaps, like COCO's
+MIN_VISIBLE = 0.4  # nothing is placed where it would leave less of an earlier object to be seen
+
+
+def _to_polygon(x, y, vertices):
+    """Signed distance of points to a polygon, negative inside; two vertices make a line, which has no inside."""
+    inside, nearest = np.zeros(x.shape, bool), np.full(x.shape, np.inf)
+    for (ax, ay), (bx, by) in zip(vertices, np.roll(vertices, -1, 0), strict=True):
+        dx, dy, px, py = bx - ax, by - ay, x - ax, y - ay
+        along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
+        nearest = np.minimum(nearest, np.hypot(px - along * dx, py - along * dy))
+        if dy:
+            inside ^= ((py < 0) != (y < by)) & (px < py * dx / dy)
+    return np.where(inside, -nearest, nearest)
+
+
+def _wheel(*radii):
+    """The polygon with vertices at these distances from the origin, at equal angles."""
+    angles = 2 * np.pi * np.arange(len(radii)) / len(radii)
+    return np.stack((np.cos(angles), np.sin(angles)), 1) * np.array(radii)[:, None]
+
+
+CROSS = np.array(
+    [(3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1), (-1, -3), (1, -3), (1, -1), (3, -1)]
+)
+BAR = np.array([(1, 0.22), (-1, 0.22), (-1, -0.22), (1, -0.22)])
+OUTLINES = {  # signed distance to the outline of a shape of radius 1, in the order of SHAPE_IDS
+    "disk": lambda x, y: np.hypot(x, y) - 1,
+    "square": partial(_to_polygon, vertices=_wheel(1, 1, 1, 1)),
+    "triangle": partial(_to_polygon, vertices=_wheel(1, 1, 1)),
+    "star": partial(_to_polygon, vertices=_wheel(*(1, 0.42) * 5)),
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.25,
+    "cross": partial(_to_polygon, vertices=CROSS / 10**0.5),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.9 - np.hypot(x - 0.55, y)),
+    "bar": partial(_to_polygon, vertices=BAR),
+}
+CLUTTER = {
+    "stroke": lambda x, y: _to_polygon(x, y, np.array([(-1, 0), (1, 0)])) - 0.04,
+    "arc": lambda x, y: np.maximum(abs(np.hypot(x, y) - 0.9) - 0.05, y),
+}
+
+
+def make_shapes(folder: Path, shapes: Shapes) -> None:
+    """Write the data set into `folder` unless it is there.  It appears whole or not at all."""
+    if folder.is_dir():
+        return
+    print(f"making {sum(shapes.images.values()):,} synthetic images in {folder}", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    categories = [{"id": number, "name": name} for number, name in zip(SHAPE_IDS, OUTLINES, strict=True)]
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        whole = Path(temporary) / folder.name
+        (whole / "annotations").mkdir(parents=True)
+        with ProcessPoolExecutor() as pool:
+            for split, count in shapes.images.items():
+                (whole / split).mkdir()
+                made = list(pool.map(partial(_make_image, shapes, whole / split), range(1, count + 1), chunksize=16))
+                images, objects = [image for image, _ in made], [o for _, objects in made for o in objects]
+                annotations = [{"id": number, **record} for number, record in enumerate(objects, 1)]
+                coco = {"images": images, "annotations": annotations, "categories": categories}
+                (whole / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was quicker, and its images are the same
+                raise
+
+
+def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list[dict]]:
+    """Draw one image, write it and return its records.  All that is random comes from the split and the image's id."""
+    rng = np.random.default_rng((*folder.name.encode(), image_id))
+    height, width = rng.integers(shapes.side[0], shapes.side[1] + 1, 2).tolist()
+    waves = [Image.fromarray(grid.astype(np.float32)) for grid in rng.normal(0, 0.8, (3, 5, 5))]
+    waves = [np.asarray(wave.resize((width, height), Image.Resampling.BICUBIC)) for wave in waves]
+    colours = [rng.uniform(50, 206, 3)]
+    canvas = colours[0] + shapes.texture * np.stack(waves, -1)  # [H W 3]
+    owner = np.zeros((height, width), int)  # what each pixel shows: 0 the background, then a number for each thing
+    places, areas, category_ids = [], [0], [None]  # areas of objects before others hide them, 0 for all else
+    objects = 0 if rng.random() < 0.03 else rng.integers(1, shapes.objects + 1)
+    clutter = rng.integers(shapes.objects)
+    for is_object in rng.permutation([True] * objects + [False] * clutter).astype(bool):
+        name = rng.choice(list(OUTLINES if is_object else CLUTTER))
+        for _attempt in range(8):
+            radius = np.exp(rng.uniform(*np.log(shapes.diameter))) / 2
+            centre = rng.uniform(0, (width, height))
+            if places and rng.random() < 0.5:  # onto an earlier thing
+                near, reach = places[rng.integers(len(places))]
+                centre = near + rng.uniform(-0.7, 0.7, 2) * (radius + reach)
+            centre = centre.clip(0.6 * radius, np.array((width, height)) - 0.6 * radius)  # the border may cut it
+            window, x, y = _turned(centre, radius, rng.uniform(0, 2 * np.pi), height, width)
+            distance = radius * (OUTLINES if is_object else CLUTTER)[name](x, y)
+            after = owner.copy()
+            after[window][distance < 0] = len(areas)
+            visible = np.bincount(after.ravel(), minlength=len(areas))[: len(areas)]
+            if (visible >= MIN_VISIBLE * np.array(areas)).all():
+                break
+        else:
+            continue
+        owner = after
+        places.append((centre, radius))
+        areas.append((distance < 0).sum() if is_object else 0)
+        category_ids.append(SHAPE_IDS[list(OUTLINES).index(name)] if is_object else None)
+        candidates = rng.uniform(20, 236, (4, 1, 3))  # the colour is the one least like those already there
+        colours.append(candidates[np.linalg.norm(candidates - colours, axis=2).min(1).argmax(), 0])
+        fill = colours[-1] + shapes.texture * _texture(rng, radius * x, radius * y)
+        canvas[window] += np.clip(0.5 - distance, 0, 1)[..., None] * (fill - canvas[window])
+    canvas += shapes.texture / 8 * rng.standard_normal(canvas.shape, np.float32)
+    record = {"id": image_id, "file_name": f"{image_id:06}.jpg", "width": width, "height": height}
+    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    picture.save(folder / record["file_name"], quality=92, subsampling=0)
+    annotations = []
+    for number, category_id in enumerate(category_ids):
+        if category_id:
+            runs = rle.encode(np.asfortranarray(owner == number, np.uint8))
+            segmentation = {"size": runs["size"], "counts": runs["counts"].decode()}
+            annotation = {"image_id": image_id, "category_id": category_id, "iscrowd": 0, "segmentation": segmentation}
+            annotations.append({**annotation, "bbox": rle.toBbox(runs).tolist(), "area": int(rle.area(runs))})
+    return record, annotations
+
+
+def _turned(centre, radius, angle, height, width):
+    """The window of the image that a shape can touch, and its pixel centres in the shape's own turned coordinates."""
+    low = np.floor(centre - radius - 1).clip(0).astype(int)
+    high = np.ceil(centre + radius + 1).astype(int)
+    window = slice(low[1], min(high[1], height)), slice(low[0], min(high[0], width))
+    y, x = np.mgrid[window]
+    x, y = (x + 0.5 - centre[0]) / radius, (y + 0.5 - centre[1]) / radius
+    return window, x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+
+
+def _texture(rng, x, y):
+    """Plain, waves, stripes or a checkerboard, tinted, in -1..1: [h w 3]."""
+    angle, phase, period = rng.uniform(0, 2 * np.pi, 2).tolist() + [np.exp(rng.uniform(np.log(6), np.log(40)))]
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    wave, other = np.cos(2 * np.pi * along / period + phase), np.cos(2 * np.pi * across / period)
+    pattern = (0 * wave, wave, np.sign(wave), np.sign(wave) * np.sign(other))[rng.integers(4)]
+    return pattern[..., None] * rng.uniform(-1, 1, 3)
