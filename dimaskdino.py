@@ -26,6 +26,7 @@ import dataclasses
 import math
 import pickle
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -107,8 +108,8 @@ class Config:
             raise ValueError(f"selection={self.selection} must be one to three counts that do not grow, like (600, 300)")
         if self.dim % 4 or self.dim % self.heads:
             raise ValueError(f"dim={self.dim} must be a multiple of 4 and of heads={self.heads}")
-        if self.levels < 3 or self.decoder_layers < 1:
-            raise ValueError(f"levels={self.levels} must be at least 3, decoder_layers={self.decoder_layers} at least 1")
+        if self.levels < 3 or self.decoder_layers < 2:  # Eq. 4 is one, Eq. 9 at least another
+            raise ValueError(f"levels={self.levels} must be at least 3, decoder_layers={self.decoder_layers} at least 2")
 
 
 # ---- Leaf blocks -----------------------------------------------------------------------------------------------------
@@ -230,7 +231,6 @@ class Backbone(nn.Module):
 
     def __init__(self, name):
         super().__init__()
-        self.register_buffer("frozen_norm", torch.tensor(False))  # saved, so that a checkpoint says how it was trained
         if name in RESNETS:
             self.channels = RESNETS[name]
             net = getattr(torchvision.models, name)(weights=None)
@@ -253,7 +253,7 @@ class Backbone(nn.Module):
             self.stages = nn.ModuleList([stem])
             for inputs, outputs, stride in zip((32, *self.channels), self.channels, (1, 2, 2, 2), strict=False):
                 shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-                self.stages.append(BasicBlock(inputs, outputs, stride, None if inputs == outputs else shortcut))
+                self.stages.append(BasicBlock(inputs, outputs, stride, None if stride == 1 else shortcut))
 
     def forward(self, x):
         features = []
@@ -265,16 +265,21 @@ class Backbone(nn.Module):
         return features[1:]  # without the stem
 
     def freeze_norm(self):
-        """Pretrained batch statistics stay as they are (FrozenBatchNorm), because detection batches are small."""
-        self.frozen_norm.fill_(True)
+        """Pretrained batch statistics stay as they are (FrozenBatchNorm), because detection batches are small.
+
+        A frozen norm no longer counts its batches: in a checkpoint, it is the one without num_batches_tracked.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked = None
+                module.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode=True):
         super().train(mode)
-        if self.frozen_norm:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval().requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.num_batches_tracked is None:
+                module.eval()
         return self
 
 
@@ -554,10 +559,10 @@ class DIMaskDINO(nn.Module):
         T_s2, box_s2, scores_2, index_2, interaction = T_s1, box_s1, scores_1, index_1, []
         for interact, k in zip(self.interactions, config.selection[1:], strict=True):
             T_s1_sa, box_s1_sa, trained = interact(T_s2, box_s2)
+            symbols.update(T_s1_sa=T_s1_sa, box_s1_sa=box_s1_sa)
             interaction += [self.predict(T, box) for T, box in trained]
             scores = self.det_head.scores(interact.norm(T_s1_sa))
             _, scores_2, T_s2, box_s2, index_2 = select(scores, k, scores, T_s1_sa, box_s1_sa, index_2)
-            symbols.update(T_s1_sa=T_s1_sa, box_s1_sa=box_s1_sa)
         if config.position_token == "random" and not self.interactions:  # table 3, for MaskDINO
             box_s2 = self.random_box[: T_s2.shape[1]].expand_as(box_s2)
         symbols.update(T_s2=T_s2, box_s2=box_s2, scores_2=scores_2, index_2=index_2)
@@ -581,20 +586,25 @@ class DIMaskDINO(nn.Module):
         if config.bato:
             guide = {"T_s1": (T_s1, box_s1), "T_s2": (T_s2, box_s2), "Q_bal": (Q_bal, box_bal)}[config.guidance]
             T_g, T_g_mask, T_g_box = self.guiding_tokens(*guide)
+            symbols.update(T_g_mask=T_g_mask, T_g_box=T_g_box, T_g=T_g)
             value = T_g if config.guide_value == "T_g" else T_g_mask
             T_bal = self.bato(T_i, sine_of_grid(level_shapes, config.dim, T_i.device), T_g, value)
             if config.pixel_tokens == "T_bal":  # released code
                 pixels = self.pixel_update(pixels + finest_level(T_bal, level_shapes, pixels)).relu()
-            symbols.update(T_g_mask=T_g_mask, T_g_box=T_g_box, T_g=T_g)
         symbols.update(T_bal=T_bal)
 
-        # Eq. 9  Q_ref = N_de(Q_bal, T_bal); Eq. 10  {c, b} = N_det(Q_ref); Eq. 11  m = N_seg(Q_ref, T_i, F_cnn)
+        # Eq. 9  Q_ref = N_de(Q_bal, T_bal)
+        refined = []
         for layer in self.decoder:
             reference = box.detach()
             Q = layer(Q, self.position(sine_of_box(reference, config.dim)), reference, T_bal, level_shapes, blocked)
-            layers.append(self.predict_refined(Q, box, pixels))
+            refined.append((Q, box))
             box = refine(self.det_head.delta(Q), reference)
         symbols.update(Q_ref=self.head_norm(Q[:, extra:]))
+
+        # Eq. 10  {c, b} = N_det(Q_ref), and Eq. 11  m = N_seg(Q_ref, T_i, F_cnn), at every layer
+        layers += [self.predict_refined(Q, box, pixels) for Q, box in refined]
+        symbols.update({name: x[:, extra:] for name, x in zip("cbm", layers[-1].values(), strict=True)})
 
         matching = [{name: x[:, extra:] for name, x in layer.items()} for layer in layers]
         noised = [{name: x[:, :extra] for name, x in layer.items()} for layer in layers] if denoising is not None else []
@@ -868,15 +878,16 @@ def load_weights(model, source, partial=False):
     """
     state, foreign = translate(source if isinstance(source, Mapping) else read_checkpoint(source))
     own = model.state_dict()
-    if foreign:
-        own = {name: x for name, x in own.items() if not name.endswith(("num_batches_tracked", "frozen_norm"))}
-        if all(name.startswith("backbone.") for name in state):
-            own = {name: x for name, x in own.items() if re.match(r"backbone\.(?!norms)", name) or name in state}
-        for name, x in state.items():
-            if re.match(r"(residual|decoder\.\d)\.cross_attention\.(offsets|weights)", name) and name in own:
-                state[name] = coarse_to_fine(x, model.config)
-            if name.endswith("relative_position_index"):
-                state[name] = x.flatten()
+    frozen = foreign or not any(name.endswith("num_batches_tracked") for name in state)
+    if frozen:
+        own = {name: x for name, x in own.items() if not name.endswith("num_batches_tracked")}
+    if all(name.startswith("backbone.") for name in state):
+        own = {name: x for name, x in own.items() if re.match(r"backbone\.(?!norms)", name)}
+    for name, x in state.items() if foreign else ():
+        if re.match(r"(residual|decoder\.\d)\.cross_attention\.(offsets|weights)", name) and name in own:
+            state[name] = coarse_to_fine(x, model.config)
+        if name.endswith("relative_position_index"):
+            state[name] = x.flatten()
     odd = [
         f"{name}: {shape(state, name)} in the file, {shape(own, name)} in the model"
         for name in sorted(state.keys() | own.keys())
@@ -889,9 +900,8 @@ def load_weights(model, source, partial=False):
     if not fitting:
         raise ValueError("no tensor of the file fits the model")
     model.load_state_dict(fitting, strict=False)
-    if foreign:
+    if frozen:
         model.backbone.freeze_norm()
-    model.train(model.training)
     return odd
 
 
@@ -902,20 +912,56 @@ def shape(state, name):
 def coarse_to_fine(x, config):
     """The authors' decoder counts levels from the coarsest: turn the levels of its sampling offsets or weights."""
     split = {"h": config.heads, "L": config.levels, "P": config.points}
-    return rearrange(rearrange(x, "(h L P xy) ... -> h L P xy ...", **split, xy=len(x) // math.prod(split.values())).flip(1),
-                     "h L P xy ... -> (h L P xy) ...")
+    x = rearrange(x, "(h L P xy) ... -> h L P xy ...", **split, xy=len(x) // math.prod(split.values()))
+    return rearrange(x.flip(1), "h L P xy ... -> (h L P xy) ...")
 
 
 # ---- One image through a fresh model, equation by equation -----------------------------------------------------------
 
-EQUATIONS = {
-    "F_cnn": "FTE     F_cnn    feature at 1/4",
-    "T_i": "FTE     T_i      initial feature tokens",
+STEPS = {  # the symbol that each step makes last
+    "T_i": "FTE        F_cnn, T_i: backbone, encoder",
+    "T_s1": "Eq. 1      T_s1 = S(T_i, k1)",
+    "T_s1_sa": "Eq. 2      T_s1^sa = MHSA(T_s1)",
+    "T_s2": "Eq. 3      T_s2 = S(T_s1^sa, k2)",
+    "Q_bal": "Eq. 4      Q_bal = MHCA(T_s2, T_i)",
+    "T_g_mask": "Eq. 5      T_g^mask = N_mask(Q_bal)",
+    "T_g_box": "Eq. 6      T_g^box = N_box(Q_bal)",
+    "T_g": "Eq. 7      T_g = T_g^mask + T_g^box",
+    "T_bal": "Eq. 8      T_bal = MHCA(T_i, T_g)",
+    "Q_ref": "Eq. 9      Q_ref = N_de(Q_bal, T_bal)",
+    "c": "Eq. 10     c = N_det(Q_ref)",
+    "b": "Eq. 10     b = N_det(Q_ref)",
+    "m": "Eq. 11     m = N_seg(Q_ref, T_i, F_cnn)",
 }
 
 
+class Stopwatch(dict):
+    """A trace that notes when each symbol was there."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = {"start": time.perf_counter()}
+
+    def update(self, symbols=(), **more):
+        super().update(symbols, **more)
+        self.times |= dict.fromkeys(dict(symbols, **more), time.perf_counter())
+
+
 def main():
-    """Prints every symbol with its shape and time for one image of 800x1216."""
+    """One image of 800x1216 through a fresh model: what each equation makes, its shape, its time."""
+    model, image = DIMaskDINO(Config.paper()).eval(), torch.randint(0, 256, (1, 3, 800, 1216))
+    with torch.inference_mode():
+        model(image)  # the first run also sets up threads and memory
+        symbols = Stopwatch()
+        model(image, trace=symbols)
+    print(f"DI-MaskDINO, {sum(p.numel() for p in model.parameters()):,} parameters, image {[*image.shape]}")
+    previous = symbols.times["start"]
+    for symbol, step in STEPS.items():
+        elapsed, previous = symbols.times[symbol] - previous, symbols.times[symbol]
+        took = f"{elapsed * 1000:8.1f} ms" if elapsed else f"{'..':>8}"  # made together with the one before
+        print(f"{step:42}{symbol:9}{str([*symbols[symbol].shape]):22}{took}")
+    tokens = [symbols[name].shape[1] for name in ("T_i", "T_s1", "T_s2")]
+    print("tokens: " + " -> ".join(f"{n:,}" for n in tokens))
 
 
 if __name__ == "__main__":
