@@ -7,9 +7,9 @@
 
 As a library: `evaluate(model, dataset, device)` is what train.py calls after every epoch.
 
-Predictions are COCO results throughout: dicts of `image_id`, `category_id`, `bbox` (x, y, w, h in pixels of the original
-image), `segmentation` (compressed RLE of the original size) and `score`. All AP are in percent. Images go through the
-model one by one, whatever the number of processes, so that neither padding nor sharing them out changes a digit.
+Predictions are COCO results throughout: dicts of `image_id`, `category_id`, `bbox` (x, y, w, h in pixels of the
+original image), `segmentation` (compressed RLE of the original size) and `score`. All AP are in percent. Images go
+through the model one by one, so that neither padding nor sharing them out over processes changes a digit.
 """
 
 import argparse
@@ -67,10 +67,19 @@ def join(device):
     return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
 
 
-def leave_signals_to_the_trainer(worker):
-    """A loader's worker outlives Ctrl-C and SIGTERM, which reach the whole group, until the step in hand is done."""
+def keep_working(worker):
+    """For a loader's worker: Ctrl-C and SIGTERM reach the whole process group, but the step in hand needs its data."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def samples(loader):
+    """What the loader yields. An image that cannot be read ends the program with its name, exit code 2."""
+    try:
+        yield from loader
+    except ValueError as error:  # from a worker it comes below that worker's traceback
+        print(str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
+        sys.exit(2)
 
 
 # ---- Predictions
@@ -118,9 +127,9 @@ def predict(model, dataset, device, workers=0, amp="off", every_layer=False):
     rank, world = rank_and_world()
     mine = range(rank, len(dataset), world)
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers,
-                        worker_init_fn=leave_signals_to_the_trainer, generator=torch.Generator())
+                        worker_init_fn=keep_working)  # fmt: skip
     found = {}
-    for index, (image, target) in zip(mine, loader, strict=True):
+    for index, (image, target) in zip(mine, samples(loader), strict=True):
         image_id = target["image_id"]
         layers = detect(model, image, size_of(dataset, image_id), device, amp, every_layer)
         found[index] = [coco_results(layer, image_id, dataset.category_ids) for layer in layers]
@@ -288,7 +297,8 @@ def evaluate_images(model, files, classes, geometry, device, args):
             detections = detect(model, resized, (image.height, image.width), device, args.amp)[0]
         results = [r for r in coco_results(detections, file.name, range(len(classes))) if r["score"] >= args.score]
         pictures.save_image(draw(image, results, names, args.score) / 255, args.out / f"{file.stem}_found.png")
-        print(f"{file.name}: " + (", ".join(f"{names[r['category_id']]} {r['score']:.2f}" for r in results) or "nothing"))
+        found_here = [f"{names[r['category_id']]} {r['score']:.2f}" for r in results]
+        print(f"{file.name}: {', '.join(found_here) or 'nothing'}")
         found += [{**r, "category": names[r["category_id"]]} for r in results]
     (args.out / "predictions.json").write_text(json.dumps(found))
 
@@ -317,32 +327,31 @@ def parse_arguments(arguments):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
+    args.out = args.out or Path(args.ckpt).parent
     try:
-        run(args)
-    except (ValueError, FileNotFoundError) as error:
+        device = join(args.device)
+        model, classes, trained_on, test_size = restore(args.ckpt, device)
+        geometry = data.shortest_side(*(args.test_size or test_size))
+        if args.images:
+            return evaluate_images(model, args.images, classes, geometry, device, args)
+        name = args.data or trained_on
+        dataset = data.open_dataset(name, args.data_root, "val", geometry, training=False)
+        if dataset.classes != classes:
+            raise ValueError(f"{args.ckpt} knows other classes ({', '.join(classes)}) than {name} has "
+                             f"({', '.join(dataset.classes)})")  # fmt: skip
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    evaluate_dataset(model, dataset, device, args)
 
 
-def run(args):
-    device = join(args.device)
-    model, classes, trained_on, test_size = restore(args.ckpt, device)
-    args.out = args.out or Path(args.ckpt).parent
-    geometry = data.shortest_side(*(args.test_size or test_size))
-    if args.images:
-        return evaluate_images(model, args.images, classes, geometry, device, args)
-
-    dataset = data.open_dataset(args.data or trained_on, args.data_root, "val", geometry, training=False)
-    if dataset.classes != classes:
-        raise ValueError(
-            f"{args.ckpt} was trained on other classes ({', '.join(classes)}) than {args.data or trained_on} has "
-            f"({', '.join(dataset.classes)})"
-        )
+def evaluate_dataset(model, dataset, device, args):
+    """The table, and what else the command line asks for."""
     layers = predict(model, dataset, device, args.workers, args.amp, every_layer=args.layers)
     if layers is None:
         return
     rows = [(f"layer {i}" if args.layers else "DI-MaskDINO", average_precision(dataset.json, layer))
-            for i, layer in enumerate(layers)]
+            for i, layer in enumerate(layers)]  # fmt: skip
     print(table(rows))
     metrics = dict(rows[-1][1])
     if args.layers:
@@ -352,7 +361,8 @@ def run(args):
         print(f"{metrics['FPS']:.1f} images/s ({metrics['FPS_without_postprocessing']:.1f} without post-processing)")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "predictions.json").write_text(json.dumps(layers[-1]))
-    draw_dataset(dataset, layers[-1], spread(args.draw, len(dataset)), args.out / "pictures", args.score)
+    if args.draw:
+        draw_dataset(dataset, layers[-1], spread(args.draw, len(dataset)), args.out / "pictures", args.score)
     if args.json:
         args.json.write_text(json.dumps(metrics, indent=2))
 

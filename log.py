@@ -1,0 +1,134 @@
+"""What people watch while a model trains: lines or a progress bar, log.jsonl, curves.png, pictures, TensorBoard.
+
+Written by rank 0 alone. A full disk costs a warning, not the run.
+"""
+
+import contextlib
+import json
+import sys
+
+import torch
+from tqdm import tqdm
+
+import deform_attn_cuda
+from evaluate import draw_dataset, rank_and_world, spread, table
+
+PICTURES = 8  # validation images drawn after each epoch, always the same ones
+
+
+def say(message):
+    """For people, once, however many processes there are, and above the progress bar if there is one."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def tolerant(path):
+    """A full disk costs a warning."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {path} was not written ({error})", file=sys.stderr)
+
+
+class Log:
+    """A progress bar on a terminal and lines elsewhere; log.jsonl; TensorBoard where it is installed; after each epoch
+    curves.png, pictures and predictions.json."""
+
+    def __init__(self, run):
+        self.out, self.active, self.tensorboard = run.args.out, rank_and_world()[0] == 0, None
+        terminal = self.active and sys.stderr.isatty()
+        self.bar = tqdm(total=run.steps, initial=run.step, unit="step", disable=not terminal, dynamic_ncols=True)
+        if self.active:
+            # A run that was killed may have logged steps that it never saved.
+            kept = [record for record in self.records() if record["step"] <= run.step]
+            with tolerant(self.out / "log.jsonl"):
+                (self.out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(self.out)
+
+    def records(self):
+        """What log.jsonl holds, without a line that was cut short."""
+        records, path = [], self.out / "log.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+    def write(self, run, values):
+        values = {k: v if v is None else float(f"{v:.6g}") for k, v in values.items()}
+        record = {"epoch": round(run.step / run.steps_per_epoch, 4), "step": run.step, **values}
+        with tolerant(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in values.items() if self.tensorboard else ():
+            if value is not None:
+                self.tensorboard.add_scalar(name, value, run.step)
+
+    def training(self, run, losses, seconds, waiting):
+        """After some steps: the mean of each loss, seconds a step, and the share of them spent waiting for data."""
+        if not self.active:
+            return
+        speed = {"images_per_second": run.recipe.batch_size / seconds, "waiting_for_data": waiting}
+        if run.device.type == "cuda":
+            speed["memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 1e9
+        loss, rate = sum(losses.values()), run.recipe.lr * run.recipe.rate(run.step - 1, run.steps)
+        self.write(run, {"loss": loss, **losses, "lr": rate, **speed})
+        text = f"loss {loss:.2f}, lr {rate:.1e}, {speed['images_per_second']:.1f} images/s, {waiting:.0%} waiting"
+        text += f", {speed['memory_gb']:.1f} GB" if "memory_gb" in speed else ""
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(run.step - self.bar.n)
+        if self.bar.disable:
+            minutes = round(seconds * (run.steps - run.step) / 60)
+            say(f"epoch {run.epoch + 1}/{run.recipe.epochs}, step {run.step}/{run.steps}: {text}, "
+                f"{minutes // 60}:{minutes % 60:02} h to go")  # fmt: skip
+
+    def evaluation(self, run, metrics, results):
+        """After an epoch: the metrics and the COCO results."""
+        if not self.active:
+            return
+        self.write(run, metrics)
+        say(table([(f"epoch {run.epoch + 1}", metrics)]))
+        with tolerant(self.out):
+            (self.out / "predictions.json").write_text(json.dumps(results))
+            draw_dataset(run.val_set, results, spread(PICTURES, len(run.val_set)), self.out / "pictures")
+            self.draw_curves()
+
+    def draw_curves(self):
+        from matplotlib.figure import Figure
+
+        records = self.records()
+        figure = Figure((11, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        training = [record for record in records if "loss" in record]
+        for kind in ("loss", "class", "box", "giou", "mask", "dice"):  # of class_3, ... the sum
+            values = [sum(v for name, v in record.items() if name.split("_")[0] == kind) for record in training]
+            left.plot([record["epoch"] for record in training], values, label=kind)
+        left.set(xlabel="epoch", title="losses", yscale="log")
+        for name in ("AP_box", "AP_mask"):
+            points = [(record["epoch"], record[name]) for record in records if record.get(name) is not None]
+            right.plot(*zip(*points, strict=True) if points else ([], []), "o-", label=name)
+        right.set(xlabel="epoch", title="AP on the validation images", ylim=(0, None))
+        for axes in (left, right):
+            axes.legend()
+            axes.grid(alpha=0.3)
+        figure.savefig(self.out / "curves.png", dpi=110)
+
+
+def introduce(run):
+    """The first lines of a run."""
+    device, world = run.device, rank_and_world()[1]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    recipe, classes = run.recipe, run.train_set.classes
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    say(
+        f"device: {name}{f' x {world}' if world > 1 else ''}, autocast {run.args.amp}\n"
+        f"{deform_attn_cuda.status(device.type)}\n"
+        f"data: {run.args.data}, {len(run.train_set):,} training and {len(run.val_set):,} validation images, "
+        f"{len(classes)} classes ({', '.join(classes[:8])}{', ...' * (len(classes) > 8)})\n"
+        f"model: {run.args.preset}, {run.config.backbone}, {parameters:.1f} M parameters\n"
+        f"training: {recipe.epochs} epochs of {run.steps_per_epoch:,} steps of {recipe.batch_size} images, "
+        f"lr {recipe.lr:.1e}, into {run.args.out}" + f"; going on after step {run.step:,}" * bool(run.step)
+    )

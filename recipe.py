@@ -1,0 +1,95 @@
+"""How a model is trained: the paper's settings (4.1, appendix B), schedule, augmentations and parameter groups."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from data import Geometry
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. The defaults are the paper's for COCO; what it leaves open follows the released code."""
+
+    epochs: int = 50
+    batch_size: int = 16  # over all processes and accumulated parts
+    lr: float = 1e-4
+    backbone_lr: float = 0.1  # times lr
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05  # none on norms and embeddings
+    clip: float = 0.01  # norm of the gradient of the whole model
+    warmup: int = 0  # steps
+    schedule: str = "steps"  # a tenth of the rate from each of `drops` on; "cosine": down to zero
+    drops: tuple[float, ...] = (0.9, 0.95)  # as fractions of all steps
+    augmentation: str = "jitter"  # "flips", "none": see AUGMENTATIONS
+    image_size: int = 1024  # side of the square training images
+    test_size: tuple[int, int] = (800, 1333)  # shortest side of test images, and how far the longest may go
+
+    @classmethod
+    def bdd100k(cls):
+        return cls(epochs=68, batch_size=8, drops=(50 / 68,))
+
+    @classmethod
+    def tiny(cls):
+        """For Config.tiny() on `shapes`: all of it learns from scratch, in few steps."""
+        return cls(
+            epochs=8, batch_size=8, lr=2e-3, backbone_lr=1.0, betas=(0.9, 0.98), clip=0.1, warmup=100,
+            schedule="cosine", augmentation="flips", image_size=128, test_size=(128, 128),
+        )  # fmt: skip
+
+    def but(self, **changes):
+        """The recipe with some fields changed; the size of test images goes with that of training images."""
+        zoom = changes.get("image_size", self.image_size) / self.image_size
+        return dataclasses.replace(self, test_size=tuple(round(side * zoom) for side in self.test_size), **changes)
+
+    def rate(self, step, steps):
+        """The learning rate of a step, 0 <= step < steps, as a factor of lr."""
+        warmup = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.schedule == "cosine":
+            return warmup * (1 + math.cos(math.pi * step / steps)) / 2
+        return warmup * 0.1 ** sum(step >= round(fraction * steps) for fraction in self.drops)
+
+
+def large_scale_jitter(side, rng, width, height):
+    """Flip; resize to 0.1 to 2.0 of a square of `side`; crop that square at a random place, grey beyond the image."""
+    scale = rng.uniform(0.1, 2.0) * side / max(width, height)
+    size = tuple(max(1, round(length * scale)) for length in (height, width))
+    offset = tuple(int(rng.integers(max(length - side, 0) + 1)) for length in size)
+    return Geometry(size, (side, side), offset, horizontal_flip=bool(rng.random() < 0.5))
+
+
+def flips_and_transposes(side, rng, width, height):
+    """One of the eight positions of the image in a square, at the size that just fits."""
+    transpose, horizontal, vertical = (bool(coin) for coin in rng.random(3) < 0.5)
+    size = fit(side, rng, *((height, width) if transpose else (width, height))).size
+    return Geometry(size, (side, side), (0, 0), transpose, horizontal, vertical)
+
+
+def fit(side, rng, width, height):
+    """The whole image at the size that just fits into a square, grey beyond it."""
+    size = tuple(max(1, round(length * side / max(width, height))) for length in (height, width))
+    return Geometry(size, (side, side))
+
+
+AUGMENTATIONS = {"jitter": large_scale_jitter, "flips": flips_and_transposes, "none": fit}
+
+
+def parameter_groups(model, recipe):
+    """Weight decay for all but norms, embeddings and Swin's position biases; a rate of its own for the backbone."""
+    groups = {}
+    for prefix, module in model.named_modules():
+        plain = not isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d | nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                kind = prefix.startswith("backbone"), plain and name != "relative_position_bias_table"
+                groups.setdefault(kind, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "base_lr": recipe.lr * (recipe.backbone_lr if backbone else 1),
+            "weight_decay": recipe.weight_decay if decayed else 0.0,
+        }
+        for (backbone, decayed), parameters in groups.items()
+    ]
