@@ -54,8 +54,8 @@ def deform_attn_pytorch(value, level_shapes, locations, weights):
     output = table.new_zeros(B * Q * h, c)
     start = 0
     for level, (H, W) in enumerate(level_shapes):
-        x = (locations[:, :, :, level, :, 0] * W - 0.5).clamp(-1, W)      # [B Q h P] in pixels
-        y = (locations[:, :, :, level, :, 1] * H - 0.5).clamp(-1, H)
+        x = (locations[:, :, :, level, :, 0] * W - 0.5).clamp(-2, W)      # [B Q h P] in pixels
+        y = (locations[:, :, :, level, :, 1] * H - 0.5).clamp(-2, H)
         left, top = x.detach().floor(), y.detach().floor()
         rows, shares = [], []
         for line, share_y in ((top, top + 1 - y), (top + 1, y - top)):
@@ -128,7 +128,7 @@ def _load():
 
     @torch.library.register_fake("deform_attn::backward")
     def _(grad_output, value, level_shapes, locations, weights):
-        return torch.empty_like(value), torch.empty_like(locations), torch.empty_like(weights)
+        return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
 
     return ""
 

@@ -1,5 +1,6 @@
 // The operators deform_attn::forward and deform_attn::backward: schema, checks, autograd, and their CPU kernels.
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -21,10 +22,12 @@ using at::IntArrayRef;
 using at::Tensor;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
+// PyTorch's own choice of instructions, which ATEN_CPU_CAPABILITY overrides.
 const CpuKernels& cpu_kernels() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512;
-  if (__builtin_cpu_supports("x86-64-v3")) return avx2;
+  static const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") return avx512;
+  if (capability == "AVX2") return avx2;
 #endif
   return baseline;
 }

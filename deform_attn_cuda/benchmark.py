@@ -1,0 +1,173 @@
+"""Time every path of `deform_attn` on this machine: `python -m deform_attn_cuda.benchmark`.
+
+Shapes are those of a 800x1216 image: an encoder whose 20,197 tokens all ask, and a decoder of 300 queries. Locations
+are `local`, a ring of growing radius around each query with noise of one pixel, as the initialised model samples, or
+`random`, uniform over the image, the worst for caches. Paths are timed in turn in one process; medians are printed.
+"""
+import argparse
+import ctypes
+import functools
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as nnf
+
+from . import KERNEL_TYPES, deform_attn, deform_attn_pytorch, status
+
+LEVELS = [(100, 152), (50, 76), (25, 38), (13, 19)]
+HEADS, CHANNELS, POINTS = 8, 32, 4
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def grid_sample(value, level_shapes, locations, weights):
+    """The classic formulation of DETR repositories: one `grid_sample` for each level, all samples kept."""
+    B, _, h, c = value.shape
+    _, Q, _, L, P, _ = locations.shape
+    sampled = []
+    for level, tokens in enumerate(value.split([H * W for H, W in level_shapes], 1)):
+        image = tokens.permute(0, 2, 3, 1).reshape(B * h, c, *level_shapes[level])
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(B * h, Q, P, 2).to(value.dtype)
+        sampled.append(nnf.grid_sample(image, grid, padding_mode="zeros", align_corners=False))
+    weights = weights.transpose(1, 2).reshape(B * h, 1, Q, L * P).to(value.dtype)
+    return (torch.cat(sampled, -1) * weights).sum(-1).view(B, h * c, Q).transpose(1, 2)
+
+
+def inputs(batch, queries, pattern, dtype, device):
+    """Inputs of one call; `queries` None: one for each token, at its place."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(H * W for H, W in LEVELS)
+    centres = torch.cat([torch.cartesian_prod((torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W).flip(-1)
+                         for H, W in LEVELS]) if queries is None else torch.rand(queries, 2, generator=generator)
+    shape = batch, len(centres), HEADS, len(LEVELS), POINTS
+    locations = torch.rand(*shape, 2, generator=generator)
+    if pattern == "local":
+        angle = torch.arange(HEADS) * 2 * math.pi / HEADS
+        ring = torch.stack([angle.cos(), angle.sin()], -1)[:, None, None] * torch.arange(1, POINTS + 1)[:, None]
+        pixels = ring + torch.randn(*shape, 2, generator=generator)
+        locations = centres[:, None, None, None] + pixels / torch.tensor(LEVELS).flip(-1)[:, None]
+    value = torch.randn(batch, tokens, HEADS, CHANNELS, generator=generator)
+    weights = torch.randn(shape, generator=generator).flatten(3).softmax(-1).view(shape)
+    return value.to(device, dtype), locations.to(device), weights.to(device)
+
+
+def compulsory_and_gathered(batch, queries, dtype):
+    """Bytes a forward must move to and from memory at least, and bytes of the corner rows it reads."""
+    tokens = sum(H * W for H, W in LEVELS)
+    queries = queries or tokens
+    points = batch * queries * HEADS * len(LEVELS) * POINTS
+    row = CHANNELS * dtype.itemsize
+    return batch * (tokens + queries) * HEADS * row + points * 3 * 4, points * 4 * row
+
+
+def milliseconds(function, device):
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak_megabytes(function, device):
+    """Memory that a call needs beyond what was there before; NaN where that cannot be measured."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    reset, process = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return math.nan
+
+    def megabytes(field):
+        return int(next(line for line in process.read_text().splitlines() if line.startswith(field)).split()[1]) / 1e3
+
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that its next use is seen
+    reset.write_text("5")             # forget the peak of resident memory
+    before = megabytes("VmRSS")
+    function()
+    return megabytes("VmHWM") - before
+
+
+def measure(batch, queries, pattern, dtype, device, repeats):
+    """Rows of the table for one case: one for each path."""
+    value, locations, weights = inputs(batch, queries, pattern, dtype, device)
+    paths = {"grid_sample": grid_sample, "PyTorch fallback": deform_attn_pytorch}
+    if dtype in KERNEL_TYPES.get(device, ()) and "fallback" not in status(device, dtype):
+        paths[f"{device.upper()} kernel"] = deform_attn
+    leaves = [tensor.clone().requires_grad_() for tensor in (value, locations, weights)]
+    grad = torch.randn_like(grid_sample(value, LEVELS, locations, weights))
+
+    def forward(path):
+        with torch.no_grad():
+            return path(value, LEVELS, locations, weights)
+
+    def forward_backward(path):
+        output = path(leaves[0], LEVELS, *leaves[1:])
+        return torch.autograd.grad(output, leaves, grad)
+
+    calls = {(name, step): functools.partial(step, path) for name, path in paths.items()
+             for step in (forward, forward_backward)}
+    memory = {key: peak_megabytes(call, device) for key, call in calls.items()}  # and warm up
+    samples = {key: [] for key in calls}
+    for _ in range(repeats):
+        for key, call in calls.items():
+            samples[key].append(milliseconds(call, device))
+    times = {key: statistics.median(sample) for key, sample in samples.items()}
+
+    compulsory, gathered = compulsory_and_gathered(batch, queries, dtype)
+    rows = [{"case": f"{'encoder' if queries is None else 'decoder'} batch {batch} {pattern}",
+             "type": str(dtype).removeprefix("torch."), "path": name,
+             "forward_ms": times[name, forward], "forward_backward_ms": times[name, forward_backward],
+             "forward_mb": memory[name, forward], "forward_backward_mb": memory[name, forward_backward],
+             "compulsory_gb_per_s": compulsory / times[name, forward] / 1e6,
+             "gathered_gb_per_s": gathered / times[name, forward] / 1e6} for name in paths]
+    for row in rows:
+        row["forward_speedup"] = rows[0]["forward_ms"] / row["forward_ms"]
+        row["forward_backward_speedup"] = rows[0]["forward_backward_ms"] / row["forward_backward_ms"]
+    return rows
+
+
+HEADER = (f"{'case':24} {'type':9} {'path':17} {'fwd ms':>9} {'x':>6} {'fwd+bwd ms':>11} {'x':>6} {'peak MB':>8} "
+          f"{'peak MB':>8} {'gather GB/s':>11}")
+
+
+def text(row):
+    return (f"{row['case']:24} {row['type']:9} {row['path']:17} {row['forward_ms']:9.2f} {row['forward_speedup']:6.1f} "
+            f"{row['forward_backward_ms']:11.2f} {row['forward_backward_speedup']:6.1f} {row['forward_mb']:8.0f} "
+            f"{row['forward_backward_mb']:8.0f} {row['gathered_gb_per_s']:11.1f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--types", nargs="+", default=["fp32", "bf16"], choices=TYPES, help="types of the value")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5, help="the median of so many is printed")
+    parser.add_argument("--json", type=Path, help="write all figures to this file as well")
+    arguments = parser.parse_args()
+    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"PyTorch {torch.__version__}, {arguments.device}, {machine}; {status(arguments.device)}")
+    print(HEADER)
+    rows = []
+    for dtype in (TYPES[name] for name in arguments.types):
+        for batch in arguments.batches:
+            for queries, pattern in ((None, "local"), (None, "random"), (300, "local")):
+                case = measure(batch, queries, pattern, dtype, arguments.device, arguments.repeats)
+                rows += case
+                print(*map(text, case), sep="\n", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""What `deform_attn` promises, on every device and path of this machine."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deform_attn_cuda
+from deform_attn_cuda import build, deform_attn, deform_attn_pytorch, status
+from deform_attn_cuda.benchmark import grid_sample
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+LEVELS = [(6, 9), (3, 5), (1, 1)]
+
+
+def needs_kernel(device, dtype=torch.float32):
+    if "fallback" in status(device, dtype):
+        pytest.skip(status(device, dtype))
+
+
+def inputs(level_shapes=LEVELS, B=2, Q=7, h=3, c=5, P=2, dtype=torch.float64, device="cpu", seed=0):
+    """Locations on a grid of 1/8 pixel, up to two pixels outside, so on borders and pixel centres as well.
+
+    There the gradient by the location jumps, and one rounding more or less decides for one side or the other. So
+    sizes that are no power of two, whose locations are rounded, keep 1/16 pixel away.
+    """
+    random = torch.Generator().manual_seed(seed)
+    locations = []
+    for H, W in level_shapes:
+        size = torch.tensor([W, H])
+        steps = (torch.rand(B, Q, h, P, 2, generator=random) * (8 * (size + 4))).floor() - 16
+        pixels = steps / 8 + torch.where(size & (size - 1) == 0, 0, 1 / 16)
+        locations.append((pixels.double() + 0.5) / size)
+    tokens = sum(H * W for H, W in level_shapes)
+    value = torch.randn(B, tokens, h, c, generator=random)
+    weights = torch.randn(B, Q, h, len(level_shapes), P, generator=random)
+    precise = torch.promote_types(dtype, torch.float32)
+    return (value.to(device, dtype).requires_grad_(), torch.stack(locations, 3).to(device, precise).requires_grad_(),
+            weights.to(device, precise).requires_grad_())
+
+
+def outputs(path, level_shapes, tensors):
+    """The output of a path and its three gradients."""
+    output = path(tensors[0], level_shapes, *tensors[1:])
+    upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
+    return output, *torch.autograd.grad(output, tensors, upstream)
+
+
+def assert_close(actual, expected, tolerance):
+    """Relative to the largest element, as sums of terms of either sign have no relative accuracy of their own."""
+    for name, a, b in zip(("output", "grad_value", "grad_locations", "grad_weights"), actual, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        scale = b.abs().max().item() if b.numel() else 0
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(scale, 1), msg=lambda text, name=name:
+                                   f"{name}: {text}")
+
+
+problems = st.fixed_dictionaries({
+    "level_shapes": st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    "B": st.integers(1, 3), "Q": st.integers(1, 9), "h": st.integers(1, 4), "P": st.integers(1, 18),
+    "c": st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 31, 32, 40, 64, 72]), "seed": st.integers(0, 1000)})
+
+# ---- What is computed
+
+
+@settings(deadline=None, max_examples=30)
+@given(problem=problems)
+def test_the_fallback_is_the_classic_formulation_with_grid_sample(problem):
+    tensors = inputs(**problem)
+    classic = outputs(grid_sample, problem["level_shapes"], tensors)
+    assert_close(outputs(deform_attn_pytorch, problem["level_shapes"], tensors), classic, 1e-12)  # float64 rounding
+
+
+# Rounding of sums of up to 300 terms: 2^-53 and 2^-24 times some tens. Sixteen-bit results are rounded to 8 (11) bits
+# once, from sums in float32 that may fall to either side; gradients of locations multiply by sizes of up to 9 pixels.
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@settings(deadline=None, max_examples=40)
+@given(problem=problems)
+def test_kernel_and_fallback_agree(device, dtype, problem):
+    needs_kernel(device, dtype)
+    tensors = inputs(**problem, dtype=dtype, device=device)
+    expected = outputs(deform_attn_pytorch, problem["level_shapes"], tensors)
+    assert_close(outputs(deform_attn, problem["level_shapes"], tensors), expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
+def test_gradients_are_those_of_finite_differences(path, device):
+    tensors = inputs([(3, 5), (3, 3)], B=1, Q=2, h=2, c=3, device=device)
+    assert torch.autograd.gradcheck(lambda value, *rest: path(value, [(3, 5), (3, 3)], *rest), tensors)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
+def test_infinity_is_outside_and_not_a_number_stays_visible(path, device):
+    value, locations, weights = (t.detach() for t in inputs([(3, 4)], B=1, Q=4, h=1, c=8, P=1, device=device))
+    for query, place in enumerate([float("inf"), float("-inf"), 1e30, float("nan")]):
+        locations[0, query, ..., 0] = place
+    output = path(value, [(3, 4)], locations, weights)
+    assert (output[0, :3] == 0).all() and output[0, 3].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
+@pytest.mark.parametrize("empty", [{"B": 0}, {"Q": 0}], ids=str)
+def test_batches_and_queries_may_be_none_at_all(path, empty, device):
+    tensors = inputs(**empty, device=device)
+    results = outputs(path, LEVELS, tensors)
+    assert [t.shape for t in results[1:]] == [t.shape for t in tensors]
+    assert all((t == 0).all() for t in results)
+
+
+def test_the_same_bits_come_out_of_any_number_of_threads():
+    needs_kernel("cpu")
+    shapes = [(40, 60), (20, 30)]
+    tensors = inputs(shapes, Q=3000, h=4, c=16, P=4, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(outputs(deform_attn, shapes, tensors))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_older_processors_get_the_same_results(capability):
+    """A process for each set of instructions, as PyTorch chooses once."""
+    needs_kernel("cpu")
+    code = ("import torch; from test_deform_attn import *\n"
+            "for dtype in deform_attn_cuda.KERNEL_TYPES['cpu']:\n"
+            "    for c in (7, 32):\n"
+            "        tensors = inputs(c=c, P=5, dtype=dtype)\n"
+            "        assert_close(outputs(deform_attn, LEVELS, tensors),"
+            " outputs(deform_attn_pytorch, LEVELS, tensors), TOLERANCES[dtype])\n")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent,
+                   env=os.environ | {"ATEN_CPU_CAPABILITY": capability})
+
+
+# ---- How it behaves in PyTorch
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["dense", "permuted", "empty"])
+def test_the_operators_pass_opcheck(kind, device):
+    needs_kernel(device)
+    value, locations, weights = inputs(Q=0 if kind == "empty" else 7, dtype=torch.float32, device=device)
+    if kind == "permuted":
+        value = value.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_()
+        locations = locations.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    sizes = [size for shape in LEVELS for size in shape]
+    torch.library.opcheck(torch.ops.deform_attn.forward.default, (value, sizes, locations, weights))
+    grad = torch.ones(2, locations.shape[1], 15, device=device)
+    plain = [t.detach() for t in (value, locations, weights)]
+    torch.library.opcheck(torch.ops.deform_attn.backward.default, (grad, plain[0], sizes, *plain[1:]))
+
+
+class Sample(torch.nn.Module):
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, value, locations, weights):
+        return self.path(value, LEVELS, locations, weights)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
+def test_compiled_graphs_hold_it_whole(path, device):
+    tensors = inputs(dtype=torch.float32, device=device)
+    compiled = torch.compile(Sample(path), fullgraph=True)
+    assert_close(outputs(lambda value, shapes, *rest: compiled(value, *rest), LEVELS, tensors),
+                 outputs(path, LEVELS, tensors), 1e-6)  # fused float32 arithmetic rounds elsewhere
+
+
+@pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
+def test_exported_programs_take_any_batch(path):
+    batch = {0: torch.export.Dim("B")}
+    program = torch.export.export(Sample(path), inputs(dtype=torch.float32), dynamic_shapes=(batch, batch, batch))
+    tensors = inputs(B=5, dtype=torch.float32)
+    torch.testing.assert_close(program.module()(*tensors), path(tensors[0], LEVELS, *tensors[1:]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_lowers_the_value_and_keeps_the_locations(device):
+    value, locations, weights = inputs(dtype=torch.float32, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        output = deform_attn(value, LEVELS, locations, weights.bfloat16())
+    expected = deform_attn_pytorch(value.bfloat16(), LEVELS, locations, weights.bfloat16().float())
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-8)  # one rounding to bfloat16, to either side
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"value": torch.zeros(2, 70, 15)}, "value must be"),
+    ({"value": torch.zeros(2, 71, 3, 5)}, "level_shapes"),
+    ({"value": torch.zeros(2, 70, 3, 5, dtype=torch.int32)}, "value must be of a float type"),
+    ({"level_shapes": [(70, 1)]}, "locations must be"),
+    ({"level_shapes": [(70, 1), (1, 0), (0, 1)]}, "level_shapes"),
+    ({"locations": torch.zeros(2, 7, 3, 3, 2)}, "locations must be"),
+    ({"locations": torch.zeros(3, 7, 3, 3, 2, 2)}, "locations must be"),
+    ({"weights": torch.zeros(2, 7, 3, 3, 1)}, "weights must be"),
+    ({"weights": torch.zeros(2, 7, 3, 3, 2, device="meta")}, "weights is on meta"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_wrong_arguments_are_named(change, named):
+    value, locations, weights = inputs(dtype=torch.float32)
+    arguments = {"value": value, "level_shapes": LEVELS, "locations": locations, "weights": weights} | change
+    with pytest.raises(ValueError, match=f"deform_attn: {named}"):
+        deform_attn(**arguments)
+
+
+@pytest.mark.parametrize("sizes", [[6, 9, 3, 5], [6, 9, 3, 5, 1, 2], [6, 9, 3, 5, -1, -1]], ids=str)
+def test_the_operator_itself_refuses_what_it_could_not_read(sizes):
+    needs_kernel("cpu")
+    value, locations, weights = inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match="level_shapes"):
+        torch.ops.deform_attn.forward(value, sizes, locations, weights)
+
+
+# ---- Build and dispatch
+
+
+def test_the_first_use_says_once_which_path_runs(capsys, monkeypatch):
+    monkeypatch.setattr(deform_attn_cuda, "_paths", {})
+    monkeypatch.setattr(deform_attn_cuda, "_said", set())
+    value, locations, weights = inputs(dtype=torch.float32)
+    for _ in range(2):
+        deform_attn(value, LEVELS, locations, weights)
+    assert capsys.readouterr().err == status("cpu") + "\n"
+
+
+@pytest.mark.parametrize("stamp, reason", [
+    (None, "not built: run make build"),
+    ({"torch": "1.0"}, "built for PyTorch 1.0, this is"),
+    ({"torch": torch.__version__, "sources": "0"}, "its sources have changed: run make build"),
+    ({"torch": torch.__version__, "sources": None, "library": "gone.so"}, "cannot be loaded, run make build: "),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_library_that_cannot_serve_is_named_and_the_fallback_runs(stamp, reason, tmp_path, monkeypatch):
+    if stamp:
+        stamp = {"sources": deform_attn_cuda.sources_digest()} | {k: v for k, v in stamp.items() if v}
+        (tmp_path / "stamp.json").write_text(json.dumps(stamp))
+    monkeypatch.setattr(deform_attn_cuda, "STAMP", tmp_path / "stamp.json")
+    monkeypatch.setattr(deform_attn_cuda, "_not_loaded", deform_attn_cuda._load())
+    monkeypatch.setattr(deform_attn_cuda, "_paths", {})
+    assert status("cpu").startswith(f"deform_attn: PyTorch fallback ({reason}")
+    value, locations, weights = inputs(dtype=torch.float32)
+    expected = deform_attn_pytorch(value, LEVELS, locations, weights)
+    assert torch.equal(deform_attn(value, LEVELS, locations, weights), expected)
+
+
+def test_a_type_without_a_kernel_is_named():
+    assert "float16" in status("cpu", torch.float16)
+
+
+def run_build(**environment):
+    return subprocess.run([sys.executable, "-m", "deform_attn_cuda.build"], capture_output=True, text=True,
+                          cwd=Path(__file__).parent, env=os.environ | environment)
+
+
+def built_files():
+    return {path: path.stat().st_mtime_ns for path in build.BUILD.glob("*")}
+
+
+def test_building_again_does_nothing():
+    needs_kernel("cpu")
+    before = built_files()
+    done = run_build()
+    assert done.returncode == 0 and "up to date" in done.stdout and built_files() == before
+
+
+def test_without_a_compiler_one_line_says_what_to_install():
+    before = built_files()
+    done = run_build(CXX="no-such-compiler")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and "apt install g++" in done.stdout
+    assert built_files() == before
+
+
+def test_a_build_that_fails_leaves_what_was_there():
+    if build.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    before = built_files()
+    done = run_build(CXXFLAGS="--no-such-flag")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no-such-flag" in done.stderr
+    assert built_files() == before
+
+
+def test_where_there_is_a_compiler_there_is_a_kernel():
+    if build.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert status("cpu") == "deform_attn: CPU kernel"
