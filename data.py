@@ -82,7 +82,10 @@ class Geometry(NamedTuple):
             points = np.where((self.horizontal_flip, self.vertical_flip), whole - points, points)
             fifths = np.trunc(5 * (points * scale) + 0.5) - 5 * offset
             moved.append(((fifths - (fifths < 0)) / 5).ravel().tolist())
-        return decode(rle.merge(rle.frPyObjects(moved, *self.output)))
+        height, width = self._filled()
+        output = np.zeros(self.output, np.uint8)
+        output[:height, :width] = decode(rle.merge(rle.frPyObjects(moved, height, width)))
+        return output
 
     def bitmask(self, mask: np.ndarray) -> np.ndarray:
         """Transform a bitmask [h w]: each output pixel takes the value at its centre, so the region keeps its edges."""
