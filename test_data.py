@@ -120,7 +120,7 @@ def test_a_crop_is_a_part_of_the_whole(source, height, width, new_height, new_wi
     assert np.array_equal(crop.bitmask(mask), whole.bitmask(mask)[top:, left:])
     picture = Image.fromarray(random.integers(0, 256, (height, width, 3)).astype(np.uint8))
     part, image = (np.asarray(g.image(picture)).astype(int) for g in (crop, whole))
-    assert abs(part - image[top:, left:]).max() <= 1  # Pillow rounds to 8 bits, from start points equal to 1e-6
+    assert abs(part - image[top:, left:]).max() <= 2  # Pillow resizes in two passes, each rounded to whole grey values
 
 
 def test_what_lies_beyond_the_image_is_grey_and_in_no_mask():
