@@ -167,6 +167,16 @@ def test_the_operators_pass_opcheck(kind, device):
     torch.library.opcheck(torch.ops.deform_attn.backward.default, (grad, plain[0], sizes, *plain[1:]))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_second_derivatives_are_an_error_and_not_zero(device):
+    needs_kernel(device)
+    value, locations, weights = inputs(dtype=torch.float32, device=device)
+    output = deform_attn(value, LEVELS, locations, weights)
+    gradient, = torch.autograd.grad(output.sum(), value, create_graph=True)
+    with pytest.raises(RuntimeError, match="deform_attn::backward is not implemented"):
+        gradient.sum().backward()
+
+
 class Sample(torch.nn.Module):
     def __init__(self, path):
         super().__init__()

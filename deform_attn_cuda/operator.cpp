@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -182,6 +183,9 @@ TORCH_LIBRARY_IMPL(deform_attn, CPU, m) {
   m.impl("backward", backward_cpu);
 }
 
-TORCH_LIBRARY_IMPL(deform_attn, Autograd, m) { m.impl("forward", forward_autograd); }
+TORCH_LIBRARY_IMPL(deform_attn, Autograd, m) {
+  m.impl("forward", forward_autograd);
+  m.impl("backward", torch::autograd::autogradNotImplementedFallback());  // second derivatives are an error
+}
 
 }  // namespace deform_attn
