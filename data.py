@@ -321,12 +321,12 @@ def _sound(coco, folder, report) -> dict:
     if not categories:
         report.fatal["no categories"].append(f"images in {folder}")
     sound = {image_id for image_id, image in images.items() if _is_sound(image, folder, report)}
-    annotations = (_complete(a, images, categories, report) for a in annotations.values())
+    annotations = [_complete(a, images, sound, categories, report) for a in annotations.values()]
     return {
         **coco,
         "categories": list(categories.values()),
-        "images": [images[image_id] for image_id in sound],
-        "annotations": [a for a in annotations if a and a["image_id"] in sound],
+        "images": [image for image_id, image in images.items() if image_id in sound],
+        "annotations": [annotation for annotation in annotations if annotation],
     }
 
 
@@ -357,7 +357,7 @@ def _is_sound(image, folder, report) -> bool:
     return False
 
 
-def _complete(annotation, images, categories, report) -> dict | None:
+def _complete(annotation, images, sound, categories, report) -> dict | None:
     """The annotation with all that evaluation asks for, or None where it cannot be used."""
     where = f"annotation {annotation['id']}"
     if annotation["category_id"] not in categories:
@@ -365,6 +365,8 @@ def _complete(annotation, images, categories, report) -> dict | None:
         return None
     if annotation["image_id"] not in images:
         report.warnings["annotations of unknown images"].append(f"{where} (image {annotation['image_id']})")
+        return None
+    if annotation["image_id"] not in sound:
         return None
     height, width = (images[annotation["image_id"]][side] for side in ("height", "width"))
     segmentation, box, area = (annotation.get(key) for key in ("segmentation", "bbox", "area"))
@@ -383,7 +385,8 @@ def _complete(annotation, images, categories, report) -> dict | None:
     if box is None or not _finite([area]):
         runs = _compressed(usable, height, width)
         box, area = box or rle.toBbox(runs).tolist(), area if _finite([area]) else int(rle.area(runs))
-    return {"iscrowd": 0, **annotation, "segmentation": usable, "bbox": box, "area": area}
+    iscrowd = int(bool(annotation.get("iscrowd")))
+    return {**annotation, "iscrowd": iscrowd, "segmentation": usable, "bbox": box, "area": area}
 
 
 def _is_polygon(polygon) -> bool:
@@ -496,7 +499,7 @@ def _read_bdd100k(folder: Path, split: str) -> tuple[dict, Path]:
         frames = _read_json(rles)
         try:
             frames = frames["frames"] if isinstance(frames, dict) else frames
-            objects = {frame["name"]: _frame_objects(frame["labels"] or []) for frame in frames}
+            objects = {frame["name"]: _frame_objects(frame.get("labels") or []) for frame in frames}
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{rles} is no json of BDD100K's rles") from None
     else:
@@ -528,8 +531,11 @@ def _frame_objects(labels) -> list[dict]:
 def _bitmask_objects(path) -> list[dict]:
     """The same from a bitmask: red is the category, the last two bits of green say crowd and ignored, blue and alpha
     are the object's number."""
-    with Image.open(path) as image:
-        red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")).astype(np.int64), 2, 0)
+    try:
+        with Image.open(path) as image:
+            red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")).astype(np.int64), 2, 0)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as a bitmask: {error}") from None
     pixels = (blue << 24) + (alpha << 16) + (red << 8) + green
     objects = []
     for value in np.unique(pixels[red > 0]).tolist():

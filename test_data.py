@@ -356,6 +356,7 @@ FATAL = {
     "no images": ({"images": [], "annotations": []}, "no images"),
     "image without a size": (image(width=None), "image without a usable width (1): image at position 0"),
     "image without pixels": (image(width=0), "image 1"),
+    "image of less than none": (image(height=-60), "image 1"),
     "annotation without an image": (annotation(image_id=None), "annotation at position 0"),
     "annotation that is no object": ({"annotations": ["?"]}, "annotation at position 0"),
     "missing file": (image(file_name="c.png"), "image 1 (c.png)"),
@@ -493,9 +494,10 @@ def bdd100k_masks():
 
 
 def write_bdd100k(root, form):
-    """One frame in BDD100K's layout, in one of its two formats."""
+    """An image with objects and one without in BDD100K's layout, in one of its two formats."""
     (root / "images" / "10k" / "val").mkdir(parents=True)
-    Image.new("RGB", (1280, 720)).save(root / "images" / "10k" / "val" / "x.jpg")
+    for name in ("x.jpg", "y.jpg"):
+        Image.new("RGB", (1280, 720)).save(root / "images" / "10k" / "val" / name)
     labels, pixels = [], np.zeros((720, 1280, 4), np.uint8)
     for number, mask in enumerate(bdd100k_masks(), 255):
         name, attributes, expected = BDD100K_OBJECTS[number - 255]
@@ -507,17 +509,27 @@ def write_bdd100k(root, form):
     folder = root / "labels" / "ins_seg"
     if form == "rles":
         (folder / "rles").mkdir(parents=True)
-        (folder / "rles" / "ins_seg_val.json").write_text(json.dumps({"frames": [{"name": "x.jpg", "labels": labels}]}))
+        frames = [{"name": "x.jpg", "labels": labels}, {"name": "y.jpg"}]
+        (folder / "rles" / "ins_seg_val.json").write_text(json.dumps({"frames": frames}))
     else:
         (folder / "bitmasks" / "val").mkdir(parents=True)
-        Image.fromarray(pixels, "RGBA").save(folder / "bitmasks" / "val" / "x.png")
+        Image.fromarray(pixels).save(folder / "bitmasks" / "val" / "x.png")
+        Image.fromarray(0 * pixels).save(folder / "bitmasks" / "val" / "y.png")
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '[{"name": "x.jpg", "labels": [{}]}]'])
+def test_a_file_that_is_no_json_of_bdd100k_is_named(tmp_path, content):
+    write_bdd100k(tmp_path, "rles")
+    (tmp_path / "labels" / "ins_seg" / "rles" / "ins_seg_val.json").write_text(content)
+    with pytest.raises(ValueError, match="ins_seg_val.json"):
+        open_dataset("bdd100k", tmp_path, "val", identity, training=False)
 
 
 @pytest.mark.parametrize("form", ["rles", "bitmasks"])
 def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path, form):
     write_bdd100k(tmp_path / "bdd100k", form)
-    dataset = open_dataset("bdd100k", tmp_path, "val", identity, training=True)
-    assert not data.check(dataset, decode=True).fatal
+    dataset = open_dataset("bdd100k", tmp_path, "val", identity, training=False)
+    assert not data.check(dataset, decode=True).fatal and len(dataset) == 2
     assert dataset.classes == ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
     assert sorted((a["category_id"], a["iscrowd"]) for a in dataset.json["annotations"]) == sorted(
         expected for *_, expected in BDD100K_OBJECTS if expected
