@@ -123,6 +123,12 @@ def test_a_crop_is_a_part_of_the_whole(source, height, width, new_height, new_wi
     assert abs(part - image[top:, left:]).max() <= 2  # Pillow resizes in two passes, each rounded to whole grey values
 
 
+def test_a_bitmask_is_read_at_the_centres_of_the_pixels():
+    mask = np.tile(np.array([0, 1, 0], np.uint8), (3, 3))
+    assert Geometry((1, 3), (1, 3)).bitmask(mask).tolist() == [[1, 1, 1]]
+    assert Geometry((3, 3), (2, 2), (1, 1), transpose=True).bitmask(mask).tolist() == [[1, 1], [1, 1]]
+
+
 def test_what_lies_beyond_the_image_is_grey_and_in_no_mask():
     geometry = Geometry((60, 80), (64, 100))
     assert (np.asarray(geometry.image(Image.new("RGB", (80, 60), "white")))[60:] == 128).all()
@@ -223,6 +229,11 @@ def test_images_of_every_mode_load_as_upright_rgb(tmp_path, mode):
     pixels, _ = opened(folder)[0]
     assert pixels.shape == (3, 60, 80) and pixels.dtype == torch.uint8
     assert pixels[:, :, :30].float().mean() < 5 and pixels[:, :, 50:].float().mean() > 250  # JPEG and palettes round
+
+
+def test_16_bits_a_pixel_become_8(tmp_path):
+    Image.fromarray(np.full((2, 2), 100 * 257, np.uint16)).save(tmp_path / "a.png")
+    assert np.unique(data.read_image(tmp_path / "a.png")).tolist() == [100]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated", "another size"])
