@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -317,9 +318,9 @@ def test_ground_truth_is_complete_for_evaluation(tmp_path):
 
 def test_the_random_stream_of_a_sample_depends_on_seed_epoch_and_image_alone(tmp_path):
     images = [(i, f"{i}.png") for i in range(1, 7)]
-    folder = write(tmp_path, [{"image_id": i} for i, _ in images], images)
 
-    def drawn(epoch, seed, **loading):
+    def drawn(epoch, seed, first=0, **loading):
+        folder = write(tmp_path, [{"image_id": i} for i, _ in images[first:]], images[first:])
         dataset = open_dataset(str(folder), "unused", "val", at_random, training=True, seed=seed)
         dataset.epoch = epoch
         loader = torch.utils.data.DataLoader(dataset, collate_fn=collate, **loading)
@@ -329,6 +330,7 @@ def test_the_random_stream_of_a_sample_depends_on_seed_epoch_and_image_alone(tmp
     assert len({str(boxes) for boxes in plain.values()}) == 6
     assert drawn(3, 1, num_workers=2, shuffle=True) == plain
     assert drawn(4, 1) != plain and drawn(3, 2) != plain
+    assert drawn(3, 1, first=2) == {image_id: boxes for image_id, boxes in plain.items() if image_id > 2}
 
 
 def at_random(rng, width, height):
@@ -555,13 +557,13 @@ def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path, for
 # ---- Shapes
 
 
-def made(folder, name="shapes-full", train=6, val=24):
-    shapes.make_shapes(folder, shapes.SHAPES[name]._replace(images={"train": train, "val": val}))
+def made(folder, name="shapes"):
+    shapes.make_shapes(folder, shapes.SHAPES[name]._replace(images={"train": 6, "val": 24}))
     return opened(folder)
 
 
 def test_shapes_are_the_same_in_any_order_and_with_any_number_of_workers(tmp_path):
-    made(tmp_path / "set")
+    made(tmp_path / "set", "shapes-full")
     (tmp_path / "val").mkdir()
     for image_id in (17, 3):  # alone, in this process
         shapes._make_image(shapes.SHAPES["shapes-full"], tmp_path / "val", image_id)
@@ -600,6 +602,13 @@ def fails_in_the_end(recipe, folder, image_id):
     if image_id == 20:
         raise RuntimeError("interrupted")
     return {}, []
+
+
+def test_processes_that_make_one_set_at_a_time_end_with_one_whole_set(tmp_path):
+    with ProcessPoolExecutor(2) as pool:
+        assert [len(dataset) for dataset in pool.map(made, [tmp_path / "set"] * 2)] == [24, 24]
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert data.check(opened(tmp_path / "set"), decode=True).fatal == {}
 
 
 def test_shapes_are_reachable_by_name(tmp_path, monkeypatch):
