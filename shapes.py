@@ -108,7 +108,8 @@ def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list
     colours = [rng.uniform(50, 206, 3)]
     canvas = colours[0] + shapes.texture * np.stack(waves, -1)  # [H W 3]
     owner = np.zeros((height, width), int)  # what each pixel shows: 0 the background, then a number for each thing
-    places, areas, category_ids = [], [0], [None]  # areas of objects before others hide them, 0 for all else
+    visible, demanded = np.array([owner.size]), np.zeros(1)  # of each: pixels now, and the fewest that may stay
+    places, category_ids = [], [None]
     objects = 0 if rng.random() < 0.03 else rng.integers(1, shapes.objects + 1)
     clutter = rng.integers(shapes.objects)
     for is_object in rng.permutation([True] * objects + [False] * clutter).astype(bool):
@@ -122,16 +123,15 @@ def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list
             centre = centre.clip(0.6 * radius, np.array((width, height)) - 0.6 * radius)  # the border may cut it
             window, x, y = _turned(centre, radius, rng.uniform(0, 2 * np.pi), height, width)
             distance = radius * (OUTLINES if is_object else CLUTTER)[name](x, y)
-            after = owner.copy()
-            after[window][distance < 0] = len(areas)
-            visible = np.bincount(after.ravel(), minlength=len(areas))[: len(areas)]
-            if (visible >= MIN_VISIBLE * np.array(areas)).all():
+            hidden = np.bincount(owner[window][distance < 0], minlength=len(visible))
+            if (visible - hidden >= demanded).all():
                 break
         else:
             continue
-        owner = after
+        owner[window][distance < 0] = len(visible)
+        visible = np.append(visible - hidden, hidden.sum())
+        demanded = np.append(demanded, MIN_VISIBLE * hidden.sum() * is_object)
         places.append((centre, radius))
-        areas.append((distance < 0).sum() if is_object else 0)
         category_ids.append(SHAPE_IDS[list(OUTLINES).index(name)] if is_object else None)
         candidates = rng.uniform(20, 236, (4, 1, 3))  # the colour is the one least like those already there
         colours.append(candidates[np.linalg.norm(candidates - colours, axis=2).min(1).argmax(), 0])
