@@ -1,4 +1,4 @@
-"""`shapes`: synthetic images in COCO format, made on first use, the same on every machine.
+"""`shapes`: synthetic images in COCO format, made on first use, always the same ones.
 
 Eight classes are told apart by outline alone: colours and textures are random.  Objects hide each other, so masks are
 what can be seen of them, with holes and in several pieces; the border cuts some, clutter looks like parts of them, and
@@ -101,15 +101,29 @@ def make_shapes(folder: Path, shapes: Shapes) -> None:
 
 def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list[dict]]:
     """Draw one image, write it and return its records.  All that is random comes from the split and the image's id."""
-    rng = np.random.default_rng((*folder.name.encode(), image_id))
+    picture, owner, category_ids = _draw(shapes, np.random.default_rng((*folder.name.encode(), image_id)))
+    record = {"id": image_id, "file_name": f"{image_id:06}.jpg", "width": owner.shape[1], "height": owner.shape[0]}
+    Image.fromarray(picture).save(folder / record["file_name"], quality=92, subsampling=0)
+    annotations = []
+    for number, category_id in enumerate(category_ids):
+        if category_id:
+            runs = rle.encode(np.asfortranarray(owner == number, np.uint8))
+            segmentation = {"size": runs["size"], "counts": runs["counts"].decode()}
+            annotation = {"image_id": image_id, "category_id": category_id, "iscrowd": 0, "segmentation": segmentation}
+            annotations.append({**annotation, "bbox": rle.toBbox(runs).tolist(), "area": int(rle.area(runs))})
+    return record, annotations
+
+
+def _draw(shapes: Shapes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int | None]]:
+    """A picture [H W 3], the number of the thing that each pixel shows [H W], and the category of each thing or None."""
     height, width = rng.integers(shapes.side[0], shapes.side[1] + 1, 2).tolist()
     waves = [Image.fromarray(grid.astype(np.float32)) for grid in rng.normal(0, 0.8, (3, 5, 5))]
     waves = [np.asarray(wave.resize((width, height), Image.Resampling.BICUBIC)) for wave in waves]
     colours = [rng.uniform(50, 206, 3)]
     canvas = colours[0] + shapes.texture * np.stack(waves, -1)  # [H W 3]
-    owner = np.zeros((height, width), int)  # what each pixel shows: 0 the background, then a number for each thing
-    visible, demanded = np.array([owner.size]), np.zeros(1)  # of each: pixels now, and the fewest that may stay
-    places, category_ids = [], [None]
+    owner = np.zeros((height, width), int)
+    places, category_ids = [], [None]  # thing 0 is the background
+    visible, demanded = np.array([owner.size]), np.zeros(1)  # pixels of each thing, and the fewest that may stay
     objects = 0 if rng.random() < 0.03 else rng.integers(1, shapes.objects + 1)
     clutter = rng.integers(shapes.objects)
     for is_object in rng.permutation([True] * objects + [False] * clutter).astype(bool):
@@ -138,17 +152,7 @@ def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list
         fill = colours[-1] + shapes.texture * _texture(rng, radius * x, radius * y)
         canvas[window] += np.clip(0.5 - distance, 0, 1)[..., None] * (fill - canvas[window])
     canvas += shapes.texture / 8 * rng.standard_normal(canvas.shape, np.float32)
-    record = {"id": image_id, "file_name": f"{image_id:06}.jpg", "width": width, "height": height}
-    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    picture.save(folder / record["file_name"], quality=92, subsampling=0)
-    annotations = []
-    for number, category_id in enumerate(category_ids):
-        if category_id:
-            runs = rle.encode(np.asfortranarray(owner == number, np.uint8))
-            segmentation = {"size": runs["size"], "counts": runs["counts"].decode()}
-            annotation = {"image_id": image_id, "category_id": category_id, "iscrowd": 0, "segmentation": segmentation}
-            annotations.append({**annotation, "bbox": rle.toBbox(runs).tolist(), "area": int(rle.area(runs))})
-    return record, annotations
+    return canvas.clip(0, 255).astype(np.uint8), owner, category_ids
 
 
 def _turned(centre, radius, angle, height, width):
