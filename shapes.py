@@ -115,7 +115,7 @@ def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list
 
 
 def _draw(shapes: Shapes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int | None]]:
-    """A picture [H W 3], the number of the thing that each pixel shows [H W], and the category of each thing or None."""
+    """A picture [H W 3], the number of the thing that each pixel shows [H W], the category of each thing or None."""
     height, width = rng.integers(shapes.side[0], shapes.side[1] + 1, 2).tolist()
     waves = [Image.fromarray(grid.astype(np.float32)) for grid in rng.normal(0, 0.8, (3, 5, 5))]
     waves = [np.asarray(wave.resize((width, height), Image.Resampling.BICUBIC)) for wave in waves]
