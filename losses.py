@@ -96,15 +96,6 @@ def mask_costs(masks, target):
     }
 
 
-def uncertain_points(masks, number):
-    """Points [M P 2] for masks [M H W]: of 3 P random ones the 3/4 P where the mask is least certain; 1/4 P random."""
-    points = torch.rand(len(masks), 3 * number, 2, device=masks.device)
-    certainty = sample(masks[:, None], points)[:, 0].abs()
-    chosen = certainty.topk(int(0.75 * number), largest=False).indices
-    random = torch.rand(len(masks), number - chosen.shape[1], 2, device=masks.device)
-    return torch.cat((points.gather(1, chosen[..., None].expand(-1, -1, 2)), random), 1)
-
-
 # ---- The criterion ---------------------------------------------------------------------------------------------------
 
 
@@ -125,45 +116,59 @@ class Criterion(nn.Module):
         prediction is not finite, with its name.
         """
         num_objects = max(sum(len(t["labels"]) for t in targets) if num_objects is None else num_objects, 1)
-        matched = {"selection": outputs["selection"]}
-        matched |= {f"interaction_{i}": x for i, x in enumerate(outputs["interaction"])}
-        matched |= {f"{i}": x for i, x in enumerate(outputs["layers"])}
+        sets = {"selection": outputs["selection"]} | {f"{i}": x for i, x in enumerate(outputs["layers"])}
+        noised = {f"denoising_{i}": x for i, x in enumerate(outputs["denoising"])}
+        without_masks = {f"interaction_{i}": x for i, x in enumerate(outputs["interaction"])}
         with torch.autocast(outputs["logits"].device.type, enabled=False):
-            terms = {}
-            for name, (queries, objects) in self.match(matched, targets).items():
-                terms |= self.losses(name, matched[name], targets, queries, objects, num_objects)
-            for i, noised in enumerate(outputs["denoising"]):
-                queries, objects, groups = self.slots(noised, targets)
-                terms |= self.losses(f"denoising_{i}", noised, targets, queries, objects, num_objects * groups)
-        return terms
+            pairs = self.match(sets | without_masks, targets)
+            normalizers = dict.fromkeys(pairs, num_objects)
+            if noised:
+                *slots, groups = self.slots(outputs["denoising"][0], targets)
+                pairs |= dict.fromkeys(noised, slots)
+                normalizers |= dict.fromkeys(noised, num_objects * groups)
+            sets = sets | noised | without_masks  # those with masks first
+            terms = self.losses(list(sets.values()), targets, [pairs[name] for name in sets])
+        return {
+            f"{term}_{name}": self.weights[term] * value.sum() / normalizers[name]
+            for term, values in terms.items()
+            for name, value in zip(sets, values, strict=False)
+        }
 
     @torch.no_grad()
     def match(self, sets, targets):
         """The best one-to-one match of each set of predictions: {name: (queries [M], objects [M])}, numbered through the
         batch. Every image has its own random points, shared by its masks. The only wait for the device in a step."""
-        todo = {}
+        sizes = [prediction["logits"].shape[1] for prediction in sets.values()]
+        masked = [prediction["masks"] for prediction in sets.values() if "masks" in prediction]  # the first of the sets
+        matrices, device = [], targets[0]["labels"].device
         for b, target in enumerate(targets):
-            points = torch.rand(1, self.points, 2, device=target["boxes"].device)
-            object_points = sample(target["masks"][None].float(), points)[0] if len(target["labels"]) else None
-            for name, prediction in sets.items() if object_points is not None else ():
-                terms = costs(prediction["logits"][b].float(), prediction["boxes"][b], target)
-                if "masks" in prediction:
-                    terms |= mask_costs(sample(prediction["masks"][b][None].float(), points)[0], object_points)
-                todo[name, b] = sum(WEIGHTS[term] * cost for term, cost in terms.items())
-        matrices = torch.cat([cost.flatten() for cost in todo.values()]).cpu() if todo else torch.empty(0)
-        first_object = [sum(len(t["labels"]) for t in targets[:b]) for b in range(len(targets))]
-        matches = {name: ([], []) for name in sets}
-        for (name, b), cost in zip(todo, matrices.split([c.numel() for c in todo.values()]), strict=True):
-            if not cost.isfinite().all():
-                raise FloatingPointError(explain(name, b, sets[name], targets[b]))
-            rows, columns = linear_sum_assignment(cost.view(todo[name, b].shape).numpy())
-            matches[name][0].extend(rows + b * sets[name]["logits"].shape[1])
-            matches[name][1].extend(columns + first_object[b])
-        device = targets[0]["labels"].device
-        return {name: [torch.tensor(index, dtype=torch.long, device=device) for index in m] for name, m in matches.items()}
+            points = torch.rand(1, self.points, 2, device=device)
+            if len(target["labels"]) == 0:
+                continue
+            logits, boxes = (torch.cat([x[part][b] for x in sets.values()]).float() for part in ("logits", "boxes"))
+            cost = sum(WEIGHTS[term] * x for term, x in costs(logits, boxes, target).items())
+            if masked:
+                masks = torch.cat([sample(x[b][None].float(), points)[0] for x in masked])
+                terms = mask_costs(masks, sample(target["masks"][None].float(), points)[0])
+                cost[: len(masks)] += sum(WEIGHTS[term] * x for term, x in terms.items())
+            matrices.append(cost)
+        matrices = iter(torch.cat([x.flatten() for x in matrices]).cpu().split([x.numel() for x in matrices]) if matrices else ())
+        matches, first_object = {name: ([], []) for name in sets}, 0
+        for b, target in enumerate(targets):
+            number = len(target["labels"])
+            costs_of_image = next(matrices).view(-1, number).split(sizes) if number else ()
+            for name, size, cost in zip(sets, sizes, costs_of_image, strict=False):
+                if not cost.isfinite().all():
+                    raise FloatingPointError(explain(name, b, sets[name], target))
+                queries, objects = linear_sum_assignment(cost.numpy())
+                matches[name][0].extend(queries + b * size)
+                matches[name][1].extend(objects + first_object)
+            first_object += number
+        return {name: [torch.tensor(i, dtype=torch.long).to(device) for i in match] for name, match in matches.items()}
 
     def slots(self, noised, targets):
-        """The slots of denoising queries that hold an object, and the object of each, numbered through the batch."""
+        """The slots of denoising queries that hold an object, the object of each, both numbered through the batch, and
+        the number of groups."""
         counts = [len(target["labels"]) for target in targets]
         total, size = noised["logits"].shape[1], max(counts)
         groups = total // size if size else 0
@@ -173,35 +178,50 @@ class Criterion(nn.Module):
         device = noised["logits"].device
         return torch.cat(queries).to(device), torch.cat(objects).to(device), max(groups, 1)
 
-    def losses(self, name, prediction, targets, queries, objects, normalizer):
-        """The weighted losses of one set, given which of its queries (numbered through the batch) is which object."""
-        labels = torch.cat([target["labels"] for target in targets])[objects]
-        boxes = torch.cat([target["boxes"] for target in targets])[objects]
-        logits = prediction["logits"].flatten(0, 1)
+    def losses(self, sets, targets, pairs):
+        """The losses of all sets at once, given which queries of each (numbered through the batch) are which objects.
+
+        {term: one tensor for each set}: of "class" for every query, of the others for every pair; of "mask" and "dice"
+        for those sets, the first ones, that have masks.
+        """
+        logits, predicted = (torch.cat([x[part].flatten(0, 1) for x in sets]).float() for part in ("logits", "boxes"))
+        sizes = [x["logits"].shape[:2].numel() for x in sets]
+        queries = torch.cat([q + sum(sizes[:i]) for i, (q, _) in enumerate(pairs)])
+        objects, numbers = torch.cat([o for _, o in pairs]), [len(q) for q, _ in pairs]
+        labels, boxes = (torch.cat([target[part] for target in targets])[objects] for part in ("labels", "boxes"))
         classes = torch.zeros_like(logits)
         classes[queries, labels] = 1
-        predicted = prediction["boxes"].flatten(0, 1)[queries]
+        predicted = predicted[queries]
         corners = (box_convert(x, "cxcywh", "xyxy") for x in (predicted, boxes))
         terms = {
-            "class": sigmoid_focal_loss(logits, classes, reduction="sum"),
-            "box": (predicted - boxes).abs().sum(),
-            "giou": generalized_box_iou_loss(*corners, reduction="sum", eps=1e-6),
+            "class": sigmoid_focal_loss(logits, classes).sum(1).split(sizes),
+            "box": (predicted - boxes).abs().sum(1).split(numbers),
+            "giou": generalized_box_iou_loss(*corners, eps=1e-6).split(numbers),
         }
-        if "masks" in prediction:
-            masks = prediction["masks"].flatten(0, 1).index_select(0, queries).float()
-            with torch.no_grad():
-                points = uncertain_points(masks, self.points)
-                objects_masks = torch.cat([target["masks"] for target in targets])
-                inside = [  # a few at a time: at full resolution, and once for each denoising group
-                    sample(objects_masks[o][:, None].float(), p)[:, 0]
-                    for o, p in zip(objects.split(64), points.split(64), strict=True)
-                ]
-                inside = torch.cat(inside)
-            masks = sample(masks[:, None], points)[:, 0]
-            p = masks.sigmoid()
-            terms["mask"] = nnf.binary_cross_entropy_with_logits(masks, inside, reduction="none").mean(1).sum()
-            terms["dice"] = (1 - (2 * (p * inside).sum(1) + 1) / (p.sum(1) + inside.sum(1) + 1)).sum()
-        return {f"{term}_{name}": self.weights[term] * loss / normalizer for term, loss in terms.items()}
+        masked = sum("masks" in x for x in sets)
+        masks = [x["masks"].flatten(0, 1).index_select(0, q) for x, (q, _) in zip(sets[:masked], pairs, strict=False)]
+        masks, numbers = torch.cat(masks).float(), numbers[:masked]
+        with torch.no_grad():
+            points = self.uncertain_points(masks, numbers)
+            wanted = torch.cat([target["masks"] for target in targets])
+            inside = torch.cat([  # a few at a time: at full resolution, and once for each denoising group
+                sample(wanted[o][:, None].float(), p)[:, 0]
+                for o, p in zip(objects[: len(masks)].split(64), points.split(64), strict=True)
+            ])  # fmt: skip
+        masks = sample(masks[:, None], points)[:, 0]
+        p = masks.sigmoid()
+        terms["mask"] = nnf.binary_cross_entropy_with_logits(masks, inside, reduction="none").mean(1).split(numbers)
+        terms["dice"] = (1 - (2 * (p * inside).sum(1) + 1) / (p.sum(1) + inside.sum(1) + 1)).split(numbers)
+        return terms
+
+    def uncertain_points(self, masks, numbers):
+        """Points [M P 2] for masks [M H W]: of 3 P random ones the 3/4 P where the mask is least certain; 1/4 P random."""
+        kept = int(0.75 * self.points)
+        points = torch.cat([torch.rand(n, 3 * self.points, 2, device=masks.device) for n in numbers])
+        certainty = sample(masks[:, None], points)[:, 0].abs()
+        chosen = certainty.topk(kept, largest=False).indices
+        random = torch.cat([torch.rand(n, self.points - kept, 2, device=masks.device) for n in numbers])
+        return torch.cat((points.gather(1, chosen[..., None].expand(-1, -1, 2)), random), 1)
 
 
 def explain(name, b, prediction, target):

@@ -1,0 +1,333 @@
+"""Config.released() and Config.maskdino() compute the numbers of the authors' code, given the same weights.
+
+The arrays were recorded from the authors' code with made-up weights (golden_*.npz beside released_weights.py, which
+makes the weights); they are not part of this project, and the tests are skipped where they are absent. Arrays of tokens
+count from the coarsest level there, from the finest here; selections are compared as sets, and what follows them query
+by query, aligned by token. Tolerances are absolute, several times what the authors' code differs from itself between
+thread counts; the root mean square has to stay within three times that difference (noise_floor.json), or 1e-6.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+
+import deform_attn_cuda
+import dimaskdino
+from dimaskdino import Config, DIMaskDINO, config_of, load_weights, postprocess
+from losses import Criterion, denoising_queries
+
+GOLDEN = Path(__file__).parent.parent / "shared/released"
+pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"the recorded arrays are not at {GOLDEN}")
+sys.path.append(str(GOLDEN))
+
+OPERATORS = [
+    pytest.param("compiled", marks=pytest.mark.skipif("kernel" not in deform_attn_cuda.status("cpu"), reason="not built")),
+    "fallback",
+]
+
+
+@pytest.fixture(params=OPERATORS)
+def operator(request, monkeypatch):
+    if request.param == "fallback":
+        monkeypatch.setattr(dimaskdino, "deform_attn", deform_attn_cuda.deform_attn_pytorch)
+
+
+def released_weights(model, seed):
+    import released_weights
+
+    return released_weights.load(GOLDEN / f"manifest_{model}.json", GOLDEN / f"aliases_{model}.json", int(seed))
+
+
+class Run:
+    """One image through the model with the recorded run's weights; `ours` maps the recorded names to our arrays."""
+
+    def __init__(self, name, model, batch=1):
+        self.golden = np.load(GOLDEN / f"golden_{name}.npz")
+        weights = released_weights(model, self.golden["weight_seed"])
+        self.config = config_of({"model": weights})
+        self.model = DIMaskDINO(self.config).eval()
+        load_weights(self.model, weights)
+        image = torch.from_numpy(self.golden["image0"])
+        self.seen = {}
+        for part, module in self.model.named_modules():
+            module.register_forward_hook(lambda _, inputs, output, part=part: self.seen.setdefault(part, []).append(output))
+        with torch.no_grad():
+            # In a batch of two, the second image is another one: the first upside down.
+            self.outputs = self.model(torch.stack((image, image.flip(1))[:batch]), trace=True)
+        self.trace = self.outputs["trace"]
+
+        start, shapes = self.golden["T_i_level_start"], self.golden["T_i_level_hw"]
+        levels = [np.arange(s, s + h * w) for s, (h, w) in zip(start, shapes, strict=True)]
+        self.theirs = np.concatenate(levels[::-1])  # our token -> theirs
+        self.tokens = np.argsort(self.theirs)  # their token -> ours
+
+    def align(self, ours, theirs):
+        """Our rank of each of their selected tokens."""
+        rank = {token: rank for rank, token in enumerate(self.theirs[ours[0].numpy()])}
+        assert set(rank) == set(theirs[0].tolist()), "another set of tokens is selected"
+        return [rank[token] for token in theirs[0]]
+
+    def check(self, stages, noise):
+        """Compare stage after stage, so that the first one to part is the one that is named."""
+        for name, tolerance, ours in stages:
+            ours, theirs = np.asarray(ours, dtype=np.float64), self.golden[name]
+            ours = ours[tuple(slice(n) for n in theirs.shape)]  # some arrays hold the first queries only
+            difference = np.abs(ours - theirs)
+            assert ours.shape == theirs.shape, f"{name} is the first to part: {ours.shape}, not {theirs.shape}"
+            assert difference.max() <= tolerance, f"{name} is the first to part: by {difference.max():.2g}"
+            if name in noise:
+                limit = max(3 * noise[name]["rms"], 1e-6)
+                rms = np.sqrt((difference**2).mean())
+                assert rms <= limit, f"{name} is the first to part: by {rms:.2g} in the mean, more than {limit:.2g}"
+
+
+def features(run):
+    backbone = run.seen["backbone"][0]
+    for i, x in enumerate(backbone):
+        yield f"backbone_res{i + 2}_meanstd", 1e-4, [x[:1].mean(), x[:1].std()]
+        if f"backbone_res{i + 2}_slice" in run.golden:
+            yield f"backbone_res{i + 2}_slice", 1e-4, x[:1, :: x.shape[1] // 16, ::4, ::4]
+
+
+def stages_of_dimaskdino(run):
+    g, t, seen, out, tokens = run.golden, run.trace, run.seen, run.outputs, run.tokens
+    yield from features(run)
+    for i in range(4):
+        yield f"encoder_input_{i}_slice", 1e-4, seen[f"encoder.projections.{i}"][0][:1, ::16, ::2, ::2]
+    yield "T_i", 3e-4, t["T_i"][:1, tokens]
+    position = dimaskdino.sine_of_grid([tuple(x) for x in g["encoder_input_level_hw"].tolist()], 256, "cpu")
+    yield "T_i_pos_slice", 1e-5, position[None, tokens, ::16]
+    yield "mask_features_s2", 1e-4, seen["seg_head.embed"][0][:1, :, ::2, ::2]
+    yield "T_i_transformed_slice", 3e-4, seen["transform"][0][:1, tokens, ::8]
+    yield "sel1_scores_all", 4e-4, run.model.det_head.scores(seen["transform"][0])[:1, tokens].detach()
+
+    first = run.align(t["index_1"], g["sel1_idx"])
+    yield "sel1_scores", 4e-4, t["scores_1"][:1, first]
+    yield "T_s1", 3e-4, t["T_s1"][:1, first]
+    yield "interm_logits_q100", 1e-3, out["selection"]["logits"][:1, first]
+    yield "interm_boxes", 5e-5, out["selection"]["boxes"][:1, first]
+    yield "interm_masks_q20", 1e-3, out["selection"]["masks"][:1, first]
+    yield "sel1_ref", 1e-6, t["box_s1"][:1, first]  # from whole pixels, so exact but for the division
+    interaction, boxes = run.model.interactions[0], t["box_s1"]
+    for i in range(2):
+        yield f"ti{i}_query_pos_slice", 1e-4, seen["interactions.0.position"][i][:1, first, ::8]
+        tokens_sa = seen[f"interactions.0.layers.{i}"][0]
+        yield f"ti{i}_out", 3e-4, tokens_sa[:1, first]
+        boxes = dimaskdino.refine(interaction.box_mlp(tokens_sa), boxes).detach()
+        yield f"ti{i}_ref", 5e-5, boxes[:1, first]
+        yield f"ti{i}_logits_q100", 1e-3, out["interaction"][i]["logits"][:1, first]
+        yield f"ti{i}_boxes", 1e-4, out["interaction"][i]["boxes"][:1, first]
+    yield "sel2_scores_all", 4e-4, run.model.det_head.scores(seen["interactions.0.norm"][1])[:1, first].detach()
+
+    second = run.align(t["index_2"], g["T_s2_token_idx"])
+    yield "sel2_scores", 4e-4, t["scores_2"][:1, second]
+    yield "T_s2", 3e-4, t["T_s2"][:1, second]
+    yield "sel2_ref", 5e-5, t["box_s2"][:1, second]
+    yield "Q_bal", 4e-4, t["Q_bal"][:1, second]
+    yield "ref0", 5e-5, t["box_s2"][:1, second]
+    yield "ref1", 1e-4, t["box_bal"][:1, second]
+    yield "guide_scores_all", 4e-4, run.model.det_head.scores(t["Q_bal"])[:1, second].detach()
+    by_score = np.asarray(run.model.det_head.scores(t["Q_bal"])[0].detach()).argsort()[::-1]
+    guides = run.align(t["index_2"][:, by_score[:50].copy()], g["guide_token_idx"])
+    for name in ("T_g_mask", "T_g_box", "T_g"):
+        yield name, 3e-4, t[name][:1, guides]
+    yield "T_bal", 3e-4, t["T_bal"][:1, tokens]
+    yield "mask_features_updated_s2", 1e-4, seen["pixel_update"][0].relu()[:1, :, ::2, ::2]
+    layer_tolerance = [4e-4, 4e-4, 1e-3, 1e-3, 3e-3, 3e-3]
+    for i in range(5):
+        # The position MLP runs at layer 0, in the guiding tokens, then at layers 1 to 5.
+        yield f"dec{i + 1}_query_pos_slice", 4e-4, seen["position"][i + 2][:1, second, ::8]
+        name = f"dec{i + 1}_out" + ("" if i == 4 else "_q100")
+        yield name, layer_tolerance[i + 1], seen[f"decoder.{i}"][0][:1, second]
+    yield from predictions(run, second)
+
+
+def predictions(run, rank):
+    last = len(run.outputs["layers"]) - 1
+    for i, layer in enumerate(run.outputs["layers"]):
+        late = i > last / 3
+        yield f"pred{i}_logits", 1e-2 if late else 1e-3, layer["logits"][:1, rank]
+        yield f"pred{i}_boxes", 4e-4 if late else 1e-4, layer["boxes"][:1, rank]
+        for name in (f"pred{i}_masks_q40", f"pred{i}_masks_q20"):
+            if name in run.golden:
+                yield name, 1e-2 if late else 1e-3, layer["masks"][:1, rank]
+
+
+def check_final(run, index, chosen):
+    """The 100 objects: scores, labels, boxes and masks, aligned by (token, class)."""
+    g = run.golden
+    height, width = g["image0"].shape[1:]
+    first = {name: run.outputs[name][:1] for name in ("logits", "boxes", "masks")}
+    size = tuple(g["final0_masks_hw"].tolist())
+    (ours,) = postprocess(first, [(height, width)], [size])
+    rank = run.align(index, chosen)
+    scores = first["logits"].sigmoid()[0, rank].flatten()[g["final0_flat_idx"]]
+    order = dict.fromkeys(range(100))  # ours are sorted by the final score: match them by label and box
+    theirs = np.unpackbits(g["final0_masks_packed"], axis=1)[:, : size[0] * size[1]].reshape(-1, *size)
+    assert np.abs(scores.numpy() - g["final0_class_scores"]).max() <= 2e-3
+    for i in range(100):
+        same = [
+            j for j in order
+            if ours["labels"][j] == g["final0_labels"][i] and np.abs(ours["boxes"][j] - g["final0_boxes"][i]).max() < 0.2
+            and abs(ours["scores"][j] - g["final0_scores"][i]) < 2e-3
+        ]  # fmt: skip
+        assert same, f"object {i} of the 100 is not among ours"
+        best = min(same, key=lambda j: (ours["masks"][j].numpy() != theirs[i]).sum())
+        assert (ours["masks"][best].numpy() != theirs[i]).mean() <= 1e-4
+        del order[best]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_released_every_recorded_array_agrees_from_backbone_to_the_100_objects(operator, batch):
+    run = Run("r50_a", "dimaskdino_r50", batch)
+    assert run.config == Config.released()
+    noise = json.loads((GOLDEN / "noise_floor.json").read_text())["golden_r50_a"]
+    run.check(stages_of_dimaskdino(run), noise)
+    check_final(run, run.trace["index_2"], run.golden["T_s2_token_idx"])
+
+
+def stages_of_maskdino(run):
+    g, t, seen, out, tokens = run.golden, run.trace, run.seen, run.outputs, run.tokens
+    yield from features(run)
+    yield "T_i_c8", 3e-4, t["T_i"][:1, tokens, ::8]
+    yield "mask_features_s2_c4", 1e-4, seen["seg_head.embed"][0][:1, ::4, ::2, ::2]
+    yield "sel1_scores_all", 4e-4, run.model.det_head.scores(seen["transform"][0])[:1, tokens].detach()
+    rank = run.align(t["index_1"], g["sel1_idx"])
+    yield "sel1_scores", 4e-4, t["scores_1"][:1, rank]
+    yield "T_s", 3e-4, t["T_s2"][:1, rank]
+    yield "ref_logit", 2e-5, t["box_s2"][:1, rank].logit()  # 1e-5 where the clamp at 1e-5 is reached
+    yield "interm_boxes", 5e-5, out["selection"]["boxes"][:1, rank]
+    yield "interm_masks_q10", 1e-3, out["selection"]["masks"][:1, rank]
+    yield "dec0_out", 4e-4, seen["residual"][0][:1, rank]
+    yield "dec8_out", 3e-3, seen["decoder.7"][0][:1, rank]
+    yield from predictions(run, rank)
+
+
+def test_maskdino_every_recorded_array_agrees(operator):
+    run = Run("maskdino3s_r50", "maskdino3s_r50")
+    assert run.config == Config.maskdino()
+    noise = json.loads((GOLDEN / "noise_floor.json").read_text())["golden_maskdino3s_r50"]
+    run.check(stages_of_maskdino(run), noise)
+    check_final(run, run.trace["index_1"], run.golden["sel1_idx"])
+
+
+def test_a_weight_that_differs_between_its_names_is_refused():
+    weights = released_weights("dimaskdino_r50", 0)
+    weights["sem_seg_head.predictor.oldm.class_embed.bias"] = weights["sem_seg_head.predictor.class_embed.bias"] + 1
+    with pytest.raises(ValueError, match="class_embed.bias differs"):
+        config_of({"model": weights})
+
+
+def test_the_decoders_levels_are_turned_from_coarse_first_to_fine_first():
+    weights = released_weights("dimaskdino_r50", 0)
+    model = DIMaskDINO(Config.released())
+    load_weights(model, weights)
+    theirs = weights["sem_seg_head.predictor.decoder.layers.3.cross_attn.sampling_offsets.bias"]
+    theirs = rearrange(theirs, "(h L P xy) -> h L P xy", h=8, L=4, P=4)
+    ours = rearrange(model.decoder[2].cross_attention.offsets.bias, "(h L P xy) -> h L P xy", h=8, L=4, P=4)
+    assert torch.equal(ours, theirs.flip(1))
+
+
+# ---- Losses ----------------------------------------------------------------------------------------------------------
+
+SETS = {"": "2", "_0": "0", "_1": "1", "_interm": "selection", "_dn": "denoising_2", "_dn_0": "denoising_0", "_dn_1": "denoising_1"}
+TERMS = {"loss_ce": "class", "loss_bbox": "box", "loss_giou": "giou", "loss_mask": "mask", "loss_dice": "dice"}
+NAMES = {term + stage: f"{TERMS[term]}_{SETS[stage]}" for term in TERMS for stage in SETS}
+NAMES |= {f"oldm_{term}_{i}": f"{TERMS[term]}_interaction_{i}" for term in ("loss_ce", "loss_bbox", "loss_giou") for i in (0, 1)}
+
+
+class LossSizes:
+    mask_points, detection_loss = 112, 1.0
+
+
+@pytest.fixture
+def recorded_losses():
+    return np.load(GOLDEN / "golden_losses.npz")
+
+
+def recorded_outputs(g, denoising):
+    def prediction(name):
+        parts = [part for part in ("logits", "boxes", "masks") if f"in_{name}_pred_{part}" in g]
+        return {part: torch.from_numpy(g[f"in_{name}_pred_{part}"]).requires_grad_() for part in parts}
+
+    layers = [prediction(name) for name in ("aux0", "aux1", "main")]
+    noised = [prediction(name) for name in ("dn_aux0", "dn_aux1", "dn")] if denoising else []
+    interaction = [prediction("oldm0"), prediction("oldm1")]
+    return {**layers[-1], "layers": layers, "selection": prediction("interm"), "interaction": interaction, "denoising": noised}
+
+
+def recorded_targets(g, prefix):
+    parts = ("labels", "boxes", "masks")
+    targets = [{part: torch.from_numpy(g[f"{prefix}{b}_{part}"]) for part in parts if f"{prefix}{b}_{part}" in g} for b in (0, 1)]
+    return [t | {"labels": t["labels"].long()} | ({"masks": t["masks"].bool()} if "masks" in t else {}) for t in targets]
+
+
+@pytest.fixture
+def recorded_randomness():
+    """torch.rand and its kin give what they gave when the arrays were recorded."""
+    import det_random
+
+    with det_random.patched():
+        yield
+
+
+CASES = [("full", "dn"), ("full", "nodn"), ("half", "dn"), ("half", "nodn"), ("none", "nodn")]
+
+
+@pytest.mark.parametrize("case, denoising", CASES)
+def test_released_every_loss_and_their_total_agree(recorded_losses, recorded_randomness, case, denoising):
+    g = recorded_losses
+    terms = Criterion(LossSizes)(recorded_outputs(g, denoising == "dn"), recorded_targets(g, f"tgt_{case}"))
+    prefix = f"loss_{case}_{denoising}_"
+    for name, value, weight in zip(*(g[prefix + part] for part in ("names", "values", "weights")), strict=True):
+        ours = terms.get(NAMES[str(name)], torch.zeros(()))  # without denoising, ours has no such terms: zero there
+        assert ours.item() == pytest.approx(value * weight, rel=2e-5, abs=1e-6), name
+    assert sum(terms.values()).item() == pytest.approx(g[prefix + "total"][0], rel=2e-5)
+
+
+@pytest.mark.parametrize("case", ["full", "half"])
+def test_released_assignments_agree(recorded_losses, recorded_randomness, case):
+    g, outputs = recorded_losses, recorded_outputs(recorded_losses, False)
+    targets = recorded_targets(g, f"tgt_{case}")
+    matches = Criterion(LossSizes).match({"main": outputs["layers"][-1], "oldm0": outputs["interaction"][0]}, targets)
+    for name, (queries, objects) in matches.items():
+        theirs = [
+            (b * 30 + q, sum(len(t["labels"]) for t in targets[:b]) + o)
+            for b in (0, 1)
+            for q, o in zip(g[f"match_{case}_{name}_src{b}"], g[f"match_{case}_{name}_tgt{b}"], strict=True)
+        ]
+        assert list(zip(queries.tolist(), objects.tolist(), strict=True)) == theirs
+
+
+def test_released_gradients_of_the_total_agree(recorded_losses, recorded_randomness):
+    g, outputs = recorded_losses, recorded_outputs(recorded_losses, True)
+    sum(Criterion(LossSizes)(outputs, recorded_targets(g, "tgt_full")).values()).backward()
+    main, dn = outputs["layers"][-1], outputs["denoising"][-1]
+    recorded = {
+        "main_pred_logits": main["logits"], "main_pred_boxes": main["boxes"], "dn_pred_logits": dn["logits"],
+        "dn_pred_boxes": dn["boxes"], "interm_pred_boxes": outputs["selection"]["boxes"],
+        "oldm1_pred_logits": outputs["interaction"][1]["logits"], "oldm1_pred_boxes": outputs["interaction"][1]["boxes"],
+    }  # fmt: skip
+    for name, x in recorded.items():
+        assert np.allclose(x.grad, g[f"grad_{name}"], rtol=1e-4, atol=1e-5), name
+    masks = main["masks"].grad
+    assert np.allclose(masks[0], g["grad_main_pred_masks_img0"], atol=1e-3, rtol=1e-3)  # recorded in float16
+    assert masks.norm().item() == pytest.approx(g["gradnorm_main_pred_masks"][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", "abcde")
+def test_released_denoising_queries_agree(recorded_losses, recorded_randomness, case):
+    g = recorded_losses
+    denoising = denoising_queries(recorded_targets(g, f"dnq_{case}_tgt"), 80)
+    assert bool(denoising.groups) == bool(g[f"dnq_{case}_active"][0])
+    if denoising.groups:
+        assert denoising.groups == g[f"dnq_{case}_groups"][0]
+        assert np.array_equal(denoising.labels, g[f"dnq_{case}_slot_labels"])
+        assert np.allclose(denoising.boxes_logit, g[f"dnq_{case}_slot_box_logits"], atol=1e-5)
+        blocked = np.unpackbits(g[f"dnq_{case}_attn_mask_packed"], axis=1)[:, : denoising.labels.shape[1] + 300]
+        assert np.array_equal(denoising.attention_mask(300), blocked.astype(bool))
