@@ -87,8 +87,8 @@ class Config:
     def tiny(cls):
         """All of DI-MaskDINO at 1.5 M parameters: learns the synthetic `shapes` on a CPU in minutes."""
         return cls(
-            num_classes=8, backbone="tiny", dim=64, heads=4, ffn=256, encoder_layers=3, decoder_layers=3,
-            selection=(60, 30), denoising=24, mask_points=1024,
+            num_classes=8, backbone="tiny", dim=64, heads=4, ffn=256, encoder_layers=3, decoder_layers=2,
+            selection=(60, 30), denoising=24, mask_points=256,
         )  # fmt: skip
 
     def __post_init__(self):
