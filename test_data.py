@@ -380,6 +380,8 @@ FATAL = {
     "empty path": (image(file_name=""), "image 1 ()"),
 }
 HALF = {"size": [60, 80], "counts": [1200]}
+RUNS = compressed(MASK)["counts"]
+FOREIGN = RUNS[:-1] + chr(ord(RUNS[-1]) - 32)  # the same five bits, in a character that the format does not have
 WARNING = {
     "unknown image": (annotation(image_id=9), "annotation 100 (image 9)"),
     "no segmentation": (segmentation(None), "annotation 100"),
@@ -394,8 +396,9 @@ WARNING = {
     "runs too short": (segmentation(HALF), "annotation 100"),
     "runs below zero": (segmentation({**HALF, "counts": [4801, -1]}), "annotation 100"),
     "compressed runs too short": (segmentation({**HALF, "counts": "o0o0o0"}), "annotation 100"),
-    "compressed runs that break off": (segmentation({**HALF, "counts": "PPP"}), "annotation 100"),
-    "runs that are none": (segmentation({**HALF, "counts": "é"}), "annotation 100"),
+    "compressed runs that break off": (segmentation({**HALF, "counts": RUNS + "P"}), "annotation 100"),
+    "runs in other characters": (segmentation({**HALF, "counts": FOREIGN}), "annotation 100"),
+    "runs that are none": (segmentation({**HALF, "counts": None}), "annotation 100"),
     "box that is not finite": (annotation(bbox=[1, 2, float("inf"), 4]), "annotation 100"),
     "box without a width": (annotation(bbox=[1, 2, 0, 4]), "annotation 100"),
     "box of three numbers": (annotation(bbox=[1, 2, 3]), "annotation 100"),
