@@ -104,12 +104,12 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if not self.selection or any(k < 1 for k in self.selection) or sorted(self.selection)[::-1] != [*self.selection]:
-            raise ValueError(f"selection={self.selection} must be one to three counts that do not grow, like (600, 300)")
+        if not self.selection or min(self.selection) < 1 or list(self.selection) != sorted(self.selection)[::-1]:
+            raise ValueError(f"selection={self.selection} must be counts that do not grow, like (600, 300)")
         if self.dim % 4 or self.dim % self.heads:
             raise ValueError(f"dim={self.dim} must be a multiple of 4 and of heads={self.heads}")
         if self.levels < 3 or self.decoder_layers < 2:  # Eq. 4 is one, Eq. 9 at least another
-            raise ValueError(f"levels={self.levels} must be at least 3, decoder_layers={self.decoder_layers} at least 2")
+            raise ValueError(f"levels={self.levels} or decoder_layers={self.decoder_layers} is less than 3 or 2")
 
 
 # ---- Leaf blocks -----------------------------------------------------------------------------------------------------
@@ -300,9 +300,8 @@ class FeatureTokens(nn.Module):
         dim, (c4, *inputs) = config.dim, channels
         self.lateral = normed_conv(c4, dim, 1)
         self.projections = nn.ModuleList(normed_conv(c, dim, 1, bias=True) for c in inputs)
-        self.projections += [  # 1/64, and coarser ones after it
-            normed_conv(c, dim, 3, stride=2, bias=True) for c in [inputs[-1], *[dim] * config.levels][: config.levels - 3]
-        ]
+        for i in range(config.levels - 3):  # 1/64, and coarser ones after it
+            self.projections.append(normed_conv(dim if i else inputs[-1], dim, 3, stride=2, bias=True))
         self.level_embed = nn.Parameter(torch.randn(config.levels, dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
 
@@ -334,7 +333,8 @@ def select(scores, k, *tokens):
     than k tokens: all are kept. Returns index [B k] and the gathered tensors.
     """
     index = scores.topk(min(k, scores.shape[1])).indices
-    return index, *(x.gather(1, index.view(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])) for x in tokens)
+    image = torch.arange(len(index), device=index.device)[:, None]
+    return index, *(x[image, index] for x in tokens)
 
 
 def token_anchors(level_shapes, device):
@@ -509,8 +509,8 @@ class DIMaskDINO(nn.Module):
         selection: the predictions of the k1 tokens of Eq. 1;
         interaction: those of each layer of Eq. 2, without masks;
         denoising: those of the denoising queries, layer by layer, or an empty list;
-        trace: if asked for, the tensors T_i, T_s1, T_s1_sa, T_s2, Q_bal, T_g_mask, T_g_box, T_g, T_bal, Q_ref, F_cnn and box_*,
-            the indices index_1, index_2 into T_i and their scores scores_1, scores_2.
+        trace: if asked for, T_i, T_s1, T_s1_sa, T_s2, Q_bal, T_g_mask, T_g_box, T_g, T_bal, Q_ref, F_cnn, their box_*,
+            and the selections' index_1, index_2, counted in T_i, and scores_1, scores_2.
     """
 
     def __init__(self, config):
@@ -572,7 +572,8 @@ class DIMaskDINO(nn.Module):
         extra = Q.shape[1] - T_s2.shape[1]
         layers = [self.predict(Q, box, pixels)]
 
-        # Eq. 4  Q_bal = MHCA(T_s2, T_i). released code: it trains the boxes of Eq. 2; those between later layers are cut.
+        # Eq. 4  Q_bal = MHCA(T_s2, T_i). released code: it trains the boxes of Eq. 2, while those of later layers are
+        # not trained through the layers that start from them.
         Q = self.residual(Q, self.position(sine_of_box(box, config.dim)), box, T_i, level_shapes, blocked)
         layers.append(self.predict_refined(Q, box, pixels))
         box = refine(self.det_head.delta(Q), box)
@@ -607,7 +608,7 @@ class DIMaskDINO(nn.Module):
         symbols.update({name: x[:, extra:] for name, x in zip("cbm", layers[-1].values(), strict=True)})
 
         matching = [{name: x[:, extra:] for name, x in layer.items()} for layer in layers]
-        noised = [{name: x[:, :extra] for name, x in layer.items()} for layer in layers] if denoising is not None else []
+        noised = [{name: x[:, :extra] for name, x in layer.items()} for layer in layers if denoising is not None]
         outputs = {"layers": matching, "selection": selection, "interaction": interaction, "denoising": noised}
         return {**matching[-1], **outputs} | ({"trace": symbols} if trace is not False else {})
 
@@ -675,8 +676,10 @@ def initialize(model):
             distance = torch.arange(1, points + 1)[None, None, :, None]
             with torch.no_grad():
                 module.offsets.bias.copy_((direction[:, None, None] * distance).expand(-1, levels, -1, -1).flatten())
-            for zero in (module.offsets.weight, module.weights.weight, module.weights.bias, module.value.bias, module.output.bias):
-                nn.init.zeros_(zero)
+            nn.init.zeros_(module.offsets.weight)
+            nn.init.zeros_(module.weights.weight)
+            for linear in (module.weights, module.value, module.output):
+                nn.init.zeros_(linear.bias)
         elif name.endswith("box_mlp"):
             nn.init.zeros_(module.layers[-1].weight)
             nn.init.zeros_(module.layers[-1].bias)
@@ -710,11 +713,10 @@ def postprocess(outputs, image_sizes, output_sizes, top=100):
             masks.append(inside)
             qualities.append((mask.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6))
         scores, order = (scores * torch.cat(qualities)).sort(descending=True)
-        to_output = torch.tensor([padded[1] * output[1] / width, padded[0] * output[0] / height] * 2, device=scores.device)
-        boxes = box_convert(outputs["boxes"][b, query].float(), "cxcywh", "xyxy") * to_output
-        results.append(
-            {"scores": scores, "labels": labels[order], "boxes": boxes[order], "masks": torch.cat(masks)[order]}
-        )
+        to_output = [padded[1] * output[1] / width, padded[0] * output[0] / height] * 2
+        boxes = box_convert(outputs["boxes"][b, query].float(), "cxcywh", "xyxy") * scores.new_tensor(to_output)
+        found = {"labels": labels, "boxes": boxes, "masks": torch.cat(masks)}
+        results.append({"scores": scores} | {name: x[order] for name, x in found.items()})
     return results
 
 

@@ -88,7 +88,7 @@ def costs(logits, boxes, target):
 
 
 def mask_costs(masks, target):
-    """The cross-entropy and dice cost of every sampled mask [Q P] for every object's sampled mask [n P]: two of [Q n]."""
+    """The cross-entropy and dice cost of sampled masks [Q P] for the objects' sampled masks [n P]: two of [Q n]."""
     p = masks.sigmoid()
     return {
         "mask": (nnf.softplus(masks).sum(-1, keepdim=True) - masks @ target.T) / masks.shape[1],
@@ -100,8 +100,9 @@ def mask_costs(masks, target):
 
 
 class Criterion(nn.Module):
-    """The loss of DIMaskDINO's outputs: of the first selection, each token-interaction layer, the initial prediction and
-    every decoder layer, matched to the objects one to one, and of the denoising queries, which need no matching."""
+    """The loss of DIMaskDINO's outputs: of the first selection, each token-interaction layer, the initial prediction
+    and every decoder layer, matched to the objects one to one, and of the denoising queries, which need no matching.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -109,7 +110,7 @@ class Criterion(nn.Module):
         self.weights = {name: w * (config.detection_loss if name in DETECTION else 1) for name, w in WEIGHTS.items()}
 
     def forward(self, outputs, targets, num_objects=None):
-        """outputs of DIMaskDINO, targets as above -> weighted losses {"class_selection": scalar, ..., "dice_6": scalar}.
+        """outputs of DIMaskDINO, targets as above -> weighted losses {"class_selection": scalar, ..., "dice_6": ...}.
 
         The loss to minimise is their sum. num_objects: what they are divided by, the number of objects in the batch of
         all processes over the number of processes; None: that of these targets. Raises FloatingPointError where a
@@ -136,35 +137,41 @@ class Criterion(nn.Module):
 
     @torch.no_grad()
     def match(self, sets, targets):
-        """The best one-to-one match of each set of predictions: {name: (queries [M], objects [M])}, numbered through the
-        batch. Every image has its own random points, shared by its masks. The only wait for the device in a step."""
+        """The best one-to-one match of each set of predictions: {name: (queries [M], objects [M])}, both numbered
+        through the batch. Here a step waits for the device, once."""
         sizes = [prediction["logits"].shape[1] for prediction in sets.values()]
-        masked = [prediction["masks"] for prediction in sets.values() if "masks" in prediction]  # the first of the sets
-        matrices, device = [], targets[0]["labels"].device
-        for b, target in enumerate(targets):
-            points = torch.rand(1, self.points, 2, device=device)
-            if len(target["labels"]) == 0:
-                continue
-            logits, boxes = (torch.cat([x[part][b] for x in sets.values()]).float() for part in ("logits", "boxes"))
-            cost = sum(WEIGHTS[term] * x for term, x in costs(logits, boxes, target).items())
-            if masked:
-                masks = torch.cat([sample(x[b][None].float(), points)[0] for x in masked])
-                terms = mask_costs(masks, sample(target["masks"][None].float(), points)[0])
-                cost[: len(masks)] += sum(WEIGHTS[term] * x for term, x in terms.items())
-            matrices.append(cost)
-        matrices = iter(torch.cat([x.flatten() for x in matrices]).cpu().split([x.numel() for x in matrices]) if matrices else ())
-        matches, first_object = {name: ([], []) for name in sets}, 0
-        for b, target in enumerate(targets):
+        costs = [self.costs_of_image(sets.values(), b, target) for b, target in enumerate(targets)]
+        costs = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
+        matches, before = {name: ([], []) for name in sets}, 0
+        for b, (target, cost) in enumerate(zip(targets, costs, strict=True)):
             number = len(target["labels"])
-            costs_of_image = next(matrices).view(-1, number).split(sizes) if number else ()
-            for name, size, cost in zip(sets, sizes, costs_of_image, strict=False):
+            parts = cost.view(sum(sizes), number).split(sizes)
+            for (name, match), size, cost in zip(matches.items(), sizes, parts, strict=True):
                 if not cost.isfinite().all():
                     raise FloatingPointError(explain(name, b, sets[name], target))
                 queries, objects = linear_sum_assignment(cost.numpy())
-                matches[name][0].extend(queries + b * size)
-                matches[name][1].extend(objects + first_object)
-            first_object += number
+                match[0].extend(queries + b * size)
+                match[1].extend(objects + before)
+            before += number
+        device = targets[0]["labels"].device
         return {name: [torch.tensor(i, dtype=torch.long).to(device) for i in match] for name, match in matches.items()}
+
+    def costs_of_image(self, sets, b, target):
+        """The costs of all queries of all sets, those with masks first, for the objects of an image [sum of Q, n].
+
+        Masks are compared at random points, the same for all of the image.
+        """
+        points = torch.rand(1, self.points, 2, device=target["boxes"].device)
+        logits, boxes = (torch.cat([x[part][b] for x in sets]).float() for part in ("logits", "boxes"))
+        if len(target["labels"]) == 0:
+            return logits.new_zeros(len(logits), 0)
+        cost = sum(WEIGHTS[term] * x for term, x in costs(logits, boxes, target).items())
+        masks = [sample(x["masks"][b][None].float(), points)[0] for x in sets if "masks" in x]
+        if masks:
+            terms = mask_costs(torch.cat(masks), sample(target["masks"][None].float(), points)[0])
+            mask_cost = sum(WEIGHTS[term] * x for term, x in terms.items())
+            cost[: len(mask_cost)] += mask_cost
+        return cost
 
     def slots(self, noised, targets):
         """The slots of denoising queries that hold an object, the object of each, both numbered through the batch, and
@@ -215,7 +222,8 @@ class Criterion(nn.Module):
         return terms
 
     def uncertain_points(self, masks, numbers):
-        """Points [M P 2] for masks [M H W]: of 3 P random ones the 3/4 P where the mask is least certain; 1/4 P random."""
+        """Points [M P 2] for masks [M H W]: of 3 P random ones the 3/4 P where the mask is least certain, and 1/4 P
+        more; numbers: how many of the masks are of each set."""
         kept = int(0.75 * self.points)
         points = torch.cat([torch.rand(n, 3 * self.points, 2, device=masks.device) for n in numbers])
         certainty = sample(masks[:, None], points)[:, 0].abs()
@@ -226,7 +234,8 @@ class Criterion(nn.Module):
 
 def explain(name, b, prediction, target):
     """Which prediction or target of an image makes its matching cost infinite or NaN."""
-    found = [part for part, x in prediction.items() if not x[b].isfinite().all()] or ["the cost itself"]
-    wrong = [part for part in ("boxes",) if not target[part].isfinite().all()]
-    source = f"the target's {wrong[0]}" if wrong else f"predicted {' and '.join(found)}"
+    found = [f"predicted {part}" for part, x in prediction.items() if not x[b].isfinite().all()]
+    if not target["boxes"].isfinite().all():
+        found.append("the target's boxes")
+    source = " and ".join(found) or "the cost itself"
     return f"matching met a number that is not finite: {source}, in set {name}, image {target.get('image_id', b)}"

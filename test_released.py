@@ -26,7 +26,9 @@ pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"the recorded array
 sys.path.append(str(GOLDEN))
 
 OPERATORS = [
-    pytest.param("compiled", marks=pytest.mark.skipif("kernel" not in deform_attn_cuda.status("cpu"), reason="not built")),
+    pytest.param(
+        "compiled", marks=pytest.mark.skipif("kernel" not in deform_attn_cuda.status("cpu"), reason="not built")
+    ),
     "fallback",
 ]
 
@@ -55,7 +57,9 @@ class Run:
         image = torch.from_numpy(self.golden["image0"])
         self.seen = {}
         for part, module in self.model.named_modules():
-            module.register_forward_hook(lambda _, inputs, output, part=part: self.seen.setdefault(part, []).append(output))
+            module.register_forward_hook(
+                lambda _, inputs, output, part=part: self.seen.setdefault(part, []).append(output)
+            )
         with torch.no_grad():
             # In a batch of two, the second image is another one: the first upside down.
             self.outputs = self.model(torch.stack((image, image.flip(1))[:batch]), trace=True)
@@ -235,10 +239,22 @@ def test_the_decoders_levels_are_turned_from_coarse_first_to_fine_first():
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
-SETS = {"": "2", "_0": "0", "_1": "1", "_interm": "selection", "_dn": "denoising_2", "_dn_0": "denoising_0", "_dn_1": "denoising_1"}
+SETS = {
+    "": "2",
+    "_0": "0",
+    "_1": "1",
+    "_interm": "selection",
+    "_dn": "denoising_2",
+    "_dn_0": "denoising_0",
+    "_dn_1": "denoising_1",
+}
 TERMS = {"loss_ce": "class", "loss_bbox": "box", "loss_giou": "giou", "loss_mask": "mask", "loss_dice": "dice"}
 NAMES = {term + stage: f"{TERMS[term]}_{SETS[stage]}" for term in TERMS for stage in SETS}
-NAMES |= {f"oldm_{term}_{i}": f"{TERMS[term]}_interaction_{i}" for term in ("loss_ce", "loss_bbox", "loss_giou") for i in (0, 1)}
+NAMES |= {
+    f"oldm_{term}_{i}": f"{TERMS[term]}_interaction_{i}"
+    for term in ("loss_ce", "loss_bbox", "loss_giou")
+    for i in (0, 1)
+}
 
 
 class LossSizes:
@@ -258,13 +274,24 @@ def recorded_outputs(g, denoising):
     layers = [prediction(name) for name in ("aux0", "aux1", "main")]
     noised = [prediction(name) for name in ("dn_aux0", "dn_aux1", "dn")] if denoising else []
     interaction = [prediction("oldm0"), prediction("oldm1")]
-    return {**layers[-1], "layers": layers, "selection": prediction("interm"), "interaction": interaction, "denoising": noised}
+    return {
+        **layers[-1],
+        "layers": layers,
+        "selection": prediction("interm"),
+        "interaction": interaction,
+        "denoising": noised,
+    }
 
 
 def recorded_targets(g, prefix):
     parts = ("labels", "boxes", "masks")
-    targets = [{part: torch.from_numpy(g[f"{prefix}{b}_{part}"]) for part in parts if f"{prefix}{b}_{part}" in g} for b in (0, 1)]
-    return [t | {"labels": t["labels"].long()} | ({"masks": t["masks"].bool()} if "masks" in t else {}) for t in targets]
+    targets = [
+        {part: torch.from_numpy(g[f"{prefix}{b}_{part}"]) for part in parts if f"{prefix}{b}_{part}" in g}
+        for b in (0, 1)
+    ]
+    return [
+        t | {"labels": t["labels"].long()} | ({"masks": t["masks"].bool()} if "masks" in t else {}) for t in targets
+    ]
 
 
 @pytest.fixture
