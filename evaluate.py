@@ -13,9 +13,11 @@ through the model one by one, so that neither padding nor sharing them out over 
 """
 
 import argparse
+import atexit
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import statistics
@@ -54,6 +56,7 @@ def join(device):
 
     device: "cpu", "cuda" or None for a GPU where there is one. Raises ValueError where the GPU asked for is missing.
     """
+    atexit.register(end_workers)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda" and local_rank >= torch.cuda.device_count():
@@ -71,6 +74,12 @@ def keep_working(worker):
     """For a loader's worker: Ctrl-C and SIGTERM reach the whole process group, but the step in hand needs its data."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers():
+    """At exit: Python asks the workers that are left to end by SIGTERM, which they ignore, and would wait for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def samples(loader):

@@ -54,8 +54,8 @@ def launch(processes, arguments):
     try:
         elastic_launch(LaunchConfig(**here, **rendezvous), sys.executable)(__file__, *arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        print(f"process {failure.global_rank} ended with exit code {failure.exitcode}", file=sys.stderr)
+        rank, failure = error.get_first_failure()
+        print(f"process {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
@@ -219,8 +219,8 @@ class Run:
                     if k not in ("config", "recipe", "epochs")}  # fmt: skip
 
         path, now = self.args.out / "last.pt", self.settings()
-        missing = [name for name in (*now, "optimizer", "scaler", "epoch", "step", "best") if name not in checkpoint]
-        if missing:
+        needed = (*now, "model", "optimizer", "scaler", "epoch", "step", "best")
+        if missing := [name for name in needed if name not in checkpoint]:
             raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}; --init takes weights")
         then, now = flat({name: checkpoint[name] for name in now}), flat(now)
         changed = [f"{name} was {then.get(name)!r}, not {now[name]!r}" for name in now if then.get(name) != now[name]]
@@ -432,7 +432,10 @@ def check_data(args):
 
 
 def train(args):
-    device = join(args.device)
+    try:
+        device = join(args.device)
+    except ValueError as error:
+        stop(error, 2)
     on_gpu = device.type == "cuda"
     args.amp = args.amp or ("bf16" if on_gpu else "off")
     args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers
@@ -469,6 +472,8 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parse_arguments(arguments)
     if args.gpus > 1 and "RANK" not in os.environ:
+        if args.device != "cpu" and args.gpus > torch.cuda.device_count():
+            stop(f"this machine has {torch.cuda.device_count()} GPUs, not {args.gpus}; --device cpu goes without", 2)
         sys.exit(launch(args.gpus, arguments))
     try:
         train(args)
