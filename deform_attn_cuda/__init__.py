@@ -5,17 +5,21 @@
 `deform_attn` picks the compiled operator where there is one for the device and type (`make build` makes it),
 else `deform_attn_pytorch`, its readable specification. One line at first use says which path runs and why.
 """
+import functools
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
+from torch.utils._python_dispatch import _disable_current_modes
 
 HERE = Path(__file__).parent
 STAMP = HERE / "build/stamp.json"  # written by build.py: the library's name, and what it was built for and from
-KERNEL_TYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
+KERNEL_TYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16),
+                "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
 
 def deform_attn(value, level_shapes, locations, weights):
@@ -80,11 +84,24 @@ def status(device=None, dtype=torch.float32):
 
 def _why_not(device, dtype):
     """Why the compiled operator cannot be used, or nothing."""
-    if _not_loaded:
-        return _not_loaded
     if dtype not in KERNEL_TYPES.get(device, ()):
         return f"no kernel for {dtype} on {device}"
-    return ""
+    return _missing[device] or _self_check(device)
+
+
+@functools.cache
+def _self_check(device):
+    """What is wrong with a tiny call on this device, or nothing: a GPU may be one that was not compiled for."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.autocast(device, enabled=False):
+        try:
+            value, locations, weights = (
+                torch.linspace(-0.2, 1.2, math.prod(shape), dtype=torch.float32, device=device).view(shape)
+                for shape in ((1, 15, 1, 8), (1, 4, 1, 1, 1, 2), (1, 4, 1, 1, 1)))
+            output = torch.ops.deform_attn.forward(value, [3, 5], locations, weights)
+            expected = deform_attn_pytorch(value, [(3, 5)], locations, weights)
+            return "" if torch.allclose(output, expected, atol=1e-5) else "its first call gave wrong results"
+        except RuntimeError as error:
+            return f"its first call failed: {str(error).splitlines()[0]}"
 
 
 @torch.compiler.assume_constant_result
@@ -108,18 +125,19 @@ def sources_digest():
 
 
 def _load():
-    """Load the compiled operator. Returns why that is not possible, or nothing."""
+    """Load the compiled operator. Returns for each device why there is no kernel for it, or nothing."""
     if not STAMP.exists():
-        return "not built: run make build"
+        return dict.fromkeys(KERNEL_TYPES, "not built: run make build")
     stamp = json.loads(STAMP.read_text())
     if stamp["torch"] != torch.__version__:
-        return f"built for PyTorch {stamp['torch']}, this is {torch.__version__}: run make build"
+        reason = f"built for PyTorch {stamp['torch']}, this is {torch.__version__}: run make build"
+        return dict.fromkeys(KERNEL_TYPES, reason)
     if stamp["sources"] != sources_digest():
-        return "its sources have changed: run make build"
+        return dict.fromkeys(KERNEL_TYPES, "its sources have changed: run make build")
     try:
         torch.ops.load_library(STAMP.parent / stamp["library"])
     except OSError as error:
-        return f"cannot be loaded, run make build: {error}"
+        return dict.fromkeys(KERNEL_TYPES, f"cannot be loaded, run make build: {error}")
 
     @torch.library.register_fake("deform_attn::forward")
     def _(value, level_shapes, locations, weights):
@@ -130,7 +148,7 @@ def _load():
     def _(grad_output, value, level_shapes, locations, weights):
         return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
 
-    return ""
+    return {"cpu": "", "cuda": stamp["cuda"]}
 
 
 def _check(value, level_shapes, locations, weights):
@@ -152,4 +170,4 @@ def _check(value, level_shapes, locations, weights):
             raise ValueError(f"deform_attn: {name} is on {tensor.device}, value on {value.device}")
 
 
-_not_loaded = _load()
+_missing = _load()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -37,21 +38,65 @@ def find_compiler():
     return words if words and shutil.which(words[0]) else None
 
 
-def version(compiler):
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+def version(*compiler):
+    """The line of `--version` with a number in it."""
+    lines = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
+    return next((line for line in lines if re.search(r"\d\.\d", line)), "an unknown version")
 
 
-def commands(compiler):
-    """Object stem -> the command that compiles it, without its output."""
+def find_nvcc():
+    """(nvcc, "") for an nvcc of the major version of PyTorch's CUDA, else (None, why there is none)."""
+    if torch.version.cuda is None:
+        return None, f"PyTorch {torch.__version__} is built without CUDA"
+    major = torch.version.cuda.split(".")[0]
+    homes = os.environ.get("CUDA_HOME"), "/usr/local/cuda", Path(torch.__file__).parents[1] / f"nvidia/cu{major}"
+    places = [shutil.which("nvcc"), *(Path(home) / "bin/nvcc" for home in homes if home)]
+    others = []
+    for nvcc in (place for place in places if place and Path(place).exists()):
+        release = re.search(r"release (\d+)\.\d+", version(nvcc))
+        if release and release[1] == major:
+            return str(nvcc), ""
+        others.append(f"{nvcc} is of CUDA {release[1] if release else 'unknown'}")
+    wanted = (f"{name}=={torch.version.cuda}.*" for name in ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt"))
+    found = f"{others[0]}, PyTorch of CUDA {torch.version.cuda}" if others else "no nvcc found"
+    return None, f"no CUDA kernel, {found}: pip install {' '.join(wanted)}, or set CUDA_HOME"
+
+
+def architectures():
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, else the GPUs present, else A100 and H100; PTX serves newer ones."""
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not names:
+        present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} or {(8, 0), (9, 0)}
+        names = [f"{major}.{minor}" for major, minor in sorted(present)]
+        names[-1] += "+PTX"
+    flags = []
+    for name in names:
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
+        if not match:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST names {name}, which is not like 8.0 or 9.0+PTX")
+        number = match[1] + match[2]
+        code = f"sm_{number},compute_{number}" if match[3] else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code=[{code}]")
+    return flags
+
+
+def commands(compiler, nvcc):
+    """Object stem -> the command that compiles it, without its output; and the command that links them."""
     root = Path(torch.__file__).parent / "include"
-    include = [f"-I{root}", f"-I{root / 'torch/csrc/api/include'}"]
-    flags = ["-std=c++20", "-fPIC", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    include = ["-isystem", str(root), "-isystem", str(root / "torch/csrc/api/include")]
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    flags = ["-std=c++20", "-fPIC", *extra]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    link = [*compiler, "-shared", *flags, *openmp, f"-L{root.parent / 'lib'}", "-lc10", "-ltorch_cpu"]
     plan = {"operator": [*compiler, "-O2", *openmp, *flags, *include, "-c", str(HERE / "operator.cpp")]}
     for name, options in INSTRUCTION_SETS.items():
         plan[f"cpu_{name}"] = [*compiler, "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *options,
                                f"-DCAPABILITY={name}", *flags, "-c", str(HERE / "cpu_kernel.cpp")]
-    link = [*compiler, "-shared", *flags, *openmp, f"-L{root.parent / 'lib'}", "-lc10", "-ltorch_cpu"]
+    if nvcc:
+        both = [nvcc, "-ccbin", compiler[0], *(f"-Xcompiler={flag}" for flag in ("-fPIC", *extra))]
+        plan["cuda_kernel"] = [*both, "-O3", "-std=c++17", *architectures(), "-c", str(HERE / "cuda_kernel.cu")]
+        plan["operator_cuda"] = [*both, "-O2", "-std=c++20", *include, "-c", str(HERE / "operator_cuda.cpp")]
+        link.append("-lc10_cuda")  # libcudart, which it depends on, comes with it
     return plan, link
 
 
@@ -76,23 +121,36 @@ def build():
     if compiler is None:
         return "not built, no C++ compiler found: install one (apt install g++) or name it in CXX; " \
                "until then the PyTorch fallback runs"
-    plan, link = commands(compiler)
-    inputs = [torch.__version__, version(compiler), (HERE / "cpu_kernel.h").read_text()]
+    nvcc, no_cuda = find_nvcc()
+    try:
+        return build_with(compiler, nvcc, no_cuda)
+    except BuildError as error:
+        if not nvcc:
+            raise
+        return build_with(compiler, None, f"no CUDA kernel: {error}")
+
+
+def build_with(compiler, nvcc, no_cuda):
+    plan, link = commands(compiler, nvcc)
+    inputs = [torch.__version__, version(*compiler), nvcc and version(nvcc),
+              *((HERE / name).read_text() for name in ("cpu_kernel.h", "cuda_kernel.h", "operator.h"))]
     objects = {BUILD / f"{stem}-{digest(command, Path(command[-1]).read_text(), *inputs)}.o": command
                for stem, command in plan.items()}
     library = BUILD / f"deform_attn-{digest(link, *map(str, objects))}.so"
-    what = f"CPU kernel for PyTorch {torch.__version__}"
-    stamp = {"library": library.name, "torch": torch.__version__, "sources": sources_digest()}
+    what = f"{'CPU and CUDA kernels' if nvcc else 'CPU kernel'} for PyTorch {torch.__version__}"
+    note = f" ({no_cuda})" if no_cuda else ""
+    stamp = {"library": library.name, "torch": torch.__version__, "sources": sources_digest(), "cuda": no_cuda}
     if library.exists() and STAMP.exists() and json.loads(STAMP.read_text()) == stamp:
-        return f"{what} is up to date"
+        return f"up to date: {what}{note}"
 
     start = time.time()
-    print(f"deform_attn: compiling the {what} with {version(compiler)}", flush=True)
+    with_nvcc = f" and {version(nvcc)}" if nvcc else ""
+    print(f"deform_attn: compiling the {what} with {version(*compiler)}{with_nvcc}", flush=True)
     BUILD.mkdir(exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(run, command, output) for output, command in objects.items() if not output.exists()]
-        for job in jobs:
-            job.result()
+    for job in jobs:
+        job.result()
     run([link[0], *map(str, objects), *link[1:]], library)
     partial = STAMP.with_name(f"stamp.{os.getpid()}")
     partial.write_text(json.dumps(stamp))
@@ -100,7 +158,7 @@ def build():
     for path in BUILD.iterdir():
         if path not in (library, STAMP, *objects):
             path.unlink(missing_ok=True)
-    return f"built the {what} in {time.time() - start:.0f} s"
+    return f"built the {what} in {time.time() - start:.0f} s{note}"
 
 
 def main():

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "cpu_kernel.h"
+#include "operator.h"
 
 namespace deform_attn {
 
@@ -17,11 +18,41 @@ extern const CpuKernels avx512, avx2;
 #endif
 extern const CpuKernels baseline;
 
-namespace {
-
 using at::IntArrayRef;
 using at::Tensor;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+void check(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations, const Tensor& weights,
+           const Tensor& grad_output) {
+  TORCH_CHECK_VALUE(value.dim() == 4 && value.size(3) > 0 && locations.dim() == 6, "deform_attn: value must be [B N h c] and locations ",
+                    "[B Q h L P 2], not ", value.sizes(), " and ", locations.sizes());
+  const int64_t B = value.size(0), N = value.size(1), h = value.size(2), c = value.size(3);
+  const int64_t Q = locations.size(1), L = locations.size(3), P = locations.size(4);
+  TORCH_CHECK_VALUE(locations.sizes().equals({B, Q, h, L, P, 2}), "deform_attn: locations ", locations.sizes(),
+                    " do not fit value ", value.sizes());
+  TORCH_CHECK_VALUE(weights.sizes().equals({B, Q, h, L, P}), "deform_attn: weights ", weights.sizes(),
+                    " do not fit locations ", locations.sizes());
+  const auto type = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_VALUE(locations.scalar_type() == type && weights.scalar_type() == type, "deform_attn: locations and ",
+                    "weights must be ", type, " beside a value of ", value.scalar_type());
+  TORCH_CHECK_VALUE(locations.device() == value.device() && weights.device() == value.device(), "deform_attn: value is on ",
+                    value.device(), ", locations on ", locations.device(), ", weights on ", weights.device());
+  TORCH_CHECK_VALUE(!grad_output.defined() || (grad_output.sizes().equals({B, Q, h * c}) &&
+                    grad_output.options().type_equal(value.options()) && grad_output.device() == value.device()),
+                    "deform_attn: grad_output ", grad_output.defined() ? grad_output.sizes() : IntArrayRef(),
+                    " does not fit the output");
+  int64_t tokens = 0;
+  bool fit = int64_t(level_shapes.size()) == 2 * L && N < INT32_MAX;
+  for (size_t i = 0; fit && i < level_shapes.size(); i += 2) {
+    const int64_t H = level_shapes[i], W = level_shapes[i + 1];
+    fit = H > 0 && W > 0 && H <= N && W <= N;
+    tokens += H * W;
+  }
+  TORCH_CHECK_VALUE(fit && tokens == N, "deform_attn: level_shapes ", level_shapes, " must be ", 2 * L,
+                    " numbers for ", N, " tokens");
+}
+
+namespace {
 
 // PyTorch's own choice of instructions, which ATEN_CPU_CAPABILITY overrides.
 const CpuKernels& cpu_kernels() {
@@ -33,43 +64,26 @@ const CpuKernels& cpu_kernels() {
   return baseline;
 }
 
-// The shapes of a call, after checking that no kernel can read or write outside of its tensors.
+// The shapes of a call, and the geometry of its levels, point by point.
 struct Call {
   Problem problem;
   std::vector<int32_t> geometry;
 
-  Call(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations, const Tensor& weights) {
-    TORCH_CHECK_VALUE(value.dim() == 4 && locations.dim() == 6, "deform_attn: value must be [B N h c] and locations ",
-                      "[B Q h L P 2], not ", value.sizes(), " and ", locations.sizes());
-    const int64_t B = value.size(0), N = value.size(1), h = value.size(2), c = value.size(3);
-    const int64_t Q = locations.size(1), L = locations.size(3), P = locations.size(4);
-    TORCH_CHECK_VALUE(locations.sizes().equals({B, Q, h, L, P, 2}), "deform_attn: locations ", locations.sizes(),
-                      " do not fit value ", value.sizes());
-    TORCH_CHECK_VALUE(weights.sizes().equals({B, Q, h, L, P}), "deform_attn: weights ", weights.sizes(),
-                      " do not fit locations ", locations.sizes());
-    TORCH_CHECK_VALUE(int64_t(level_shapes.size()) == 2 * L, "deform_attn: level_shapes must be ", 2 * L, " numbers");
-    const auto type = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    TORCH_CHECK_VALUE(locations.scalar_type() == type && weights.scalar_type() == type, "deform_attn: locations and ",
-                      "weights must be ", type, " beside a value of ", value.scalar_type());
-    TORCH_CHECK_VALUE(locations.device() == value.device() && weights.device() == value.device(),
-                      "deform_attn: value is on ", value.device(), ", locations on ", locations.device(),
-                      ", weights on ", weights.device());
-    geometry.resize(3 * L * P);
+  Call(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations) {
+    const int64_t L = locations.size(3), P = locations.size(4), points = L * P;
+    geometry.resize(3 * points);
     int64_t start = 0;
     for (int64_t level = 0; level < L; ++level) {
       const int64_t H = level_shapes[2 * level], W = level_shapes[2 * level + 1];
-      TORCH_CHECK_VALUE(H > 0 && W > 0 && H <= N && W <= N, "deform_attn: level_shapes ", level_shapes,
-                        " do not fit ", N, " tokens");
       for (int64_t point = level * P; point < (level + 1) * P; ++point) {
         geometry[point] = int32_t(W);
-        geometry[L * P + point] = int32_t(H);
-        geometry[2 * L * P + point] = int32_t(start);
+        geometry[points + point] = int32_t(H);
+        geometry[2 * points + point] = int32_t(start);
       }
       start += H * W;
     }
-    TORCH_CHECK_VALUE(start == N && N < INT32_MAX, "deform_attn: level_shapes ", level_shapes, " hold ", start,
-                      " tokens, value has ", N);
-    problem = {B, N, h, c, Q, L, P, geometry.data(), geometry.data() + L * P, geometry.data() + 2 * L * P};
+    problem = {value.size(0), value.size(1), value.size(2), value.size(3), locations.size(1), L, P,
+               geometry.data(), geometry.data() + points, geometry.data() + 2 * points};
   }
 };
 
@@ -89,7 +103,8 @@ T* pointer(const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); }
 
 // Queries are taken head by head, so that the rows in use, those of one head near the query, stay in the cache.
 Tensor forward_cpu(const Tensor& value_, IntArrayRef level_shapes, const Tensor& locations_, const Tensor& weights_) {
-  const Call call(value_, level_shapes, locations_, weights_);
+  check(value_, level_shapes, locations_, weights_);
+  const Call call(value_, level_shapes, locations_);
   const Problem& problem = call.problem;
   const Tensor value = value_.contiguous(), locations = locations_.contiguous(), weights = weights_.contiguous();
   Tensor output = at::empty({problem.B, problem.Q, problem.h * problem.c}, value.options());
@@ -112,11 +127,9 @@ Tensor forward_cpu(const Tensor& value_, IntArrayRef level_shapes, const Tensor&
 // gradient is summed in the order of the queries whatever the number of threads.
 Gradients backward_cpu(const Tensor& grad_output_, const Tensor& value_, IntArrayRef level_shapes,
                        const Tensor& locations_, const Tensor& weights_) {
-  const Call call(value_, level_shapes, locations_, weights_);
+  check(value_, level_shapes, locations_, weights_, grad_output_);
+  const Call call(value_, level_shapes, locations_);
   const Problem& problem = call.problem;
-  TORCH_CHECK_VALUE(grad_output_.sizes().equals({problem.B, problem.Q, problem.h * problem.c}) &&
-                    grad_output_.options().type_equal(value_.options()), "deform_attn: gradient of shape ",
-                    grad_output_.sizes(), " and type ", grad_output_.scalar_type(), " does not fit the output");
   const Tensor grad_output = grad_output_.contiguous(), value = value_.contiguous();
   const Tensor locations = locations_.contiguous(), weights = weights_.contiguous();
   Tensor grad_value = at::empty(value.sizes(), locations.options());
