@@ -85,7 +85,7 @@ class Config:
 
     @classmethod
     def tiny(cls):
-        """All of DI-MaskDINO at 1.5 M parameters: learns the synthetic `shapes` on a CPU in minutes."""
+        """All of DI-MaskDINO at 1.3 M parameters: learns the synthetic `shapes` on a CPU in minutes."""
         return cls(
             num_classes=8, backbone="tiny", dim=64, heads=4, ffn=256, encoder_layers=3, decoder_layers=2,
             selection=(60, 30), denoising=24, mask_points=256,
@@ -605,11 +605,11 @@ class DIMaskDINO(nn.Module):
 
         # Eq. 10  {c, b} = N_det(Q_ref), and Eq. 11  m = N_seg(Q_ref, T_i, F_cnn), at every layer
         layers += [self.predict_refined(Q, box, pixels) for Q, box in refined]
-        symbols.update({name: x[:, extra:] for name, x in zip("cbm", layers[-1].values(), strict=True)})
 
         matching = [{name: x[:, extra:] for name, x in layer.items()} for layer in layers]
         noised = [{name: x[:, :extra] for name, x in layer.items()} for layer in layers if denoising is not None]
         outputs = {"layers": matching, "selection": selection, "interaction": interaction, "denoising": noised}
+        symbols.update(c=matching[-1]["logits"], b=matching[-1]["boxes"], m=matching[-1]["masks"])
         return {**matching[-1], **outputs} | ({"trace": symbols} if trace is not False else {})
 
     def normalize(self, images):

@@ -628,6 +628,13 @@ def test_the_model_exports_to_one_graph_that_computes_the_same():
         close(program.module()(images)[name], model(images)[name])
 
 
+def test_the_model_compiles_to_one_graph_in_training():
+    model, images, targets = build().train(), pictures(1, 3, 64, 96), objects(2, size=(64, 96))
+    denoising = denoising_queries(targets, 5, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # the graph alone: no compiler, so no minutes
+    assert len(compiled(images, denoising)["denoising"]) == 1 + model.config.decoder_layers
+
+
 # ---- From predictions to objects -------------------------------------------------------------------------------------
 
 
