@@ -87,6 +87,7 @@ def samples(loader):
     try:
         yield from loader
     except ValueError as error:  # from a worker it comes below that worker's traceback
+        error.__traceback__ = None  # which holds the loader, whose workers should end now
         print(str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
         sys.exit(2)
 

@@ -127,13 +127,15 @@ def test_the_defaults_are_the_papers_recipe():
     recipe = Recipe()
     assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.backbone_lr) == (50, 16, 1e-4, 0.1)
     assert (recipe.weight_decay, recipe.clip, recipe.image_size, recipe.test_size) == (0.05, 0.01, 1024, (800, 1333))
-    assert [recipe.rate(step, 1000) for step in (0, 899, 900, 949, 950, 999)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    rates = [recipe.rate(step, 1000) for step in (0, 899, 900, 949, 950, 999)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_bdd100k_takes_68_epochs_of_batches_of_8_and_drops_once_at_epoch_50():
     recipe = Recipe.bdd100k()
     assert (recipe.epochs, recipe.batch_size) == (68, 8)
-    assert [recipe.rate(step, 68 * 875) for step in (50 * 875 - 1, 50 * 875, 68 * 875 - 1)] == pytest.approx([1, 0.1, 0.1])
+    rates = [recipe.rate(step, 68 * 875) for step in (0, 50 * 875 - 1, 50 * 875, 68 * 875 - 1)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1])
 
 
 def test_the_tiny_recipe_warms_up_and_then_falls_to_nothing():
@@ -213,14 +215,13 @@ def test_a_training_set_smaller_than_a_batch_fills_it_by_repetition(folder, tmp_
 def without_chance():
     """Sampled points and noise always the same, so that only the batches' division differs."""
 
-    def constant(like, *_, **__):
-        return torch.full_like(like, 0) if like.dtype == torch.int64 else torch.full_like(like, 0.4)
+    def points(*size, device=None):
+        return torch.linspace(0.1, 0.9, size[-2] * 2).view(-1, 2).expand(size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", lambda *size, device=None: torch.linspace(0.1, 0.9, size[-2] * 2).view(-1, 2).expand(
-            *size) if len(size) > 1 else torch.full(size, 0.4))  # fmt: skip
-        patch.setattr(torch, "rand_like", constant)
-        patch.setattr(torch, "randint_like", constant)
+        patch.setattr(torch, "rand", points)
+        patch.setattr(torch, "rand_like", lambda like: torch.full_like(like, 0.4))
+        patch.setattr(torch, "randint_like", lambda like, low, high: torch.full_like(like, low))
         yield
 
 
@@ -246,7 +247,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(folder, tmp_path
     run = new_run(folder, tmp_path)
     whole = gradients_of(run, parts_of(run, FOUR))
     parts = gradients_of(run, parts_of(run, FOUR[:1], FOUR[1:]))
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)  # sums in another order
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)  # sums in another order
 
 
 def test_recomputed_activations_give_the_same_gradient(folder, tmp_path):
@@ -308,8 +309,10 @@ def signal_at(step, number, patch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [2, 3, 4])
-def test_a_run_that_is_interrupted_and_resumed_ends_bit_equal_to_one_that_was_not(folder, trained, tmp_path, workers, step):
+@pytest.mark.parametrize("step", [2, 3])  # amid the first epoch and at its end
+def test_a_run_that_is_interrupted_and_resumed_ends_bit_equal_to_one_that_was_not(
+    folder, trained, tmp_path, workers, step
+):
     with pytest.MonkeyPatch.context() as patch:
         signal_at(step, signal.SIGTERM, patch)
         assert run(folder, tmp_path, "--epochs", 2, "--workers", workers) == 143
@@ -317,15 +320,13 @@ def test_a_run_that_is_interrupted_and_resumed_ends_bit_equal_to_one_that_was_no
     assert stopped["step"] == step and not same(stopped["model"], weights(trained))
     assert run(folder, tmp_path, "--epochs", 2, "--workers", workers, "--resume") == 0
     assert same(weights(tmp_path), weights(trained))
-    ours, theirs = (
-        [{k: v for k, v in r.items() if k not in ("images_per_second", "waiting_for_data")} for r in log_of(out)]
-        for out in (tmp_path, trained)
-    )
-    assert [r for r in ours if "AP_box" in r] == [r for r in theirs if "AP_box" in r]
+    ours, theirs = ([record for record in log_of(out) if "AP_box" in record] for out in (tmp_path, trained))
+    assert ours == theirs
 
 
 def test_two_runs_with_one_seed_are_bit_equal_and_another_seed_differs(folder, trained, tmp_path):
-    assert run(folder, tmp_path / "same", "--epochs", 2) == run(folder, tmp_path / "other", "--epochs", 2, "--seed", 1) == 0
+    assert run(folder, tmp_path / "same", "--epochs", 2) == 0
+    assert run(folder, tmp_path / "other", "--epochs", 2, "--seed", 1) == 0
     assert same(weights(tmp_path / "same"), weights(trained))
     assert not same(weights(tmp_path / "other"), weights(trained))
 
@@ -349,7 +350,8 @@ def test_a_signal_during_evaluation_ends_at_once_and_resuming_evaluates(folder, 
 
 def test_a_checkpoint_holds_all_that_is_needed_in_plain_types(trained):
     checkpoint = torch.load(trained / "last.pt", weights_only=True)
-    assert {"model", "optimizer", "scaler", "epoch", "step", "best", "config", "recipe", "classes", "seed"} <= checkpoint.keys()
+    needed = ("model", "optimizer", "scaler", "epoch", "step", "best", "config", "recipe", "classes", "seed")
+    assert set(needed) <= checkpoint.keys()
     assert checkpoint["classes"] == ["box", "plate", "tile"]
     assert Config(**checkpoint["config"]).selection == (12, 6)
 
@@ -364,12 +366,12 @@ def test_fp16s_scale_survives_a_resume(folder, tmp_path):
 
 def test_best_is_never_overwritten_by_a_worse_epoch_also_after_a_resume(folder, tmp_path, monkeypatch):
     scores = iter([10.0, 30.0, 20.0, 25.0])
-    metrics = {name + area: None for name in ("AP_box", "AP_mask") for area in ("", "_50", "_S", "_M", "_L")}
-    monkeypatch.setattr(train, "evaluate", lambda *_: (metrics | dict.fromkeys(("AP_box", "AP_mask"), next(scores)), []))
+    nothing = {name + area: None for name in ("AP_box", "AP_mask") for area in ("", "_50", "_S", "_M", "_L")}
+    monkeypatch.setattr(train, "evaluate", lambda *_: ({**nothing, "AP_box": next(scores), "AP_mask": 5.0}, []))
     assert run(folder, tmp_path, "--epochs", 3) == 0
     assert run(folder, tmp_path, "--epochs", 4, "--resume") == 0
     best, last = read_checkpoint(tmp_path / "best.pt"), read_checkpoint(tmp_path / "last.pt")
-    assert (best["epoch"], best["best"], last["epoch"], last["best"]) == (2, 30.0, 4, 30.0)
+    assert (best["epoch"], best["best"], last["epoch"], last["best"]) == (2, 17.5, 4, 17.5)
 
 
 def test_kill_9_while_saving_leaves_a_whole_checkpoint(folder, tmp_path):
@@ -568,9 +570,9 @@ def test_check_decodes_every_image_and_trains_nothing(tmp_path, capsys):
 def test_the_first_lines_tell_device_kernel_data_model_and_recipe(folder, tmp_path, capsys):
     assert run(folder, tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
-    for line, said in zip(lines, ("device: CPU", "deform_attn: ", "12 training and 5 validation images, 3 classes",
-                                  "model: tiny", "1 epochs of 3 steps of 4 images, lr 1.0e-03"), strict=False):  # fmt: skip
-        assert said in line
+    said = ("device: CPU", "deform_attn: ", "12 training and 5 validation images, 3 classes (box, plate, tile)",
+            "model: tiny", "1 epochs of 3 steps of 4 images, lr 1.0e-03")  # fmt: skip
+    assert all(part in line for part, line in zip(said, lines, strict=False)) and len(lines) > len(said)
 
 
 def test_the_log_has_every_loss_the_rate_the_speed_and_after_each_epoch_ap(trained):
@@ -602,7 +604,7 @@ def test_resuming_drops_logged_steps_that_were_never_saved_and_a_line_cut_short(
 
 
 def predictions(truth, shift=0, score=0.9):
-    """Every object of a COCO dict as a result, its mask and box moved right by some pixels."""
+    """Every object of a COCO dict as a result, its mask moved right by some pixels and its box by twice as many."""
     index, results = evaluate.coco(json.loads(json.dumps(truth))), []
     for annotation in truth["annotations"]:
         mask = np.roll(index.annToMask(annotation), shift, 1)
@@ -610,7 +612,7 @@ def predictions(truth, shift=0, score=0.9):
         x, y, w, h = annotation["bbox"]
         results.append({
             "image_id": annotation["image_id"], "category_id": annotation["category_id"], "score": score,
-            "bbox": [x + shift, y, w, h], "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
+            "bbox": [x + 2 * shift, y, w, h], "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
         })  # fmt: skip
     return results
 
@@ -680,8 +682,8 @@ def test_the_table_has_the_papers_columns_and_a_dash_where_there_is_no_object():
 
 
 def test_evaluate_prints_the_ap_that_training_logged_and_every_layers(folder, trained, tmp_path, capsys):
-    flags = ["--ckpt", trained / "last.pt", "--data", folder, "--device", "cpu", "--out", tmp_path, "--layers", "--speed",
-             "--draw", 2, "--json", tmp_path / "metrics.json"]  # fmt: skip
+    flags = ["--ckpt", trained / "last.pt", "--data", folder, "--device", "cpu", "--out", tmp_path, "--layers",
+             "--speed", "--draw", 2, "--json", tmp_path / "metrics.json"]  # fmt: skip
     assert exit_code(evaluate.main, [*map(str, flags)]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| layer")]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -735,8 +737,9 @@ def two_processes(rank, folder, out):
     dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
     run = new_run(folder, out / "unused")
     run.parallel = torch.nn.parallel.DistributedDataParallel(run.model)
-    seen = {"shared": gradients_of(run, parts_of(run, FOUR[2 * rank : 2 * rank + 2]))}
-    seen["in parts"] = gradients_of(run, parts_of(run, FOUR[2 * rank : 2 * rank + 1], FOUR[2 * rank + 1 : 2 * rank + 2]))
+    mine = FOUR[2 * rank : 2 * rank + 2]
+    seen = {"shared": gradients_of(run, parts_of(run, mine))}
+    seen["in parts"] = gradients_of(run, parts_of(run, mine[:1], mine[1:]))
     part = parts_of(run, FOUR[:2])
     for target in part[0][1] if rank == 1 else ():
         target.update({name: target[name][:0] for name in ("labels", "boxes", "masks")})
@@ -764,7 +767,7 @@ def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(folder, tmp
     run = new_run(folder, tmp_path)
     whole = gradients_of(run, parts_of(run, FOUR))
     assert torch.equal(pair[0][how], pair[1][how])
-    torch.testing.assert_close(pair[0][how], whole, rtol=1e-4, atol=1e-5)  # sums in another order
+    torch.testing.assert_close(pair[0][how], whole, rtol=1e-4, atol=1e-4)  # sums in another order
 
 
 def test_a_process_without_objects_neither_hangs_nor_skews_the_gradient(folder, tmp_path, pair):
@@ -773,7 +776,7 @@ def test_a_process_without_objects_neither_hangs_nor_skews_the_gradient(folder, 
     for target in parts[1][1]:
         target.update({name: target[name][:0] for name in ("labels", "boxes", "masks")})
     # Two parts rather than one batch: an image without objects beside others takes part in their denoising groups.
-    torch.testing.assert_close(pair[0]["one without objects"], gradients_of(run, parts), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pair[0]["one without objects"], gradients_of(run, parts), rtol=1e-4, atol=1e-4)
 
 
 def test_evaluation_shared_by_two_processes_equals_that_of_one_digit_for_digit(folder, tmp_path, pair):
@@ -789,7 +792,7 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_all_together(pair):
 
 
 def start(folder, out, *more):
-    """train.py --gpus 2 as a user starts it, once the first step is logged."""
+    """train.py --gpus 2 as a user starts it, once its first steps are logged."""
     command = [sys.executable, HERE / "train.py", *SMALL, "--data", folder, "--out", out, "--gpus", 2, *more]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     steps = len(log_of(out)) if (out / "log.jsonl").exists() else 0
@@ -799,18 +802,19 @@ def start(folder, out, *more):
 
 
 @pytest.mark.slow
-def test_two_processes_train_survive_the_death_of_one_and_stop_on_a_signal(folder, tmp_path):
-    job = start(folder, tmp_path, "--epochs", 100)
+def test_two_processes_train_end_with_the_death_of_one_and_save_on_a_signal(tmp_path):
+    folder, out = tmp_path / "data", tmp_path / "run"
+    write_images(folder, "train", 2000)  # epochs of 500 steps, so that all of this happens in the first
+    write_images(folder, "val", 1)
+    job = start(folder, out)
     ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[1]), signal.SIGKILL)
     _, errors = job.communicate(timeout=100)
     assert job.returncode == 128 + signal.SIGKILL and "process 1 ended" in errors
 
-    job = start(folder, tmp_path, "--epochs", 100, "--resume")
+    job = start(folder, out, "--resume")
     job.terminate()
     output, _ = job.communicate(timeout=100)
-    assert job.returncode == 143 and "a signal ended this after step" in output
-
-    stopped = read_checkpoint(tmp_path / "last.pt")
-    assert stopped["step"] > 3
-    assert new_run(folder, tmp_path, "--epochs", 100, "--resume").step == stopped["step"]  # one process may go on
+    stopped = read_checkpoint(out / "last.pt")["step"]
+    assert job.returncode == 143 and f"a signal ended this after step {stopped}" in output
+    assert new_run(folder, out, "--resume").step == stopped >= 50  # one process may go on where two were
