@@ -1,13 +1,15 @@
 """What `deform_attn` promises, on every device and path of this machine."""
+import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deform_attn_cuda
@@ -239,6 +241,144 @@ def test_the_operator_itself_refuses_what_it_could_not_read(sizes):
         torch.ops.deform_attn.forward(value, sizes, locations, weights)
 
 
+# ---- The CUDA kernels without a GPU
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    path, reason = build.find_nvcc()
+    if path is None:
+        pytest.skip(reason)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cuda_on_cpu(nvcc, tmp_path_factory):
+    """The CUDA kernels compiled for this CPU, as a path."""
+    library = tmp_path_factory.mktemp("cuda_on_cpu") / "library.so"
+    subprocess.run([nvcc, "-O1", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-w", "-o", library,
+                    deform_attn_cuda.HERE / "cuda_on_cpu.cpp"], check=True)
+    run = ctypes.CDLL(str(library)).forward_and_backward
+
+    def path(level_shapes, tensors):
+        value, locations, weights = (tensor.detach() for tensor in tensors)
+        (B, N, h, c), (Q, L, P) = value.shape, (weights.shape[dim] for dim in (1, 3, 4))
+        output = torch.full((B, Q, h * c), torch.nan, dtype=value.dtype)  # all but grad_value is to be written whole
+        upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+        grads = [torch.zeros_like(value, dtype=weights.dtype), *(torch.full_like(t, torch.nan) for t in tensors[1:])]
+        sizes = [B, N, h, c, Q, L, P, *(size for shape in level_shapes for size in shape)]
+        data = [tensor.data_ptr() for tensor in (value, locations, weights, output, upstream, *grads)]
+        run(str(value.dtype).encode(), (ctypes.c_int * len(sizes))(*sizes), (ctypes.c_void_p * 8)(*data))
+        return output, grads[0].to(value.dtype), *grads[1:]
+    return path
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems)
+def test_the_cuda_source_run_thread_by_thread_agrees_with_the_fallback(cuda_on_cpu, dtype, problem):
+    tensors = inputs(**problem, dtype=dtype)
+    expected = outputs(deform_attn_pytorch, problem["level_shapes"], tensors)
+    assert_close(cuda_on_cpu(problem["level_shapes"], tensors), expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("c", [136, 264])
+def test_the_cuda_source_takes_more_channels_than_a_warp_holds_at_once(cuda_on_cpu, c):
+    tensors = inputs(c=c, P=11, dtype=torch.float32)
+    assert_close(cuda_on_cpu(LEVELS, tensors), outputs(deform_attn_pytorch, LEVELS, tensors), 1e-5)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_cuda_kernels_compile_without_spills_and_move_16_bytes_at_once(nvcc, architecture, tmp_path):
+    command = [nvcc, "-O3", "-std=c++17", f"-arch=sm_{architecture}", deform_attn_cuda.HERE / "cuda_kernel.cu"]
+    report = subprocess.run([*command, "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"], capture_output=True,
+                            text=True, check=True).stderr
+    spills = re.findall(r"(\d+) bytes spill", report)
+    assert len(spills) == 2 * 16 and set(spills) == {"0"}  # stores and loads of 4 types, 2 widths, 2 directions
+    subprocess.run([*command, "-ptx", "-o", tmp_path / "ptx"], check=True)
+    functions = (tmp_path / "ptx").read_text().split(".entry ")[1:]
+    wide = [text for text in functions
+            if re.search("forwardI(ffLi4|ddLi2|6__halffLi8|13__nv_bfloat16fLi8)E", text.split("(")[0])]
+    assert len(wide) == 4
+    for text in wide:
+        assert re.search(r"ld\.global(\.nc)?\.v[24]\.", text) and re.search(r"st\.global\.v[24]\.", text)
+    vector_reductions = sum("red.relaxed.gpu.global.add.v4.f32" in text for text in functions)
+    assert vector_reductions == (3 if architecture >= 90 else 0)  # float32, float16 and bfloat16
+
+
+# ---- The CUDA kernels on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@needs_gpu
+def test_a_cuda_graph_replays_it_on_new_inputs():
+    needs_kernel("cuda")
+    tensors = inputs(dtype=torch.float32, device="cuda")
+    static = [tensor.detach().clone() for tensor in tensors]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        deform_attn(static[0], LEVELS, *static[1:])
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = deform_attn(static[0], LEVELS, *static[1:])
+    static[0].mul_(-2)
+    graph.replay()
+    torch.testing.assert_close(output, -2 * deform_attn_pytorch(tensors[0], LEVELS, *tensors[1:]))
+
+
+@needs_gpu
+def test_it_runs_on_the_current_stream():
+    needs_kernel("cuda")
+    value, locations, weights = (tensor.detach() for tensor in inputs(dtype=torch.float32, device="cuda"))
+    expected = deform_attn(value, LEVELS, locations, weights)
+    late = torch.zeros_like(value)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # so that another stream would read zeros
+        late.copy_(value)
+        output = deform_attn(late, LEVELS, locations, weights)
+    stream.synchronize()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_it_runs_on_the_device_of_its_tensors():
+    needs_kernel("cuda")
+    tensors = inputs(dtype=torch.float32, device="cuda:1")
+    assert_close(outputs(deform_attn, LEVELS, tensors), outputs(deform_attn_pytorch, LEVELS, tensors), 1e-5)
+
+
+@needs_gpu
+def test_more_than_2_to_the_31_elements_are_addressed():
+    needs_kernel("cuda", torch.bfloat16)
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("less than 30 GB of GPU memory are free")
+    B, shapes = 2100, [(64, 64)]  # 2100 * 4096 * 8 * 32 = 2.2e9 elements
+    value = torch.zeros(B, 4096, 8, 32, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    locations = torch.full((B, 1, 8, 1, 1, 2), 63.5 / 64, device="cuda")
+    with torch.no_grad():
+        value[-1, -1] = 1
+    output = deform_attn(value, shapes, locations, torch.ones(B, 1, 8, 1, 1, device="cuda"))
+    assert (output[-1] == 1).all() and (output[:-1] == 0).all()
+    output.backward(torch.ones_like(output))
+    assert (value.grad[:, -1] == 1).all() and value.grad.sum(dtype=torch.float64) == B * 8 * 32
+
+
+@needs_gpu
+def test_deterministic_algorithms_are_asked_for_in_vain():
+    needs_kernel("cuda")
+    tensors = inputs(dtype=torch.float32, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            outputs(deform_attn, LEVELS, tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # ---- Build and dispatch
 
 
@@ -262,7 +402,7 @@ def test_a_library_that_cannot_serve_is_named_and_the_fallback_runs(stamp, reaso
         stamp = {"sources": deform_attn_cuda.sources_digest()} | {k: v for k, v in stamp.items() if v}
         (tmp_path / "stamp.json").write_text(json.dumps(stamp))
     monkeypatch.setattr(deform_attn_cuda, "STAMP", tmp_path / "stamp.json")
-    monkeypatch.setattr(deform_attn_cuda, "_not_loaded", deform_attn_cuda._load())
+    monkeypatch.setattr(deform_attn_cuda, "_missing", deform_attn_cuda._load())
     monkeypatch.setattr(deform_attn_cuda, "_paths", {})
     assert status("cpu").startswith(f"deform_attn: PyTorch fallback ({reason}")
     value, locations, weights = inputs(dtype=torch.float32)

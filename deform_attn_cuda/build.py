@@ -49,10 +49,10 @@ def find_nvcc():
     if torch.version.cuda is None:
         return None, f"PyTorch {torch.__version__} is built without CUDA"
     major = torch.version.cuda.split(".")[0]
-    homes = os.environ.get("CUDA_HOME"), "/usr/local/cuda", Path(torch.__file__).parents[1] / f"nvidia/cu{major}"
-    places = [shutil.which("nvcc"), *(Path(home) / "bin/nvcc" for home in homes if home)]
+    places = [Path(os.environ.get("CUDA_HOME", "")) / "bin/nvcc", Path(shutil.which("nvcc") or ""),
+              Path("/usr/local/cuda/bin/nvcc"), Path(torch.__file__).parents[1] / f"nvidia/cu{major}/bin/nvcc"]
     others = []
-    for nvcc in (place for place in places if place and Path(place).exists()):
+    for nvcc in filter(Path.is_file, places):
         release = re.search(r"release (\d+)\.\d+", version(nvcc))
         if release and release[1] == major:
             return str(nvcc), ""

@@ -17,6 +17,10 @@
 
 #include "cuda_kernel.h"
 
+#ifndef LAUNCH  // cuda_on_cpu.cpp has its own
+#define LAUNCH(kernel, blocks, stream, ...) kernel<<<blocks, THREADS, 0, stream>>>(__VA_ARGS__)
+#endif
+
 namespace deform_attn {
 namespace {
 
@@ -256,8 +260,7 @@ backward(const __grid_constant__ CudaProblem problem, int lanes_log2, const V* _
       grad_weights[at] = gradient.weight;
       grad_locations[2 * at] = gradient.x * weight * problem.width[level];
       grad_locations[2 * at + 1] = gradient.y * weight * problem.height[level];
-    });
-    __syncwarp();
+    });  // the same thread writes these slots next
   }
 }
 
@@ -279,15 +282,17 @@ template <int WIDTH, typename V, typename A>
 void forward_by(const CudaProblem& problem, const V* value, const A* locations, const A* weights, V* output,
                 cudaStream_t stream) {
   const int log2 = lanes_log2(problem.c, WIDTH);
-  forward<V, A, WIDTH><<<blocks(problem, log2), THREADS, 0, stream>>>(problem, log2, value, locations, weights, output);
+  const auto kernel = forward<V, A, WIDTH>;
+  LAUNCH(kernel, blocks(problem, log2), stream, problem, log2, value, locations, weights, output);
 }
 
 template <int WIDTH, typename V, typename A>
 void backward_by(const CudaProblem& problem, const V* grad_output, const V* value, const A* locations, const A* weights,
                  A* grad_value, A* grad_locations, A* grad_weights, cudaStream_t stream) {
   const int log2 = lanes_log2(problem.c, WIDTH);
-  backward<V, A, WIDTH><<<blocks(problem, log2), THREADS, 0, stream>>>(
-      problem, log2, grad_output, value, locations, weights, grad_value, grad_locations, grad_weights);
+  const auto kernel = backward<V, A, WIDTH>;
+  LAUNCH(kernel, blocks(problem, log2), stream, problem, log2, grad_output, value, locations, weights, grad_value,
+         grad_locations, grad_weights);
 }
 
 }  // namespace
