@@ -577,7 +577,8 @@ def test_the_first_lines_tell_device_kernel_data_model_and_recipe(folder, tmp_pa
 
 def test_the_log_has_every_loss_the_rate_the_speed_and_after_each_epoch_ap(trained):
     steps, metrics = ([r for r in log_of(trained) if name in r] for name in ("loss", "AP_box"))
-    assert [(r["epoch"], r["step"]) for r in steps] == [(r["epoch"], r["step"]) for r in metrics] == [(1, 3), (2, 6)]
+    assert [(r["epoch"], r["step"]) for r in steps] == [(0.3333, 1), (1, 3), (2, 6)]
+    assert [(r["epoch"], r["step"]) for r in metrics] == [(1, 3), (2, 6)]
     for record in steps:
         terms = [v for name, v in record.items() if name.split("_")[0] in ("class", "box", "giou", "mask", "dice")]
         assert sum(terms) == pytest.approx(record["loss"], rel=1e-4)
@@ -730,9 +731,9 @@ def test_a_picture_shows_what_reaches_the_score_and_nothing_else(folder):
 # ---- Many processes
 
 
-def two_processes(rank, folder, out):
+def two_processes(rank, threads, folder, out):
     """What each of two processes sees, saved for the tests below."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # as many as in the process that compares: sums come out alike
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
     dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
     run = new_run(folder, out / "unused")
@@ -758,7 +759,7 @@ def two_processes(rank, folder, out):
 def pair(folder, tmp_path_factory):
     """(what rank 0 saw, what rank 1 saw)"""
     out = tmp_path_factory.mktemp("pair")
-    torch.multiprocessing.spawn(two_processes, (folder, out), nprocs=2)
+    torch.multiprocessing.spawn(two_processes, (torch.get_num_threads(), folder, out), nprocs=2)
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -792,11 +793,11 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_all_together(pair):
 
 
 def start(folder, out, *more):
-    """train.py --gpus 2 as a user starts it, once its first steps are logged."""
+    """train.py --gpus 2 as a user starts it, once its first step is logged."""
+    (out / "log.jsonl").unlink(missing_ok=True)
     command = [sys.executable, HERE / "train.py", *SMALL, "--data", folder, "--out", out, "--gpus", 2, *more]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    steps = len(log_of(out)) if (out / "log.jsonl").exists() else 0
-    while process.poll() is None and not ((out / "log.jsonl").exists() and len(log_of(out)) > steps):
+    while process.poll() is None and not ((out / "log.jsonl").exists() and log_of(out)):
         time.sleep(0.05)
     return process
 
@@ -804,7 +805,7 @@ def start(folder, out, *more):
 @pytest.mark.slow
 def test_two_processes_train_end_with_the_death_of_one_and_save_on_a_signal(tmp_path):
     folder, out = tmp_path / "data", tmp_path / "run"
-    write_images(folder, "train", 2000)  # epochs of 500 steps, so that all of this happens in the first
+    write_images(folder, "train", 2000)  # an epoch of 500 steps, so that all of this happens in it
     write_images(folder, "val", 1)
     job = start(folder, out)
     ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
@@ -817,4 +818,4 @@ def test_two_processes_train_end_with_the_death_of_one_and_save_on_a_signal(tmp_
     output, _ = job.communicate(timeout=100)
     stopped = read_checkpoint(out / "last.pt")["step"]
     assert job.returncode == 143 and f"a signal ended this after step {stopped}" in output
-    assert new_run(folder, out, "--resume").step == stopped >= 50  # one process may go on where two were
+    assert new_run(folder, out, "--resume").step == stopped > 0  # one process may go on where two were

@@ -351,7 +351,7 @@ def train_epoch(run, interruption, log):
             totals[name] = totals.get(name, 0.0) + value
         update(run)
         steps += 1
-        if run.step % LOG_EVERY == 0 or run.step == last:
+        if run.step % LOG_EVERY == 0 or run.step in (1, last):
             means = torch.tensor(list(totals.values())) / (steps * world)
             if world > 1:
                 dist.all_reduce(means)
