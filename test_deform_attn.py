@@ -414,36 +414,56 @@ def test_a_type_without_a_kernel_is_named():
     assert "float16" in status("cpu", torch.float16)
 
 
-def run_build(**environment):
-    return subprocess.run([sys.executable, "-m", "deform_attn_cuda.build"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent, env=os.environ | environment)
-
-
 def built_files():
     return {path: path.stat().st_mtime_ns for path in build.BUILD.glob("*")}
 
 
-def test_building_again_does_nothing():
+def test_building_again_does_nothing(capsys):
     needs_kernel("cpu")
     before = built_files()
-    done = run_build()
-    assert done.returncode == 0 and "up to date" in done.stdout and built_files() == before
+    assert build.main() == 0 and "up to date" in capsys.readouterr().out and built_files() == before
 
 
-def test_without_a_compiler_one_line_says_what_to_install():
+def test_without_a_compiler_one_line_says_what_to_install(capsys, monkeypatch):
     before = built_files()
-    done = run_build(CXX="no-such-compiler")
-    assert done.returncode == 0 and done.stdout.count("\n") == 1 and "apt install g++" in done.stdout
-    assert built_files() == before
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.main() == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "apt install g++" in out and built_files() == before
 
 
-def test_a_build_that_fails_leaves_what_was_there():
+def test_a_build_that_fails_leaves_what_was_there(capsys, monkeypatch):
     if build.find_compiler() is None:
         pytest.skip("no C++ compiler")
     before = built_files()
-    done = run_build(CXXFLAGS="--no-such-flag")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no-such-flag" in done.stderr
-    assert built_files() == before
+    monkeypatch.setenv("CXXFLAGS", "--no-such-flag")
+    assert build.main() == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no-such-flag" in error and built_files() == before
+
+
+@pytest.mark.parametrize("release, says", [("12.9", "is of CUDA 12, PyTorch of CUDA"), (None, "no nvcc found")])
+def test_an_nvcc_that_does_not_fit_is_named_before_anything_is_compiled(release, says, tmp_path, monkeypatch):
+    if release:
+        nvcc = tmp_path / "bin/nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.86\n")
+        nvcc.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.Path, "is_file", lambda path: tmp_path in path.parents)
+    path, reason = build.find_nvcc()
+    assert path is None and says in reason and "nvidia-cuda-nvcc==99.0.*" in reason
+
+
+def test_architectures_are_those_asked_for(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a+PTX")
+    assert build.architectures() == ["-gencode=arch=compute_86,code=[sm_86]",
+                                     "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(build.BuildError, match="names Hopper"):
+        build.architectures()
 
 
 def test_where_there_is_a_compiler_there_is_a_kernel():

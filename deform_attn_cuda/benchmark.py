@@ -3,13 +3,18 @@
 Shapes are those of a 800x1216 image: an encoder whose 20,197 tokens all ask, and a decoder of 300 queries. Locations
 are `local`, a ring of growing radius around each query with noise of one pixel, as the initialised model samples, or
 `random`, uniform over the image, the worst for caches. Paths are timed in turn in one process; medians are printed.
+With --check, the tests and on a GPU compute-sanitizer run before.
 """
 import argparse
 import ctypes
 import functools
+import importlib.util
 import json
 import math
+import os
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as nnf
 
-from . import KERNEL_TYPES, deform_attn, deform_attn_pytorch, status
+from . import HERE, KERNEL_TYPES, deform_attn, deform_attn_pytorch, status
 
 LEVELS = [(100, 152), (50, 76), (25, 38), (13, 19)]
 HEADS, CHANNELS, POINTS = 8, 32, 4
@@ -35,6 +40,14 @@ def grid_sample(value, level_shapes, locations, weights):
         sampled.append(nnf.grid_sample(image, grid, padding_mode="zeros", align_corners=False))
     weights = weights.transpose(1, 2).reshape(B * h, 1, Q, L * P).to(value.dtype)
     return (torch.cat(sampled, -1) * weights).sum(-1).view(B, h * c, Q).transpose(1, 2)
+
+
+def kernel_of_2020(value, level_shapes, locations, weights):
+    """The kernel that came with Deformable DETR, as the package torch-ms-deform-attn distributes it."""
+    from torch_ms_deform_attn import ms_deform_attn
+    shapes = torch.tensor(level_shapes, device=value.device)
+    starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
+    return ms_deform_attn(value, shapes, starts, locations.to(value.dtype), weights.to(value.dtype))
 
 
 def inputs(batch, queries, pattern, dtype, device):
@@ -64,14 +77,31 @@ def compulsory_and_gathered(batch, queries, dtype):
     return batch * (tokens + queries) * HEADS * row + points * 3 * 4, points * 4 * row
 
 
-def milliseconds(function, device):
+def bounds(compulsory, gathered):
+    """Milliseconds below which this GPU cannot be, if its memory, L2 or L1 were all that limits it.
+
+    Rates are those of the data sheets: 5120 bytes a clock from L2 (A100, H100), where no row is found in L1, and 128
+    bytes a clock and multiprocessor from L1, where all are.
+    """
+    gpu = torch.cuda.get_device_properties()
+    memory = 2e3 * gpu.memory_clock_rate * gpu.memory_bus_width / 8
+    return {"memory": 1e3 * compulsory / memory, "L2": gathered / (5120 * gpu.clock_rate),
+            "L1": gathered / (128 * gpu.multi_processor_count * gpu.clock_rate)}
+
+
+def milliseconds(function, device, cold=False):
+    """Time of one call; on a GPU that of ten in a row, or of one after L2 was overwritten (`cold`)."""
     if device == "cuda":
+        calls = 1 if cold else 10
+        if cold:
+            torch.zeros(torch.cuda.get_device_properties().L2_cache_size, device=device)  # float32: four times L2
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        function()
+        for _ in range(calls):
+            function()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / calls
     start = time.perf_counter()
     function()
     return 1e3 * (time.perf_counter() - start)
@@ -104,6 +134,8 @@ def measure(batch, queries, pattern, dtype, device, repeats):
     paths = {"grid_sample": grid_sample, "PyTorch fallback": deform_attn_pytorch}
     if dtype in KERNEL_TYPES.get(device, ()) and "fallback" not in status(device, dtype):
         paths[f"{device.upper()} kernel"] = deform_attn
+    if device == "cuda" and importlib.util.find_spec("torch_ms_deform_attn"):
+        paths["kernel of 2020"] = kernel_of_2020
     leaves = [tensor.clone().requires_grad_() for tensor in (value, locations, weights)]
     grad = torch.randn_like(grid_sample(value, LEVELS, locations, weights))
 
@@ -123,11 +155,17 @@ def measure(batch, queries, pattern, dtype, device, repeats):
         for key, call in calls.items():
             samples[key].append(milliseconds(call, device))
     times = {key: statistics.median(sample) for key, sample in samples.items()}
+    if device == "cuda":
+        for name in paths:
+            times[name, "cold"] = statistics.median(milliseconds(calls[name, forward], device, cold=True)
+                                                    for _ in range(repeats))
 
     compulsory, gathered = compulsory_and_gathered(batch, queries, dtype)
+    limits = bounds(compulsory, gathered) if device == "cuda" else None
     rows = [{"case": f"{'encoder' if queries is None else 'decoder'} batch {batch} {pattern}",
              "type": str(dtype).removeprefix("torch."), "path": name,
              "forward_ms": times[name, forward], "forward_backward_ms": times[name, forward_backward],
+             "forward_cold_ms": times.get((name, "cold")), "bounds_ms": limits,
              "forward_mb": memory[name, forward], "forward_backward_mb": memory[name, forward_backward],
              "compulsory_gb_per_s": compulsory / times[name, forward] / 1e6,
              "gathered_gb_per_s": gathered / times[name, forward] / 1e6} for name in paths]
@@ -147,6 +185,24 @@ def text(row):
             f"{row['forward_backward_mb']:8.0f} {row['gathered_gb_per_s']:11.1f}")
 
 
+def check():
+    """Run the tests, and on a GPU some of them under compute-sanitizer. Returns whether all passed."""
+    test = [sys.executable, "-m", "pytest", "-q", str(HERE.parent / "test_deform_attn.py")]
+    commands = [test]
+    if torch.cuda.is_available():
+        places = os.environ["PATH"], "/usr/local/cuda/bin", Path(torch.__file__).parents[1] / "nvidia/cu13/bin"
+        sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(map(str, places)))
+        if sanitizer is None:
+            print("compute-sanitizer not found: pip install nvidia-cuda-sanitizer-api")
+        commands += [[sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *test,
+                      "-k", "kernel_and_fallback_agree and cuda"] for tool in ("memcheck", "racecheck", "synccheck")]
+    passed = True
+    for command in commands:
+        print(*command, flush=True)
+        passed &= shutil.which(command[0]) is not None and subprocess.run(command).returncode == 0
+    return passed
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -154,7 +210,9 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5, help="the median of so many is printed")
     parser.add_argument("--json", type=Path, help="write all figures to this file as well")
+    parser.add_argument("--check", action="store_true", help="run the tests and compute-sanitizer before")
     arguments = parser.parse_args()
+    passed = not arguments.check or check()
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"PyTorch {torch.__version__}, {arguments.device}, {machine}; {status(arguments.device)}")
     print(HEADER)
@@ -165,8 +223,13 @@ def main():
                 case = measure(batch, queries, pattern, dtype, arguments.device, arguments.repeats)
                 rows += case
                 print(*map(text, case), sep="\n", flush=True)
+                if arguments.device == "cuda":
+                    limits = [f"{limit} {ms:.3f} ms" for limit, ms in case[0]["bounds_ms"].items()]
+                    cold = [f"{row['path']} {row['forward_cold_ms']:.3f} ms" for row in case]
+                    print("  bounds of the forward:", *limits, "; with L2 cold:", *cold)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
