@@ -747,6 +747,10 @@ def two_processes(rank, threads, folder, out):
     seen["one without objects"] = gradients_of(run, part)
     metrics, results = evaluate.evaluate(run.model, run.val_set, run.device)
     seen.update(metrics=metrics, results=results)
+    run.parallel.train()(part[0][0] // (rank + 1))
+    seen["own statistics"] = torch.cat([buffer.flatten() for buffer in run.model.buffers()])
+    train.share_statistics(run.model)
+    seen["shared statistics"] = torch.cat([buffer.flatten() for buffer in run.model.buffers()])
     criterion = run.criterion.forward
     if rank == 1:
         run.criterion.forward = lambda *args: {name: loss * math.nan for name, loss in criterion(*args).items()}
@@ -786,6 +790,12 @@ def test_evaluation_shared_by_two_processes_equals_that_of_one_digit_for_digit(f
     assert pair[0]["metrics"] == pair[1]["metrics"] == metrics
     assert pair[0]["results"] == results and pair[1]["results"] is None
     assert len(results) == 5 * 18
+
+
+def test_all_processes_evaluate_with_the_statistics_that_the_checkpoint_holds(pair):
+    assert not torch.equal(pair[0]["own statistics"], pair[1]["own statistics"])
+    for seen in pair:
+        assert torch.equal(seen["shared statistics"], pair[0]["own statistics"])
 
 
 def test_a_loss_that_is_not_finite_on_one_process_ends_all_together(pair):

@@ -362,6 +362,12 @@ def train_epoch(run, interruption, log):
             save(run, "last.pt")
 
 
+def share_statistics(model):
+    """Every process evaluates with the batch statistics of rank 0, which are those that the checkpoint holds."""
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)
+
+
 def save(run, name):
     """Write a checkpoint beside the old one and put it in its place, so that there is a whole one at every moment.
     A full disk costs a warning and leaves the old one."""
@@ -457,6 +463,7 @@ def train(args):
             sys.exit(128 + (interruption.number or signal.SIGTERM))
 
         interruption.saved = True
+        share_statistics(run.model)
         metrics, results = evaluate(run.model, run.val_set, device, args.workers)
         log.evaluation(run, metrics, results)
         interruption.saved = False
