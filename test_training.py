@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -192,6 +193,16 @@ def test_an_epoch_shows_every_image_once_and_each_epoch_in_another_order(folder,
     first = sum(train.batches(run), [])
     run.epoch, run.step = 1, run.steps_per_epoch
     assert sorted(first) == list(range(12)) and first != sum(train.batches(run), [])
+
+
+def test_each_epoch_augments_the_images_anew(folder, tmp_path):
+    run, seen = new_run(folder, tmp_path), []
+    for run.epoch in (0, 1):
+        run.step = run.epoch * run.steps_per_epoch
+        seen.append({t["image_id"]: x for images, targets in train.loader_of(run)
+                     for x, t in zip(images, targets, strict=True)})  # fmt: skip
+    assert seen[0].keys() == seen[1].keys() == set(range(1, 13))
+    assert any(not torch.equal(seen[0][i], seen[1][i]) for i in seen[0])
 
 
 @pytest.mark.parametrize("world, accumulate", [(2, 1), (1, 4), (2, 2)])
@@ -477,6 +488,31 @@ def test_init_takes_every_tensor_that_fits_and_names_the_others(trained, tmp_pat
                 {k: v for k, v in given.items() if k not in odd})  # fmt: skip
 
 
+RESNET18 = ("--preset", "released", "--set", "backbone=resnet18")
+
+
+def test_pretrained_weights_downloaded_once_need_no_network_and_freeze_their_norms(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "socket", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    net = torchvision.models.resnet18()
+    torch.nn.init.constant_(net.layer2[0].conv1.weight, 0.25)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(net.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+    started = new_run(folder, tmp_path / "out", *RESNET18)
+    assert (started.model.backbone.stages[2][0].conv1.weight == 0.25).all()
+    norms = [module for module in started.model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms and not any(norm.training or norm.weight.requires_grad for norm in norms)
+
+
+@pytest.mark.parametrize("backbone, named", [("resnet18", "https://download"), ("swin_l", "Swin-Transformer")])
+def test_weights_that_cannot_be_had_are_named_with_the_way_out(folder, tmp_path, monkeypatch, capsys, backbone, named):
+    monkeypatch.setenv("https_proxy", "http://localhost:9")  # where nobody answers
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert run(folder, tmp_path / "out", *RESNET18[:2], "--set", f"backbone={backbone}") == 2
+    message = capsys.readouterr().err
+    assert named in message and "--backbone-weights" in message
+
+
 # ---- Faults
 
 
@@ -647,6 +683,7 @@ def test_a_hand_made_set_gets_the_numbers_of_pycocotools_on_the_hand_written_jso
     truth["annotations"][3]["segmentation"] = rle.frPyObjects(truth["annotations"][3]["segmentation"], 160, 160)[0]
     truth["annotations"][3]["segmentation"]["counts"] = truth["annotations"][3]["segmentation"]["counts"].decode()
     found = predictions(truth, shift=3, score=0.8) + [{**r, "category_id": 4, "score": 0.7} for r in predictions(truth)]
+    found.append({**found[0], "bbox": [0, 0, 150, 150], "score": 0.95})  # a small mask in a large box
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     expected = {}
     for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):

@@ -198,7 +198,8 @@ class Run:
                 layer.forward = partial(computed_twice, layer.forward, use_reentrant=False)
         self.parallel = self.model  # or DDP around it
         self.criterion = Criterion(self.config)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.recipe), self.recipe.lr, self.recipe.betas)
+        groups = parameter_groups(self.model, self.recipe)
+        self.optimizer = torch.optim.AdamW(groups, self.recipe.lr, self.recipe.betas, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
