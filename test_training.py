@@ -185,6 +185,17 @@ def test_large_scale_jitter_scales_from_a_tenth_to_double_and_flips_half_the_ima
     assert len({geometry.offset for geometry in drawn if max(geometry.size) > 1500}) > 100
 
 
+@pytest.mark.parametrize("override, value", [
+    ("selection=(300,)", (300,)), ("bato=False", False), ("detection_loss=0.1", 0.1), ("detection_loss=1", 1),
+    ("guidance=T_s1", "T_s1"), ("decoder_layers=9", 9), ("guiding_tokens=50", 50), ("guiding_tokens=None", None),
+])  # fmt: skip
+def test_set_changes_one_field_of_the_preset(override, value):
+    args = train.parse_arguments(["--preset", "released", "--set", override])
+    name = override.split("=")[0]
+    expected = dataclasses.replace(Config.released(), num_classes=3, **{name: value})
+    assert train.choose_config(args, 3) == expected and getattr(expected, name) == value
+
+
 # ---- Steps
 
 

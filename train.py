@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+import typing
 from functools import partial
 from pathlib import Path
 
@@ -141,13 +142,14 @@ def choose_config(args, num_classes):
         fields = [field.name for field in dataclasses.fields(Config) if field.name != "num_classes"]
         if name not in fields:
             raise ValueError(f"--set {name}: the fields are {', '.join(fields)}")
-        default = getattr(config, name)
+        kind = typing.get_type_hints(Config)[name]
         try:
-            value = text if isinstance(default, str) else ast.literal_eval(text)
+            value = text if kind is str else ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            value = None
-        if type(value) is not type(default) and not (default is None and isinstance(value, int)):
-            raise ValueError(f"--set {name}={text}: the value must be of the same kind as the preset's, {default!r}")
+            value = text
+        allowed = tuple if typing.get_origin(kind) is tuple else float | int if kind is float else kind
+        if not isinstance(value, allowed):
+            raise ValueError(f"--set {name}={text}: that is no {getattr(kind, '__name__', kind)}")
         changes[name] = value
     return dataclasses.replace(config, **changes)
 
