@@ -39,7 +39,7 @@ def deform_attn(value, level_shapes, locations, weights):
     device = value.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         value = value.to(torch.get_autocast_dtype(device))
-    precise = torch.promote_types(value.dtype, torch.float32)
+    precise = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = locations.to(precise), weights.to(precise)
     _check(value, level_shapes, locations, weights)
     if _compiled(device, value.dtype):
@@ -92,7 +92,7 @@ def _why_not(device, dtype):
 @functools.cache
 def _self_check(device):
     """What is wrong with a tiny call on this device, or nothing: a GPU may be one that was not compiled for."""
-    with _disable_current_modes(), torch.inference_mode(False), torch.autocast(device, enabled=False):
+    with _disable_current_modes(), torch.inference_mode(False):
         try:
             value, locations, weights = (
                 torch.linspace(-0.2, 1.2, math.prod(shape), dtype=torch.float32, device=device).view(shape)

@@ -63,7 +63,8 @@ __device__ __forceinline__ void add_to_memory(A* to, const A (&terms)[WIDTH]) {
     for (int i = 0; i < WIDTH; ++i) atomicAdd(to + i, terms[i]);
 }
 
-struct Corners { int token[4]; };  // top left, top right, bottom left, bottom right; -1 where outside of the level
+// Top left, top right, bottom left, bottom right; -1 where outside of the level.
+struct alignas(16) Corners { int token[4]; };
 
 // Corner tokens of a location, and how far (dx, dy) it lies right of and below the first. Infinity is outside; where
 // the location is not a number, neither are dx and dy, and all corners are the level's first token, to let that show.
@@ -87,9 +88,10 @@ __device__ __forceinline__ Corners locate(const CudaProblem& problem, int level,
 
 // Where this thread works.
 struct Place {
-  int lanes, lane, pair, pairs;      // threads of a pair, this one's number, its pair's number in the warp, and of how many
-  int image, head, first_query;      // the first query of the warp
-  int64_t slice;                     // first element of this image and head in the value
+  int lanes, lane;               // threads of a pair, and the number of this one
+  int pair, pairs;               // number of its pair in the warp, and of how many
+  int image, head, first_query;  // the first query of the warp
+  int64_t slice;                 // first element of this image and head in the value
 
   __device__ Place(const CudaProblem& problem, int lanes_log2) {
     lanes = 1 << lanes_log2;
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 forward(const __grid_constant__ CudaProblem problem, int lanes_log2, const V* __restrict__ value,
         const A* __restrict__ locations, const A* __restrict__ weights, V* __restrict__ output) {
   __shared__ Corners all_tokens[WARPS][SLOTS];
-  struct Counts { A corner[4]; };
+  struct alignas(16) Counts { A corner[4]; };
   __shared__ Counts all_counts[WARPS][SLOTS];
   Corners* tokens = all_tokens[threadIdx.x / 32];
   Counts* counts = all_counts[threadIdx.x / 32];
