@@ -65,7 +65,7 @@ def deform_attn_pytorch(value, level_shapes, locations, weights):
         for line, share_y in ((top, top + 1 - y), (top + 1, y - top)):
             for column, share_x in ((left, left + 1 - x), (left + 1, x - left)):
                 inside = (column >= 0) & (column < W) & (line >= 0) & (line < H)
-                token = start + torch.where(inside, line * W + column, 0).int()
+                token = start + torch.where(inside, line.int() * W + column.int(), 0)
                 rows.append((image * N + token) * h + head)
                 shares.append(weights[:, :, :, level] * share_x * share_y * inside)
         rows, shares = torch.stack(rows, -1), torch.stack(shares, -1)     # [B Q h P 4]
