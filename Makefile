@@ -10,8 +10,8 @@ build:     ## install requirements.txt and compile the deformable attention oper
 	$(PYTHON) -m deform_attn_cuda.build
 
 demo: build  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (15 minutes, 2 cores)
-	$(PYTHON) train.py --data shapes --preset tiny --out runs/demo
-	$(PYTHON) evaluate.py --ckpt runs/demo/last.pt --draw 12 --out runs/demo
+	$(PYTHON) train.py --data shapes --preset tiny --out runs/demo --resume
+	$(PYTHON) evaluate.py --ckpt runs/demo/last.pt --draw 12 --json runs/demo/metrics.json
 
 test: build  ## run the specification
 	$(PYTHON) -m pytest
