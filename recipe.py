@@ -35,7 +35,7 @@ class Recipe:
     def tiny(cls):
         """For Config.tiny() on `shapes`: all of it learns from scratch, in few steps."""
         return cls(
-            epochs=6, batch_size=4, lr=1.5e-3, backbone_lr=1.0, betas=(0.9, 0.98), clip=0.1, warmup=100,
+            epochs=6, batch_size=8, lr=2e-3, backbone_lr=1.0, betas=(0.9, 0.98), clip=0.1, warmup=100,
             schedule="cosine", augmentation="flips", image_size=128, test_size=(128, 128),
         )  # fmt: skip
 
