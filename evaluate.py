@@ -34,6 +34,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Subset
 from torchvision import utils as pictures
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.functional import pil_to_tensor
 
 import data
@@ -305,6 +306,7 @@ def evaluate_images(model, files, classes, geometry, device, args):
         resized = pil_to_tensor(geometry(None, image.width, image.height).image(image))
         with torch.inference_mode():
             detections = detect(model, resized, (image.height, image.width), device, args.amp)[0]
+        detections["boxes"] = clip_boxes_to_image(detections["boxes"], (image.height, image.width))
         results = [r for r in coco_results(detections, file.name, range(len(classes))) if r["score"] >= args.score]
         pictures.save_image(draw(image, results, names, args.score) / 255, args.out / f"{file.stem}_found.png")
         found_here = [f"{names[r['category_id']]} {r['score']:.2f}" for r in results]

@@ -177,7 +177,8 @@ def check_final(run, index, chosen):
     for i in range(100):
         same = [
             j for j in order
-            if ours["labels"][j] == g["final0_labels"][i] and np.abs(ours["boxes"][j] - g["final0_boxes"][i]).max() < 0.2
+            if ours["labels"][j] == g["final0_labels"][i]
+            and np.abs(ours["boxes"][j] - g["final0_boxes"][i]).max() < 0.2
             and abs(ours["scores"][j] - g["final0_scores"][i]) < 2e-3
         ]  # fmt: skip
         assert same, f"object {i} of the 100 is not among ours"
@@ -349,7 +350,8 @@ def test_released_gradients_of_the_total_agree(recorded_losses, recorded_randomn
     recorded = {
         "main_pred_logits": main["logits"], "main_pred_boxes": main["boxes"], "dn_pred_logits": dn["logits"],
         "dn_pred_boxes": dn["boxes"], "interm_pred_boxes": outputs["selection"]["boxes"],
-        "oldm1_pred_logits": outputs["interaction"][1]["logits"], "oldm1_pred_boxes": outputs["interaction"][1]["boxes"],
+        "oldm1_pred_logits": outputs["interaction"][1]["logits"],
+        "oldm1_pred_boxes": outputs["interaction"][1]["boxes"],
     }  # fmt: skip
     for name, x in recorded.items():
         assert np.allclose(x.grad, g[f"grad_{name}"], rtol=1e-4, atol=1e-5), name

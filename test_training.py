@@ -770,6 +770,18 @@ def test_own_images_get_pictures_and_only_what_reaches_the_score(folder, trained
     assert (tmp_path / "found" / "photo_found.png").exists()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (200, 4), (3, 150), (33, 31)])
+def test_images_of_any_size_and_shape_give_boxes_inside_them_and_masks_of_their_size(trained, tmp_path, size):
+    Image.new("RGB", size, "blue").save(tmp_path / "image.png")
+    flags = ["--ckpt", trained / "last.pt", "--device", "cpu", "--out", tmp_path, "--score", "0"]
+    assert exit_code(evaluate.main, [*map(str, flags), "--images", str(tmp_path / "image.png")]) == 0
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    assert results
+    for x, y, w, h in (result["bbox"] for result in results):
+        assert x >= 0 and y >= 0 and x + w <= size[0] + 1e-3 and y + h <= size[1] + 1e-3  # sums of float32
+    assert {tuple(result["segmentation"]["size"]) for result in results} == {size[::-1]}
+
+
 def test_a_picture_shows_what_reaches_the_score_and_nothing_else(folder):
     dataset = data.open_dataset(str(folder), ".", "val", data.identity, training=False)
     image = data.read_record(dataset.folder, dataset.images[1])
