@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from PIL import Image
 
 import deform_attn_cuda
 import dimaskdino
@@ -371,3 +372,23 @@ def test_released_denoising_queries_agree(recorded_losses, recorded_randomness, 
         assert np.allclose(denoising.boxes_logit, g[f"dnq_{case}_slot_box_logits"], atol=1e-5)
         blocked = np.unpackbits(g[f"dnq_{case}_attn_mask_packed"], axis=1)[:, : denoising.labels.shape[1] + 300]
         assert np.array_equal(denoising.attention_mask(300), blocked.astype(bool))
+
+
+# ---- The authors' file, as a user has it -----------------------------------------------------------------------------
+
+
+def test_evaluate_takes_the_authors_file_as_it_is(tmp_path, capsys):
+    import evaluate
+
+    weights = released_weights("dimaskdino_r50", 26)
+    torch.save({"model": weights, "iteration": 88499}, tmp_path / "dimaskdino_r50.pth")
+    image = np.load(GOLDEN / "golden_r50_a.npz")["image0"].transpose(1, 2, 0)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    flags = f"--ckpt {tmp_path}/dimaskdino_r50.pth --out {tmp_path} --device cpu --test-size 128 160 --score 0.5"
+    evaluate.main([*flags.split(), "--images", str(tmp_path / "image.png")])
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    assert found and all(result["score"] >= 0.5 for result in found)
+    classes = evaluate.restore(tmp_path / "dimaskdino_r50.pth", torch.device("cpu"))[1]
+    assert len(classes) == 80 and (classes[0], classes[79]) == ("person", "toothbrush")
+    assert (tmp_path / "image_found.png").exists() and "image.png: " in capsys.readouterr().out
+
