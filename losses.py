@@ -138,14 +138,14 @@ class Criterion(nn.Module):
     @torch.no_grad()
     def match(self, sets, targets):
         """The best one-to-one match of each set of predictions: {name: (queries [M], objects [M])}, both numbered
-        through the batch. Here a step waits for the device, once."""
+        through the batch. It waits for the device once, whatever the number of sets and images."""
         sizes = [prediction["logits"].shape[1] for prediction in sets.values()]
         costs = [self.costs_of_image(sets.values(), b, target) for b, target in enumerate(targets)]
         costs = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
         matches, before = {name: ([], []) for name in sets}, 0
-        for b, (target, cost) in enumerate(zip(targets, costs, strict=True)):
+        for b, (target, flat) in enumerate(zip(targets, costs, strict=True)):
             number = len(target["labels"])
-            parts = cost.view(sum(sizes), number).split(sizes)
+            parts = flat.view(sum(sizes), number).split(sizes)
             for (name, match), size, cost in zip(matches.items(), sizes, parts, strict=True):
                 if not cost.isfinite().all():
                     raise FloatingPointError(explain(name, b, sets[name], target))
