@@ -113,6 +113,14 @@ def test_infinity_is_outside_and_not_a_number_stays_visible(path, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
+def test_a_weight_that_is_not_finite_stays_visible_outside_too(path, device):
+    value, locations, weights = inputs([(3, 4)], B=1, Q=2, h=1, c=8, P=1, dtype=torch.float32, device=device)
+    weights.data[0, :, 0, 0, 0] = torch.tensor([float("nan"), float("inf")])
+    assert path(value, [(3, 4)], locations + 5, weights).isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
 @pytest.mark.parametrize("empty", [{"B": 0}, {"Q": 0}], ids=str)
 def test_batches_and_queries_may_be_none_at_all(path, empty, device):
     tensors = inputs(**empty, device=device)
@@ -225,6 +233,7 @@ def test_autocast_lowers_the_value_and_keeps_the_locations(device):
     ({"locations": torch.zeros(3, 7, 3, 3, 2, 2)}, "locations must be"),
     ({"weights": torch.zeros(2, 7, 3, 3, 1)}, "weights must be"),
     ({"weights": torch.zeros(2, 7, 3, 3, 2, device="meta")}, "weights is on meta"),
+    ({"weights": torch.zeros(2, 7, 3, 3, 2, dtype=torch.int)}, "weights must be of a float type"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_wrong_arguments_are_named(change, named):
     value, locations, weights = inputs(dtype=torch.float32)
@@ -280,6 +289,16 @@ def test_the_cuda_source_run_thread_by_thread_agrees_with_the_fallback(cuda_on_c
     tensors = inputs(**problem, dtype=dtype)
     expected = outputs(deform_attn_pytorch, problem["level_shapes"], tensors)
     assert_close(cuda_on_cpu(problem["level_shapes"], tensors), expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("broken", ["value", "locations", "weights"])
+def test_the_cuda_source_shows_what_is_not_a_number_where_the_fallback_does(cuda_on_cpu, broken):
+    tensors = dict(zip(("value", "locations", "weights"), inputs(P=4, dtype=torch.float32), strict=True))
+    tensors[broken].data.view(-1)[::41] = torch.nan
+    expected = deform_attn_pytorch(tensors["value"], LEVELS, tensors["locations"], tensors["weights"])
+    assert 0 < expected.isnan().sum() < expected.numel()
+    output, *_ = cuda_on_cpu(LEVELS, tuple(tensors.values()))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("c", [136, 264])
@@ -459,11 +478,19 @@ def test_an_nvcc_that_does_not_fit_is_named_before_anything_is_compiled(release,
 
 def test_architectures_are_those_asked_for(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a+PTX")
-    assert build.architectures() == ["-gencode=arch=compute_86,code=[sm_86]",
-                                     "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"]
+    assert build.architectures("nvcc") == ["-gencode=arch=compute_86,code=[sm_86]",
+                                           "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(build.BuildError, match="names Hopper"):
-        build.architectures()
+        build.architectures("nvcc")
+
+
+@pytest.mark.parametrize("gpus, compiled", [([(9, 0), (5, 0)], ["90"]), ([(5, 0)], ["80", "90"]), ([], ["80", "90"])])
+def test_a_gpu_that_nvcc_does_not_know_does_not_stop_the_build(nvcc, gpus, compiled, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
+    assert re.findall(r"arch=compute_(\d+)", " ".join(build.architectures(nvcc))) == compiled
 
 
 def test_where_there_is_a_compiler_there_is_a_kernel():

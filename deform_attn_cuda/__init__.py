@@ -34,14 +34,16 @@ def deform_attn(value, level_shapes, locations, weights):
     returns       [B Q h*c]      in the type of `value`
 
     Sums are kept in float32 (float64 for float64), to which locations and weights are cast. Under autocast
-    `value` is cast to autocast's type. ValueError names the argument whose shape, type or device is wrong.
+    `value` is cast to autocast's type. ValueError names the argument whose shape, type or device is wrong. On a GPU,
+    call it once before a graph is captured, as PyTorch asks of all that is captured: the first call checks the kernel.
+    The CUDA kernel takes up to 64 levels and 2^30 queries, counted over images and heads, and says so beyond.
     """
-    device = value.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        value = value.to(torch.get_autocast_dtype(device))
+    _check(value, level_shapes, locations, weights)
+    device = value.device
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        value = value.to(torch.get_autocast_dtype(device.type))
     precise = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = locations.to(precise), weights.to(precise)
-    _check(value, level_shapes, locations, weights)
     if _compiled(device, value.dtype):
         sizes = [size for shape in level_shapes for size in shape]
         return torch.ops.deform_attn.forward(value, sizes, locations, weights)
@@ -77,16 +79,16 @@ def deform_attn_pytorch(value, level_shapes, locations, weights):
 
 def status(device=None, dtype=torch.float32):
     """The one line that says which path runs for a device (the best one here if None) and type, and why."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reason = _why_not(device, dtype)
-    return f"deform_attn: PyTorch fallback ({reason})" if reason else f"deform_attn: {device.upper()} kernel"
+    return f"deform_attn: PyTorch fallback ({reason})" if reason else f"deform_attn: {device.type.upper()} kernel"
 
 
 def _why_not(device, dtype):
     """Why the compiled operator cannot be used, or nothing."""
-    if dtype not in KERNEL_TYPES.get(device, ()):
-        return f"no kernel for {dtype} on {device}"
-    return _missing[device] or _self_check(device)
+    if dtype not in KERNEL_TYPES.get(device.type, ()):
+        return f"no kernel for {dtype} on {device.type}"
+    return _missing[device.type] or _self_check(device)
 
 
 @functools.cache
@@ -100,6 +102,8 @@ def _self_check(device):
             output = torch.ops.deform_attn.forward(value, [3, 5], locations, weights)
             expected = deform_attn_pytorch(value, [(3, 5)], locations, weights)
             return "" if torch.allclose(output, expected, atol=1e-5) else "its first call gave wrong results"
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             return f"its first call failed: {str(error).splitlines()[0]}"
 

@@ -62,12 +62,15 @@ def find_nvcc():
     return None, f"no CUDA kernel, {found}: pip install {' '.join(wanted)}, or set CUDA_HOME"
 
 
-def architectures():
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, else the GPUs present, else A100 and H100; PTX serves newer ones."""
+def architectures(nvcc):
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, else the GPUs present, as far as it knows them, else A100 and H100; PTX
+    serves newer ones."""
     names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not names:
-        present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} or {(8, 0), (9, 0)}
-        names = [f"{major}.{minor}" for major, minor in sorted(present)]
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        present = {(major, minor) for major, minor in present if f"compute_{major}{minor}" in known}
+        names = [f"{major}.{minor}" for major, minor in sorted(present or {(8, 0), (9, 0)})]
         names[-1] += "+PTX"
     flags = []
     for name in names:
@@ -94,7 +97,7 @@ def commands(compiler, nvcc):
                                f"-DCAPABILITY={name}", *flags, "-c", str(HERE / "cpu_kernel.cpp")]
     if nvcc:
         both = [nvcc, "-ccbin", compiler[0], *(f"-Xcompiler={flag}" for flag in ("-fPIC", *extra))]
-        plan["cuda_kernel"] = [*both, "-O3", "-std=c++17", *architectures(), "-c", str(HERE / "cuda_kernel.cu")]
+        plan["cuda_kernel"] = [*both, "-O3", "-std=c++17", *architectures(nvcc), "-c", str(HERE / "cuda_kernel.cu")]
         plan["operator_cuda"] = [*both, "-O2", "-std=c++20", *include, "-c", str(HERE / "operator_cuda.cpp")]
         link.append("-lc10_cuda")  # libcudart, which it depends on, comes with it
     return plan, link

@@ -146,14 +146,15 @@ forward(const __grid_constant__ CudaProblem problem, int lanes_log2, const V* __
       __syncwarp();
       for_points(problem, place, lanes_log2, first, [&](int slot, int64_t row, int point) {
         const int64_t at = row * points + point;
+        const int level = point / problem.P;
         A dx, dy;
-        const Corners corners = locate(problem, point / problem.P, locations[2 * at], locations[2 * at + 1], dx, dy);
+        const Corners corners = locate(problem, level, locations[2 * at], locations[2 * at + 1], dx, dy);
         const A top = weights[at] * (1 - dy), bottom = weights[at] * dy;
         const A count[4] = {top * (1 - dx), top * dx, bottom * (1 - dx), bottom * dx};
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          tokens[slot].token[k] = max(corners.token[k], 0);
-          counts[slot].corner[k] = corners.token[k] < 0 ? A(0) : count[k];
+        for (int k = 0; k < 4; ++k) {  // a corner outside counts nothing, unless its weight is not a number
+          tokens[slot].token[k] = corners.token[k] < 0 ? problem.start[level] : corners.token[k];
+          counts[slot].corner[k] = corners.token[k] < 0 ? A(0) * count[k] : count[k];
         }
       });
       __syncwarp();

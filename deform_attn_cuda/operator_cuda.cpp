@@ -74,7 +74,6 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output_, con
                                                  IntArrayRef level_shapes, const Tensor& locations_,
                                                  const Tensor& weights_) {
   check(value_, level_shapes, locations_, weights_, grad_output_);
-  at::globalContext().alertNotDeterministic("deform_attn::backward on CUDA");  // sums in the order of arrival
   const c10::cuda::CUDAGuard device(value_.device());
   const Tensor grad_output = grad_output_.contiguous(), value = value_.contiguous();
   const Tensor locations = locations_.contiguous(), weights = weights_.contiguous();
@@ -82,6 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output_, con
   Tensor grad_value = at::zeros(value.sizes(), locations.options());
   Tensor grad_locations = at::empty_like(locations), grad_weights = at::empty_like(weights);
   if (grad_output.numel() > 0) {
+    at::globalContext().alertNotDeterministic("deform_attn::backward on CUDA");  // sums in the order of arrival
     with_types(value, [&](auto types) {
       launch_backward(problem, types.of_value(grad_output), types.of_value(value), types.of_sum(locations),
                       types.of_sum(weights), types.of_sum(grad_value), types.of_sum(grad_locations),
