@@ -72,6 +72,18 @@ def sample(maps, points):
     return nnf.grid_sample(maps, points[:, :, None] * 2 - 1, align_corners=False)[..., 0]
 
 
+def sample_objects(masks, objects, points):
+    """Bilinear values [M P] of masks [n H W] (bool), for each M that of one object [M], at points [M P 2].
+
+    Object by object, as many predictions share a mask that is large.
+    """
+    order, counts = objects.argsort().to(points.device), objects.bincount(minlength=len(masks)).tolist()
+    values = torch.zeros_like(points[..., 0])
+    for mask, chosen in zip(masks, order.split(counts), strict=True):
+        values[chosen] = sample(mask[None, None].float(), points[chosen].flatten(0, 1)[None]).view_as(values[chosen])
+    return values
+
+
 def costs(logits, boxes, target):
     """The class, box and GIoU cost of every prediction [Q K], [Q 4] for every object: three of [Q n]."""
     p = logits.sigmoid()
@@ -138,7 +150,7 @@ class Criterion(nn.Module):
     @torch.no_grad()
     def match(self, sets, targets):
         """The best one-to-one match of each set of predictions: {name: (queries [M], objects [M])}, both numbered
-        through the batch. It waits for the device once, whatever the number of sets and images."""
+        through the batch, on the CPU. It waits for the device once, whatever the number of sets and images."""
         sizes = [prediction["logits"].shape[1] for prediction in sets.values()]
         costs = [self.costs_of_image(sets.values(), b, target) for b, target in enumerate(targets)]
         costs = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
@@ -153,8 +165,7 @@ class Criterion(nn.Module):
                 match[0].extend(queries + b * size)
                 match[1].extend(objects + before)
             before += number
-        device = targets[0]["labels"].device
-        return {name: [torch.tensor(i, dtype=torch.long).to(device) for i in match] for name, match in matches.items()}
+        return {name: [torch.tensor(i, dtype=torch.long) for i in match] for name, match in matches.items()}
 
     def costs_of_image(self, sets, b, target):
         """The costs of all queries of all sets, those with masks first, for the objects of an image [sum of Q, n].
@@ -182,8 +193,7 @@ class Criterion(nn.Module):
         slot = torch.arange(groups)[:, None] * size
         queries = [(slot + torch.arange(n) + b * total).flatten() for b, n in enumerate(counts)]
         objects = [(torch.arange(n) + sum(counts[:b])).repeat(groups) for b, n in enumerate(counts)]
-        device = noised["logits"].device
-        return torch.cat(queries).to(device), torch.cat(objects).to(device), max(groups, 1)
+        return torch.cat(queries), torch.cat(objects), max(groups, 1)
 
     def losses(self, sets, targets, pairs):
         """The losses of all sets at once, given which queries of each (numbered through the batch) are which objects.
@@ -193,9 +203,10 @@ class Criterion(nn.Module):
         """
         logits, predicted = (torch.cat([x[part].flatten(0, 1) for x in sets]).float() for part in ("logits", "boxes"))
         sizes = [x["logits"].shape[:2].numel() for x in sets]
-        queries = torch.cat([q + sum(sizes[:i]) for i, (q, _) in enumerate(pairs)])
+        queries = torch.cat([q + sum(sizes[:i]) for i, (q, _) in enumerate(pairs)]).to(logits.device)
         objects, numbers = torch.cat([o for _, o in pairs]), [len(q) for q, _ in pairs]
-        labels, boxes = (torch.cat([target[part] for target in targets])[objects] for part in ("labels", "boxes"))
+        labels, boxes, wanted = (torch.cat([t[part] for t in targets]) for part in ("labels", "boxes", "masks"))
+        labels, boxes = (x[objects.to(x.device)] for x in (labels, boxes))
         classes = torch.zeros_like(logits)
         classes[queries, labels] = 1
         predicted = predicted[queries]
@@ -206,15 +217,14 @@ class Criterion(nn.Module):
             "giou": generalized_box_iou_loss(*corners, eps=1e-6).split(numbers),
         }
         masked = sum("masks" in x for x in sets)
-        masks = [x["masks"].flatten(0, 1).index_select(0, q) for x, (q, _) in zip(sets[:masked], pairs, strict=False)]
+        masks = [
+            x["masks"].flatten(0, 1).index_select(0, q.to(logits.device))
+            for x, (q, _) in zip(sets[:masked], pairs, strict=False)
+        ]
         masks, numbers = torch.cat(masks).float(), numbers[:masked]
         with torch.no_grad():
             points = self.uncertain_points(masks, numbers)
-            wanted = torch.cat([target["masks"] for target in targets])
-            inside = torch.cat([  # a few at a time: at full resolution, and once for each denoising group
-                sample(wanted[o][:, None].float(), p)[:, 0]
-                for o, p in zip(objects[: len(masks)].split(64), points.split(64), strict=True)
-            ])  # fmt: skip
+            inside = sample_objects(wanted, objects[: len(masks)], points)
         masks = sample(masks[:, None], points)[:, 0]
         p = masks.sigmoid()
         terms["mask"] = nnf.binary_cross_entropy_with_logits(masks, inside, reduction="none").mean(1).split(numbers)
@@ -227,7 +237,7 @@ class Criterion(nn.Module):
         kept = int(0.75 * self.points)
         points = torch.cat([torch.rand(n, 3 * self.points, 2, device=masks.device) for n in numbers])
         certainty = sample(masks[:, None], points)[:, 0].abs()
-        chosen = certainty.topk(kept, largest=False).indices
+        chosen = certainty.topk(kept, largest=False, sorted=False).indices
         random = torch.cat([torch.rand(n, self.points - kept, 2, device=masks.device) for n in numbers])
         return torch.cat((points.gather(1, chosen[..., None].expand(-1, -1, 2)), random), 1)
 
