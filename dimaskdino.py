@@ -85,10 +85,10 @@ class Config:
 
     @classmethod
     def tiny(cls):
-        """All of DI-MaskDINO at 1.3 M parameters: learns the synthetic `shapes` on a CPU in minutes."""
+        """All of DI-MaskDINO at 1.2 M parameters: learns the synthetic `shapes` on a CPU in minutes."""
         return cls(
-            num_classes=8, backbone="tiny", dim=64, heads=4, ffn=256, encoder_layers=3, decoder_layers=2,
-            selection=(60, 30), denoising=24, mask_points=256,
+            num_classes=8, backbone="tiny", dim=64, heads=4, ffn=128, encoder_layers=1, decoder_layers=3,
+            selection=(60, 30), denoising=16, mask_points=256,
         )  # fmt: skip
 
     def __post_init__(self):
@@ -247,9 +247,11 @@ class Backbone(nn.Module):
             # A stage is the downsampling before it and its blocks; maps are channels last inside.
             self.stages = nn.ModuleList([net[:2], net[2:4], net[4:6], net[6:8]])
             self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
-        else:  # "tiny": ResNet's basic blocks, narrow
+        else:  # "tiny": ResNet's stem and basic blocks, narrow
             self.channels = (32, 64, 128, 128)
-            stem = nn.Sequential(nn.Conv2d(3, 32, 5, 4, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+            stem = nn.Sequential(
+                nn.Conv2d(3, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+            )
             self.stages = nn.ModuleList([stem])
             for inputs, outputs, stride in zip((32, *self.channels), self.channels, (1, 2, 2, 2), strict=False):
                 shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))

@@ -584,10 +584,11 @@ def test_box_noise_moves_centres_by_up_to_a_fifth_and_sizes_by_up_to_two_fifths_
     assert moved.amax(0).tolist() == pytest.approx([0.2, 0.2, 0.4, 0.4], rel=0.02)  # 2,000 uniform draws come that near
 
 
-def test_a_fifth_of_the_labels_is_redrawn():
+@pytest.mark.parametrize("given, share", [({}, 0.2), ({"label_noise": 0.5}, 0.5)])
+def test_a_share_of_the_labels_is_redrawn(given, share):
     targets = objects(1)
-    labels = denoising_queries(targets, 1000, queries=4000).labels
-    assert (labels != targets[0]["labels"][0]).float().mean().item() == pytest.approx(0.2, abs=0.03)  # 5 sigma
+    labels = denoising_queries(targets, 1000, queries=4000, **given).labels
+    assert (labels != targets[0]["labels"][0]).float().mean().item() == pytest.approx(share, abs=0.04)  # 5 sigma
 
 
 @torch.no_grad()

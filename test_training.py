@@ -30,6 +30,7 @@ import data
 import evaluate
 import train
 from dimaskdino import Config, DIMaskDINO, read_checkpoint
+from losses import denoising_queries
 from recipe import AUGMENTATIONS, Recipe, large_scale_jitter, parameter_groups
 
 HERE = Path(__file__).parent
@@ -144,6 +145,18 @@ def test_the_tiny_recipe_warms_up_and_then_falls_to_nothing():
     peak = rates.index(max(rates))
     assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:])[::-1]
     assert 0 < rates[0] < 0.02 and 50 < peak < 150 and rates[-1] < 1e-5
+
+
+def test_denoising_labels_are_as_noisy_as_the_recipe_says(folder, tmp_path, monkeypatch):
+    shares = []
+
+    def recorded(*arguments, label_noise):
+        shares.append(label_noise)
+        return denoising_queries(*arguments, label_noise=label_noise)
+
+    monkeypatch.setattr(train, "denoising_queries", recorded)
+    assert run(folder, tmp_path) == 0
+    assert set(shares) == {Recipe.tiny().label_noise} and Recipe().label_noise == 0.2
 
 
 def test_norms_and_embeddings_do_not_decay_and_the_backbone_learns_at_a_tenth():

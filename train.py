@@ -299,7 +299,9 @@ def gradients(run, parts):
         targets = [{k: v.to(run.device) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
         hold = world > 1 and number < len(parts)  # DDP averages when the last part is there
         with run.parallel.no_sync() if hold else contextlib.nullcontext():
-            noised = denoising_queries(targets, run.config.num_classes, run.config.denoising)
+            noised = denoising_queries(
+                targets, run.config.num_classes, run.config.denoising, label_noise=run.recipe.label_noise
+            )
             with autocast(run.device, run.args.amp):
                 outputs = run.parallel(images.to(run.device, non_blocking=True), noised)
             try:
