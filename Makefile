@@ -13,7 +13,7 @@ build:     ## install requirements.txt and compile the deformable attention oper
 demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
 demo: export MALLOC_TRIM_THRESHOLD_ = 1073741824
 demo: export MALLOC_TOP_PAD_ = 268435456
-demo: build  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (15 minutes, 2 cores)
+demo: build  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (14 minutes, 2 cores)
 	$(PYTHON) train.py --data shapes --preset tiny --out runs/demo --resume
 	$(PYTHON) evaluate.py --ckpt runs/demo/last.pt --draw 12 --json runs/demo/metrics.json
 

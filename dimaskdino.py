@@ -85,7 +85,7 @@ class Config:
 
     @classmethod
     def tiny(cls):
-        """All of DI-MaskDINO at 1.2 M parameters: learns the synthetic `shapes` on a CPU in minutes."""
+        """All of DI-MaskDINO at 1.1 M parameters: learns the synthetic `shapes` on a CPU in minutes."""
         return cls(
             num_classes=8, backbone="tiny", dim=64, heads=4, ffn=128, encoder_layers=1, decoder_layers=3,
             selection=(60, 30), denoising=16, mask_points=256,
