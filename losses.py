@@ -205,8 +205,9 @@ class Criterion(nn.Module):
         sizes = [x["logits"].shape[:2].numel() for x in sets]
         queries = torch.cat([q + sum(sizes[:i]) for i, (q, _) in enumerate(pairs)]).to(logits.device)
         objects, numbers = torch.cat([o for _, o in pairs]), [len(q) for q, _ in pairs]
+        objects_there = objects.to(logits.device)
         labels, boxes, wanted = (torch.cat([t[part] for t in targets]) for part in ("labels", "boxes", "masks"))
-        labels, boxes = (x[objects.to(x.device)] for x in (labels, boxes))
+        labels, boxes = (x[objects_there] for x in (labels, boxes))
         classes = torch.zeros_like(logits)
         classes[queries, labels] = 1
         predicted = predicted[queries]

@@ -584,11 +584,11 @@ def test_box_noise_moves_centres_by_up_to_a_fifth_and_sizes_by_up_to_two_fifths_
     assert moved.amax(0).tolist() == pytest.approx([0.2, 0.2, 0.4, 0.4], rel=0.02)  # 2,000 uniform draws come that near
 
 
-@pytest.mark.parametrize("given, share", [({}, 0.2), ({"label_noise": 0.5}, 0.5)])
-def test_a_share_of_the_labels_is_redrawn(given, share):
+@pytest.mark.parametrize("given, share, near", [({}, 0.2, 0.03), ({"label_noise": 0.5}, 0.5, 0.04)])
+def test_a_fifth_of_the_labels_is_redrawn_or_as_many_as_asked_for(given, share, near):
     targets = objects(1)
     labels = denoising_queries(targets, 1000, queries=4000, **given).labels
-    assert (labels != targets[0]["labels"][0]).float().mean().item() == pytest.approx(share, abs=0.04)  # 5 sigma
+    assert (labels != targets[0]["labels"][0]).float().mean().item() == pytest.approx(share, abs=near)  # 5 sigma
 
 
 @torch.no_grad()
@@ -606,20 +606,20 @@ def test_denoising_groups_see_neither_each_other_nor_are_they_seen():
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", [{}, {**RELEASED, "guiding_tokens": 85}], ids=["paper", "released"])
+@pytest.mark.parametrize("preset", [{}, {**RELEASED, "guiding_tokens": 3}], ids=["paper", "released"])
 @torch.no_grad()
 def test_bf16_autocast_stays_near_fp32(preset):
-    # Untrained weights rank tokens almost at random, so every selection keeps all tokens: 85 of them at 64x64.
-    model, images = build(selection=(85, 85), **preset), pictures(2, 3, 64, 64)
+    # Untrained weights rank tokens almost at random, so the comparison keeps all tokens: 340 of them at 128x128. In a
+    # smaller image the coarsest level is one pixel, where GroupNorm turns two nearly equal channels into 1 and -1.
+    model, images = build(selection=(340, 340), **preset), pictures(2, 3, 128, 128)
     exact = model(images, trace=True)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(images, trace=True)
     order = [x["trace"]["index_2"].argsort() for x in (exact, rounded)]
     for name in ("logits", "boxes"):
         a, b = (x[name][torch.arange(2)[:, None], o] for x, o in zip((exact, rounded), order, strict=True))
-        # bf16 keeps 8 bits: 0.4 % at each of some twenty roundings on the way, of values with unit deviation. Median,
-        # because a mask's one pixel that rounds to the other side of zero moves its box and all that follows from it.
-        assert (a - b).abs().median() < 0.02 * max(1, a.std().item()) and b.dtype == torch.float32
+        # bf16 keeps 8 bits: 0.4 % at each of some twenty roundings on the way, of values with unit deviation
+        assert (a - b).abs().mean() < 0.02 * max(1, a.std().item()) and b.dtype == torch.float32
 
 
 @torch.no_grad()

@@ -391,4 +391,3 @@ def test_evaluate_takes_the_authors_file_as_it_is(tmp_path, capsys):
     classes = evaluate.restore(tmp_path / "dimaskdino_r50.pth", torch.device("cpu"))[1]
     assert len(classes) == 80 and (classes[0], classes[79]) == ("person", "toothbrush")
     assert (tmp_path / "image_found.png").exists() and "image.png: " in capsys.readouterr().out
-
