@@ -20,7 +20,7 @@ import data
 import shapes
 from data import Geometry, collate, identity, open_dataset, shortest_side
 
-COCO_MINI = Path(__file__).parent.parent / "shared" / "coco_mini"
+COCO_MINI = Path(__file__).parents[2] / "shared" / "coco_mini"
 needs_coco_mini = pytest.mark.skipif(not COCO_MINI.is_dir(), reason="needs the 96 COCO images of ../shared/coco_mini")
 SQUARE = [10, 20, 30, 20, 30, 40, 10, 40]  # a polygon: x 10 to 30, y 20 to 40
 MASK = np.zeros((60, 80), np.uint8)

@@ -33,7 +33,7 @@ from dimaskdino import Config, DIMaskDINO, read_checkpoint
 from losses import denoising_queries
 from recipe import AUGMENTATIONS, Recipe, large_scale_jitter, parameter_groups
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 law = settings(deadline=None, max_examples=50)
 MODEL = ("dim=32", "heads=2", "ffn=48", "encoder_layers=1", "decoder_layers=2", "selection=(12, 6)", "denoising=8",
          "mask_points=32")  # fmt: skip

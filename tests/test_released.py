@@ -22,7 +22,7 @@ import dimaskdino
 from dimaskdino import Config, DIMaskDINO, config_of, load_weights, postprocess
 from losses import Criterion, denoising_queries
 
-GOLDEN = Path(__file__).parent.parent / "shared/released"
+GOLDEN = Path(__file__).parents[2] / "shared/released"
 pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"the recorded arrays are not at {GOLDEN}")
 sys.path.append(str(GOLDEN))
 

@@ -155,7 +155,7 @@ def test_older_processors_get_the_same_results(capability):
             "        tensors = inputs(c=c, P=5, dtype=dtype)\n"
             "        assert_close(outputs(deform_attn, LEVELS, tensors),"
             " outputs(deform_attn_pytorch, LEVELS, tensors), TOLERANCES[dtype])\n")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent,
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1],
                    env=os.environ | {"ATEN_CPU_CAPABILITY": capability})
 
 
