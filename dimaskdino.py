@@ -24,13 +24,9 @@ beyond the paper's text, a comment says "released code".
 
 import dataclasses
 import math
-import pickle
-import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as nnf
 import torchvision
@@ -61,13 +57,10 @@ class Config:
     guidance: str = "Q_bal"  # table 5: "T_s1", "T_s2"
     gtg: bool = True  # table 6, guiding token generation; False: T_g = Q_bal
     position_token: str = "learned"  # table 3; "random": the query's boxes are drawn once, at random
-    detection_loss: float = 1.0  # table 3, the factor on the weights of class and box losses: 0.1
     guide_networks: str = "own"  # Eq. 5, 6: two MLPs; "heads": the mask head's MLP, and the position MLP of the box
     guiding_tokens: int | None = None  # Eq. 7: how many, by class score; None: all
     guide_value: str = "T_g"  # Eq. 8: the value of the attention; "T_g_mask"
     pixel_tokens: str = "T_i"  # Eq. 11: "T_bal" refreshes the pixel embedding with the balance-aware tokens
-    denoising: int = 100  # queries that training adds
-    mask_points: int = 12544  # points at which training compares masks
 
     @classmethod
     def paper(cls):
@@ -88,7 +81,7 @@ class Config:
         """All of DI-MaskDINO at 1.1 M parameters: learns the synthetic `shapes` on a CPU in minutes."""
         return cls(
             num_classes=8, backbone="tiny", dim=64, heads=4, ffn=128, encoder_layers=1, decoder_layers=3,
-            selection=(60, 30), denoising=16, mask_points=256,
+            selection=(60, 30),
         )  # fmt: skip
 
     def __post_init__(self):
@@ -720,204 +713,6 @@ def postprocess(outputs, image_sizes, output_sizes, top=100):
         found = {"labels": labels, "boxes": boxes, "masks": torch.cat(masks)}
         results.append({"scores": scores} | {name: x[order] for name, x in found.items()})
     return results
-
-
-# ---- Weights ---------------------------------------------------------------------------------------------------------
-
-# Names in the files of others -> names here, read top to bottom: every line that matches is applied.
-RENAMES = [
-    # ImageNet backbones: torchvision's names, detectron2's, Microsoft's
-    (r"^(conv1|bn1)\.", r"backbone.stages.0.\1."),
-    (r"^layer(\d)\.", r"backbone.stages.\1."),
-    (r"^(stem|res\d|patch_embed|layers|norm\d)\.", r"backbone.\1."),
-    (r"^features\.(\d)\.", lambda m: f"backbone.stages.{int(m[1]) // 2}.{m[1]}."),
-    # detectron2's ResNet
-    (r"^backbone\.stem\.conv1\.norm", "backbone.stages.0.bn1"),
-    (r"^backbone\.stem", "backbone.stages.0"),
-    (r"^backbone\.res(\d)", lambda m: f"backbone.stages.{int(m[1]) - 1}"),
-    (r"^(backbone\..*)conv(\d)\.norm", r"\1bn\2"),
-    (r"^(backbone\..*)shortcut\.norm", r"\1downsample.1"),
-    (r"^(backbone\..*)shortcut", r"\1downsample.0"),
-    # Microsoft's Swin
-    (r"^backbone\.patch_embed\.proj", "backbone.stages.0.0.0"),
-    (r"^backbone\.patch_embed\.norm", "backbone.stages.0.0.2"),
-    (r"^backbone\.layers\.(\d)\.blocks", lambda m: f"backbone.stages.{m[1]}.{2 * int(m[1]) + 1}"),
-    (r"^backbone\.layers\.(\d)\.downsample", lambda m: f"backbone.stages.{int(m[1]) + 1}.{2 * int(m[1]) + 2}"),
-    (r"^(backbone\..*\.mlp)\.fc1", r"\1.0"),
-    (r"^(backbone\..*\.mlp)\.fc2", r"\1.3"),
-    (r"^backbone\.norm(\d)", r"backbone.norms.\1"),
-    # The pixel decoder of MaskDINO and DI-MaskDINO: T_i, F_cnn and the pixel embedding
-    (r"^sem_seg_head\.pixel_decoder\.input_proj", "encoder.projections"),
-    (r"^sem_seg_head\.pixel_decoder\.transformer\.level_embed", "encoder.level_embed"),
-    (r"^sem_seg_head\.pixel_decoder\.transformer\.encoder\.layers", "encoder.layers"),
-    (r"^(encoder\.layers\.\d)\.self_attn\.", r"\1.attention."),
-    (r"^(encoder\.layers\.\d)\.norm1", r"\1.attention.norm"),
-    (r"^(encoder\.layers\.\d)\.norm2", r"\1.ffn.norm"),
-    (r"^sem_seg_head\.pixel_decoder\.adapter_1\.norm", "encoder.lateral.1"),
-    (r"^sem_seg_head\.pixel_decoder\.adapter_1", "encoder.lateral.0"),
-    (r"^sem_seg_head\.pixel_decoder\.layer_1\.norm", "seg_head.fuse.1"),
-    (r"^sem_seg_head\.pixel_decoder\.layer_1", "seg_head.fuse.0"),
-    (r"^sem_seg_head\.pixel_decoder\.mask_features", "seg_head.embed"),
-    # Eq. 1
-    (r"^sem_seg_head\.predictor\.enc_output\.", "transform.0."),
-    (r"^sem_seg_head\.predictor\.enc_output_norm", "transform.1"),
-    # Heads; the authors' files hold them under several names
-    (r"^sem_seg_head\.predictor\.(oldm\.|decoder\.)?class_embed", "det_head.classifier"),
-    (r"^sem_seg_head\.predictor\.(decoder\.)?mask_embed", "seg_head.mask_mlp"),
-    (r"^sem_seg_head\.predictor\.(decoder\.)?_?bbox_embed(\.\d)?\.layers", "det_head.box_mlp.layers"),
-    (r"^sem_seg_head\.predictor\.decoder[._]norm", "head_norm"),
-    (r"^sem_seg_head\.predictor\.label_enc", "label_embed"),
-    # Eq. 2
-    (r"^sem_seg_head\.predictor\.(oldm\.|_?oldm_)bbox_embed(\.\d)?\.layers", "interactions.0.box_mlp.layers"),
-    (r"^sem_seg_head\.predictor\.oldm[._]norm", "interactions.0.norm"),
-    (r"^sem_seg_head\.predictor\.oldm\.ref_point_head", "interactions.0.position"),
-    (r"^sem_seg_head\.predictor\.oldm\.layers", "interactions.0.layers"),
-    (r"^(interactions\.0\.layers\.\d)\.self_attn", r"\1.attention.mha"),
-    (r"^(interactions\.0\.layers\.\d)\.norm1", r"\1.attention.norm"),
-    (r"^(interactions\.0\.layers\.\d)\.norm2", r"\1.ffn.norm"),
-    # Eq. 4 is their decoder's first layer, Eq. 9 the others
-    (r"^sem_seg_head\.predictor\.decoder\.ref_point_head", "position"),
-    (r"^sem_seg_head\.predictor\.decoder\.layers\.0", "residual"),
-    (r"^sem_seg_head\.predictor\.decoder\.layers\.(\d+)", lambda m: f"decoder.{int(m[1]) - 1}"),
-    (r"^(residual|decoder\.\d)\.self_attn", r"\1.self_attention.mha"),
-    (r"^(residual|decoder\.\d)\.norm2", r"\1.self_attention.norm"),
-    (r"^(residual|decoder\.\d)\.cross_attn", r"\1.cross_attention"),
-    (r"^(residual|decoder\.\d)\.norm1", r"\1.cross_attention.norm"),
-    (r"^(residual|decoder\.\d)\.norm3", r"\1.ffn.norm"),
-    # Eq. 8, and the refreshed pixel embedding
-    (r"^sem_seg_head\.predictor\.(decoder\.)?query_guide_feature_update", "bato"),
-    (r"^bato\.multihead_attn", "bato.attention.mha"),
-    (r"^bato\.norm1", "bato.attention.norm"),
-    (r"^bato\.norm2", "bato.ffn.norm"),
-    (r"^sem_seg_head\.predictor\.decoder\.mask_output_conv\.norm", "pixel_update.1"),
-    (r"^sem_seg_head\.predictor\.decoder\.mask_output_conv", "pixel_update.0"),
-    # Inside layers
-    (r"\.sampling_offsets", ".offsets"),
-    (r"\.attention_weights", ".weights"),
-    (r"\.value_proj", ".value"),
-    (r"\.output_proj", ".output"),
-    (r"^((encoder\.layers|interactions|residual|decoder|bato)\b.*?)\.?linear(\d)", r"\1.ffn.linear\3"),
-]
-# Tensors that have no part in this model: the ImageNet classifier, Swin's last norm, cached masks, a loss's constant.
-UNUSED = r"^(fc|head|norm|stem\.fc|classifier)\.|\.attn_mask$|^criterion\.|\.num_batches_tracked$"
-
-
-def read_checkpoint(path):
-    """The content of a file of weights (.pt, .pth, .pkl), without running any code that it may hold.
-
-    Raises ValueError for a file that is cut, foreign, or holds more than arrays and plain values.
-    """
-    try:
-        if str(path).endswith(".pkl"):
-            with open(path, "rb") as file:
-                return ArrayUnpickler(file, encoding="latin1").load()
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # the readers raise a dozen types on damaged input
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as weights (cut short, or not a file of tensors): {reason}") from error
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and built-in types, which is what detectron2's .pkl files hold, and nothing else."""
-
-    def find_class(self, module, name):
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray, name)
-        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 2's bytes travel
-            return lambda text, encoding: text.encode("latin1")
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        raise ValueError(f"it asks for {module}.{name}, which is no array")
-
-
-def config_of(checkpoint):
-    """The Config of a checkpoint: saved with ours, recognised from the tensors of the authors' files."""
-    if "config" in checkpoint:
-        return Config(**checkpoint["config"])
-    state, _ = translate(checkpoint)
-    if "det_head.classifier.weight" not in state:
-        raise ValueError("it holds no DI-MaskDINO or MaskDINO model; a backbone's weights go to --backbone-weights")
-    preset, backbone = Config.released() if "bato.ffn.norm.weight" in state else Config.maskdino(), "resnet50"
-    if "backbone.stages.0.0.0.weight" in state:  # Swin: by its width and the depth of its third stage
-        width, depth = len(state["backbone.stages.0.0.0.weight"]), len({n.split(".")[4] for n in state if ".2.5." in n})
-        backbone = next(name for name, (w, d, *_) in SWINS.items() if (w, d[2]) == (width, depth))
-    return dataclasses.replace(
-        preset,
-        num_classes=len(state["det_head.classifier.bias"]),
-        backbone=backbone,
-        decoder_layers=2 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder.")),
-    )
-
-
-def translate(checkpoint):
-    """The tensors of a checkpoint under the names of this file, and whether they had others."""
-    state = checkpoint.get("model", checkpoint)
-    state = {name: torch.as_tensor(x) for name, x in state.items() if isinstance(x, Tensor | np.ndarray)}
-    if "head_norm.weight" in state:
-        return state, False
-    translated = {}
-    for original, tensor in state.items():
-        name = original
-        if re.search(UNUSED, name):
-            continue
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if name in translated and not torch.equal(translated[name], tensor):
-            raise ValueError(f"{original} differs from another tensor of the file that stands for {name}")
-        translated[name] = tensor
-    return translated, True
-
-
-def load_weights(model, source, partial=False):
-    """Fill a model from a path or a dict of tensors (bare, or under "model"): our checkpoints, the authors' of
-    DI-MaskDINO and MaskDINO, or an ImageNet backbone (ResNet: torchvision, detectron2; Swin: torchvision, Microsoft).
-
-    Every tensor of the file and of the model (of its backbone, if the file is one) is accounted for, or ValueError
-    lists the odd ones with both shapes and nothing is loaded. partial: keep what fits instead, for other classes or
-    sizes. Returns the list of what did not fit. Pretrained batch norms are frozen, so load before making an optimizer.
-    """
-    state, foreign = translate(source if isinstance(source, Mapping) else read_checkpoint(source))
-    own = model.state_dict()
-    frozen = foreign or not any(name.endswith("num_batches_tracked") for name in state)
-    if frozen:
-        own = {name: x for name, x in own.items() if not name.endswith("num_batches_tracked")}
-    if all(name.startswith("backbone.") for name in state):
-        own = {name: x for name, x in own.items() if re.match(r"backbone\.(?!norms)", name)}
-    for name, x in state.items() if foreign else ():
-        if re.match(r"(residual|decoder\.\d)\.cross_attention\.(offsets|weights)", name) and name in own:
-            state[name] = coarse_to_fine(x, model.config)
-        if name.endswith("relative_position_index"):
-            state[name] = x.flatten()
-    odd = [
-        f"{name}: {shape(state, name)} in the file, {shape(own, name)} in the model"
-        for name in sorted(state.keys() | own.keys())
-        if shape(state, name) != shape(own, name)
-    ]
-    if odd and not partial:
-        listed = "\n  ".join(odd[:20]) + (f"\n  and {len(odd) - 20} more" if len(odd) > 20 else "")
-        raise ValueError(f"these {len(odd)} tensors do not fit, and nothing was loaded:\n  {listed}")
-    fitting = {name: x for name, x in state.items() if shape(own, name) == tuple(x.shape)}
-    if not fitting:
-        raise ValueError("no tensor of the file fits the model")
-    model.load_state_dict(fitting, strict=False)
-    if frozen:
-        model.backbone.freeze_norm()
-    return odd
-
-
-def shape(state, name):
-    return tuple(state[name].shape) if name in state else "missing"
-
-
-def coarse_to_fine(x, config):
-    """The authors' decoder counts levels from the coarsest: turn the levels of its sampling offsets or weights."""
-    split = {"h": config.heads, "L": config.levels, "P": config.points}
-    x = rearrange(x, "(h L P xy) ... -> h L P xy ...", **split, xy=len(x) // math.prod(split.values()))
-    return rearrange(x.flip(1), "h L P xy ... -> (h L P xy) ...")
 
 
 # ---- One image through a fresh model, equation by equation -----------------------------------------------------------

@@ -33,12 +33,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Subset
 from torchvision import utils as pictures
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.functional import pil_to_tensor
 
 import data
-from dimaskdino import DIMaskDINO, config_of, load_weights, postprocess, read_checkpoint
+from dimaskdino import postprocess
+from weights import load_model
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AREAS = {"": 0, "_50": 1, "_S": 3, "_M": 4, "_L": 5}            # suffix of the metric -> place in COCOeval.stats
@@ -281,18 +281,7 @@ def spread(count, of):
     return np.unique(np.linspace(0, of - 1, min(count, of)).round().astype(int)).tolist()
 
 
-# ---- Checkpoints and the command line
-
-
-def restore(path, device):
-    """(model, class names, data, test size) of a checkpoint: ours, or a file of the authors, who trained on COCO."""
-    checkpoint = read_checkpoint(path)
-    model = DIMaskDINO(config_of(checkpoint))
-    load_weights(model, checkpoint)
-    coco = [name for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if name[0] not in "_N"]
-    classes = checkpoint.get("classes", coco)
-    test_size = checkpoint.get("recipe", {}).get("test_size", (800, 1333))
-    return model.to(device).eval(), classes, checkpoint.get("data", "coco"), test_size
+# ---- The command line
 
 
 def evaluate_images(model, files, classes, geometry, device, args):
@@ -342,14 +331,14 @@ def main(arguments=None):
     args.out = args.out or Path(args.ckpt).parent
     try:
         device = join(args.device)
-        model, classes, trained_on, test_size = restore(args.ckpt, device)
-        geometry = data.shortest_side(*(args.test_size or test_size))
+        model = load_model(args.ckpt, device)
+        geometry = data.shortest_side(*(args.test_size or model.test_size))
         if args.images:
-            return evaluate_images(model, args.images, classes, geometry, device, args)
-        name = args.data or trained_on
+            return evaluate_images(model, args.images, model.classes, geometry, device, args)
+        name = args.data or model.trained_on
         dataset = data.open_dataset(name, args.data_root, "val", geometry, training=False)
-        if dataset.classes != classes:
-            raise ValueError(f"{args.ckpt} knows other classes ({', '.join(classes)}) than {name} has "
+        if dataset.classes != model.classes:
+            raise ValueError(f"{args.ckpt} knows other classes ({', '.join(model.classes)}) than {name} has "
                              f"({', '.join(dataset.classes)})")  # fmt: skip
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -116,10 +116,10 @@ class Criterion(nn.Module):
     and every decoder layer, matched to the objects one to one, and of the denoising queries, which need no matching.
     """
 
-    def __init__(self, config):
+    def __init__(self, recipe):
         super().__init__()
-        self.points = config.mask_points
-        self.weights = {name: w * (config.detection_loss if name in DETECTION else 1) for name, w in WEIGHTS.items()}
+        self.points = recipe.mask_points
+        self.weights = {name: w * (recipe.detection_loss if name in DETECTION else 1) for name, w in WEIGHTS.items()}
 
     def forward(self, outputs, targets, num_objects=None):
         """outputs of DIMaskDINO, targets as above -> weighted losses {"class_selection": scalar, ..., "dice_6": ...}.

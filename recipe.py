@@ -20,6 +20,9 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05  # none on norms and embeddings
     clip: float = 0.01  # norm of the gradient of the whole model
+    detection_loss: float = 1.0  # factor on the weights of class and box losses; table 3: 0.1
+    mask_points: int = 12544  # points at which masks are compared
+    denoising: int = 100  # queries that training adds, at most
     label_noise: float = 0.2  # share of the denoising queries with a random label
     warmup: int = 0  # steps
     schedule: str = "steps"  # a tenth of the rate from each of `drops` on; "cosine": down to zero
@@ -36,11 +39,11 @@ class Recipe:
     def tiny(cls):
         """For Config.tiny() on `shapes`: all of it learns from scratch, in few steps."""
         return cls(
-            epochs=6, batch_size=8, lr=2e-3, backbone_lr=1.0, betas=(0.9, 0.98), clip=0.1, label_noise=0.5,
-            warmup=100, schedule="cosine", augmentation="flips", image_size=128, test_size=(128, 128),
+            epochs=6, batch_size=8, lr=2e-3, backbone_lr=1.0, betas=(0.9, 0.98), clip=0.1, mask_points=256,
+            denoising=16, label_noise=0.5, warmup=100, schedule="cosine", augmentation="flips", image_size=128, test_size=(128, 128),
         )  # fmt: skip
 
-    def but(self, **changes):
+    def replace(self, **changes):
         """The recipe with some fields changed; the size of test images goes with that of training images."""
         zoom = changes.get("image_size", self.image_size) / self.image_size
         return dataclasses.replace(self, test_size=tuple(round(side * zoom) for side in self.test_size), **changes)

@@ -30,11 +30,12 @@ from torch.utils.checkpoint import checkpoint as computed_twice
 from torch.utils.data import DataLoader
 
 import data
-from dimaskdino import Config, DIMaskDINO, load_weights, read_checkpoint
+from dimaskdino import Config, DIMaskDINO
 from evaluate import autocast, evaluate, join, keep_working, rank_and_world, samples, spread
 from log import Log, introduce, say
 from losses import Criterion, denoising_queries
 from recipe import AUGMENTATIONS, Recipe, parameter_groups
+from weights import load_weights, read_checkpoint
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 1000  # steps, beside the end of each epoch
@@ -122,10 +123,36 @@ class Interruption:
 # ---- Building a run --------------------------------------------------------------------------------------------------
 
 
+# What --set may change; `epochs` and others of Recipe have a flag of their own.
+FLAGS = ("epochs", "batch_size", "lr", "augmentation", "image_size")
+SETTABLE = typing.get_type_hints(Config) | typing.get_type_hints(Recipe)
+SETTABLE = {name: kind for name, kind in SETTABLE.items() if name not in ("num_classes", *FLAGS)}
+
+
+def setting(text):
+    """FIELD=VALUE of --set -> (field, value)."""
+    name, _, value = text.partition("=")
+    if name not in SETTABLE:
+        raise argparse.ArgumentTypeError(f"{name}: the fields are {', '.join(SETTABLE)}")
+    kind = SETTABLE[name]
+    if kind is not str:
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+    allowed = tuple if typing.get_origin(kind) is tuple else float | int if kind is float else kind
+    if not isinstance(value, allowed):
+        raise argparse.ArgumentTypeError(f"{text}: that is no {getattr(kind, '__name__', kind)}")
+    return name, value
+
+
+def with_settings(settings, args):
+    """A Config or Recipe with those --set overrides that are fields of it."""
+    return dataclasses.replace(settings, **{name: value for name, value in args.set if hasattr(settings, name)})
+
+
 def choose_recipe(args):
     recipe = Recipe.tiny() if args.preset == "tiny" else Recipe.bdd100k() if args.data == "bdd100k" else Recipe()
-    given = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "augmentation", "image_size")}
-    recipe = recipe.but(**{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    recipe = with_settings(recipe.replace(**given), args)
     shares = rank_and_world()[1] * args.accumulate
     if recipe.batch_size % shares:
         raise ValueError(f"--batch-size {recipe.batch_size} must be a multiple of processes x --accumulate, {shares}")
@@ -135,23 +162,7 @@ def choose_recipe(args):
 
 
 def choose_config(args, num_classes):
-    """The preset with the --set overrides. Raises ValueError for unknown fields and for values of another type."""
-    config = dataclasses.replace(getattr(Config, args.preset)(), num_classes=num_classes)
-    changes = {}
-    for name, _, text in (override.partition("=") for override in args.set):
-        fields = [field.name for field in dataclasses.fields(Config) if field.name != "num_classes"]
-        if name not in fields:
-            raise ValueError(f"--set {name}: the fields are {', '.join(fields)}")
-        kind = typing.get_type_hints(Config)[name]
-        try:
-            value = text if kind is str else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        allowed = tuple if typing.get_origin(kind) is tuple else float | int if kind is float else kind
-        if not isinstance(value, allowed):
-            raise ValueError(f"--set {name}={text}: that is no {getattr(kind, '__name__', kind)}")
-        changes[name] = value
-    return dataclasses.replace(config, **changes)
+    return with_settings(dataclasses.replace(getattr(Config, args.preset)(), num_classes=num_classes), args)
 
 
 def open_data(args, recipe):
@@ -199,7 +210,7 @@ class Run:
             for layer in (*model.backbone.stages, *model.encoder.layers, model.residual, *model.decoder):
                 layer.forward = partial(computed_twice, layer.forward, use_reentrant=False)
         self.parallel = self.model  # or DDP around it
-        self.criterion = Criterion(self.config)
+        self.criterion = Criterion(self.recipe)
         groups = parameter_groups(self.model, self.recipe)
         self.optimizer = torch.optim.AdamW(groups, self.recipe.lr, self.recipe.betas, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -300,7 +311,7 @@ def gradients(run, parts):
         hold = world > 1 and number < len(parts)  # DDP averages when the last part is there
         with run.parallel.no_sync() if hold else contextlib.nullcontext():
             noised = denoising_queries(
-                targets, run.config.num_classes, run.config.denoising, label_noise=run.recipe.label_noise
+                targets, run.config.num_classes, run.recipe.denoising, label_noise=run.recipe.label_noise
             )
             with autocast(run.device, run.args.amp):
                 outputs = run.parallel(images.to(run.device, non_blocking=True), noised)
@@ -407,7 +418,8 @@ def parse_arguments(arguments):
     add("--data", default="shapes", help="shapes, shapes-full, coco, bdd100k, or a folder in COCO layout (%(default)s)")
     add("--data-root", default="data", help="where the data sets lie (%(default)s)")
     add("--preset", choices=["paper", "released", "maskdino", "tiny"], default="paper", help="model and recipe (paper)")
-    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the model's Config")
+    add("--set", action="append", type=setting, default=[], metavar="FIELD=VALUE", help="change a field of the model or "
+        f"of its training: {', '.join(SETTABLE)}")
     add("--epochs", type=positive, help="(paper: 50)")
     add("--gpus", type=positive, default=1, help="processes to start on this machine (%(default)s)")
     add("--batch-size", type=positive, help="of all processes together (paper: 16)")

@@ -19,8 +19,10 @@ from PIL import Image
 
 import deform_attn_cuda
 import dimaskdino
-from dimaskdino import Config, DIMaskDINO, config_of, load_weights, postprocess
+from dimaskdino import Config, DIMaskDINO, postprocess
 from losses import Criterion, denoising_queries
+from recipe import Recipe
+from weights import config_of, load_model, load_weights
 
 GOLDEN = Path(__file__).parents[2] / "shared/released"
 pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"the recorded arrays are not at {GOLDEN}")
@@ -270,10 +272,6 @@ NAMES |= {
 }
 
 
-class LossSizes:
-    mask_points, detection_loss = 112, 1.0
-
-
 @pytest.fixture
 def recorded_losses():
     return np.load(GOLDEN / "golden_losses.npz")
@@ -322,7 +320,7 @@ CASES = [("full", "dn"), ("full", "nodn"), ("half", "dn"), ("half", "nodn"), ("n
 @pytest.mark.parametrize("case, denoising", CASES)
 def test_released_every_loss_and_their_total_agree(recorded_losses, recorded_randomness, case, denoising):
     g = recorded_losses
-    terms = Criterion(LossSizes)(recorded_outputs(g, denoising == "dn"), recorded_targets(g, f"tgt_{case}"))
+    terms = Criterion(Recipe(mask_points=112))(recorded_outputs(g, denoising == "dn"), recorded_targets(g, f"tgt_{case}"))
     prefix = f"loss_{case}_{denoising}_"
     for name, value, weight in zip(*(g[prefix + part] for part in ("names", "values", "weights")), strict=True):
         ours = terms.get(NAMES[str(name)], torch.zeros(()))  # without denoising, ours has no such terms: zero there
@@ -334,7 +332,7 @@ def test_released_every_loss_and_their_total_agree(recorded_losses, recorded_ran
 def test_released_assignments_agree(recorded_losses, recorded_randomness, case):
     g, outputs = recorded_losses, recorded_outputs(recorded_losses, False)
     targets = recorded_targets(g, f"tgt_{case}")
-    matches = Criterion(LossSizes).match({"main": outputs["layers"][-1], "oldm0": outputs["interaction"][0]}, targets)
+    matches = Criterion(Recipe(mask_points=112)).match({"main": outputs["layers"][-1], "oldm0": outputs["interaction"][0]}, targets)
     for name, (queries, objects) in matches.items():
         theirs = [
             (b * 30 + q, sum(len(t["labels"]) for t in targets[:b]) + o)
@@ -346,7 +344,7 @@ def test_released_assignments_agree(recorded_losses, recorded_randomness, case):
 
 def test_released_gradients_of_the_total_agree(recorded_losses, recorded_randomness):
     g, outputs = recorded_losses, recorded_outputs(recorded_losses, True)
-    sum(Criterion(LossSizes)(outputs, recorded_targets(g, "tgt_full")).values()).backward()
+    sum(Criterion(Recipe(mask_points=112))(outputs, recorded_targets(g, "tgt_full")).values()).backward()
     main, dn = outputs["layers"][-1], outputs["denoising"][-1]
     recorded = {
         "main_pred_logits": main["logits"], "main_pred_boxes": main["boxes"], "dn_pred_logits": dn["logits"],
@@ -388,6 +386,6 @@ def test_evaluate_takes_the_authors_file_as_it_is(tmp_path, capsys):
     evaluate.main([*flags.split(), "--images", str(tmp_path / "image.png")])
     found = json.loads((tmp_path / "predictions.json").read_text())
     assert found and all(result["score"] >= 0.5 for result in found)
-    classes = evaluate.restore(tmp_path / "dimaskdino_r50.pth", torch.device("cpu"))[1]
+    classes = load_model(tmp_path / "dimaskdino_r50.pth").classes
     assert len(classes) == 80 and (classes[0], classes[79]) == ("person", "toothbrush")
     assert (tmp_path / "image_found.png").exists() and "image.png: " in capsys.readouterr().out

@@ -29,9 +29,10 @@ from pycocotools.cocoeval import COCOeval
 import data
 import evaluate
 import train
-from dimaskdino import Config, DIMaskDINO, read_checkpoint
+from dimaskdino import Config, DIMaskDINO
 from losses import denoising_queries
 from recipe import AUGMENTATIONS, Recipe, large_scale_jitter, parameter_groups
+from weights import read_checkpoint
 
 HERE = Path(__file__).parents[1]
 law = settings(deadline=None, max_examples=50)
@@ -199,14 +200,15 @@ def test_large_scale_jitter_scales_from_a_tenth_to_double_and_flips_half_the_ima
 
 
 @pytest.mark.parametrize("override, value", [
-    ("selection=(300,)", (300,)), ("bato=False", False), ("detection_loss=0.1", 0.1), ("detection_loss=1", 1),
-    ("guidance=T_s1", "T_s1"), ("decoder_layers=9", 9), ("guiding_tokens=50", 50), ("guiding_tokens=None", None),
+    ("selection=(300,)", (300,)), ("bato=False", False), ("detection_loss=0.1", 0.1), ("detection_loss=2", 2),
+    ("guidance=T_s1", "T_s1"), ("decoder_layers=9", 9), ("guiding_tokens=40", 40), ("guiding_tokens=None", None),
 ])  # fmt: skip
-def test_set_changes_one_field_of_the_preset(override, value):
+def test_set_changes_one_field_of_the_model_or_of_its_training(override, value):
     args = train.parse_arguments(["--preset", "released", "--set", override])
     name = override.split("=")[0]
-    expected = dataclasses.replace(Config.released(), num_classes=3, **{name: value})
-    assert train.choose_config(args, 3) == expected and getattr(expected, name) == value
+    plain = [dataclasses.replace(Config.released(), num_classes=3), Recipe()]
+    expected = [dataclasses.replace(x, **{name: value}) if hasattr(x, name) else x for x in plain]
+    assert [train.choose_config(args, 3), train.choose_recipe(args)] == expected != plain
 
 
 # ---- Steps
