@@ -1,18 +1,20 @@
-"""DI-MaskDINO in one file, to be read beside the paper.
+"""DI-MaskDINO in one file, to be read beside the paper: start at DIMaskDINO.forward.
 
     Nan, Li, Xiang, Dai: DI-MaskDINO: A Joint Object Detection and Instance Segmentation Model, NeurIPS 2024
 
     section                                  equation   here
     3.2.1 Feature Tokens Extractor           T_i        Backbone, FeatureTokens
-    3.2.2 De-Imbalance                       Eq. 1      select, mask_to_box
-                                             Eq. 2      TokenInteraction
-                                             Eq. 3      select
-                                             Eq. 4      DecoderLayer  (DIMaskDINO.residual)
-    3.2.3 Balance-Aware Tokens Optimization  Eq. 5-7    DIMaskDINO.guiding_tokens
-                                             Eq. 8      BalanceAwareTokens
-    3.2.4 Transformer Decoder                Eq. 9      DecoderLayer  (DIMaskDINO.decoder)
-                                             Eq. 10     DetectionHead
-                                             Eq. 11     SegmentationHead
+    3.2.2 De-Imbalance                       (1)        Candidates, select, mask_to_box
+                                             (2)        TokenInteraction
+                                             (3)        select
+                                             (4)        DecoderLayer  (DIMaskDINO.residual)
+    3.2.3 Balance-Aware Tokens Optimization  (5)        MaskGuide  (DIMaskDINO.N_mask)
+                                             (6)        BoxGuide  (DIMaskDINO.N_box)
+                                             (7)        a sum in DIMaskDINO.forward
+                                             (8)        BalanceAwareTokens  (DIMaskDINO.bato)
+    3.2.4 Transformer Decoder                (9)        DecoderLayer  (DIMaskDINO.decoder, run by N_de)
+                                             (10)       DetectionHead  (DIMaskDINO.det_head)
+                                             (11)       SegmentationHead  (DIMaskDINO.seg_head)
 
 Shapes: B images, L levels, N tokens, Q queries, C channels, K classes, G guiding tokens, h heads, P points, H W pixels.
 Tokens run from the finest level (1/8) to the coarsest (1/64), row by row within a level.
@@ -26,6 +28,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -141,6 +144,7 @@ class Attention(nn.Module):
         self.mha, self.norm = nn.MultiheadAttention(dim, heads, batch_first=True), nn.LayerNorm(dim)
 
     def forward(self, x, query, key, value, blocked=None):
+        """blocked [Q Q]: True where a query may not look"""
         return self.norm(x + self.mha(query, key, value, attn_mask=blocked, need_weights=False)[0])
 
 
@@ -154,6 +158,22 @@ class DeformableAttention(nn.Module):
         self.offsets, self.weights = nn.Linear(config.dim, samples * 2), nn.Linear(config.dim, samples)
         self.value, self.output = nn.Linear(config.dim, config.dim), nn.Linear(config.dim, config.dim)
         self.norm = nn.LayerNorm(config.dim)
+
+    def start(self):
+        """Each head looks one way, its point i at a distance of i, all with the same weight."""
+        heads, levels, points = self.split.values()
+        angle = torch.arange(heads) * (2 * math.pi / heads)
+        direction = torch.stack((angle.cos(), angle.sin()), -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1, points + 1)[None, None, :, None]
+        with torch.no_grad():
+            self.offsets.bias.copy_((direction[:, None, None] * distance).expand(-1, levels, -1, -1).flatten())
+        for zero in (
+            self.offsets.weight,
+            self.weights.weight,
+            *(x.bias for x in (self.weights, self.value, self.output)),
+        ):
+            nn.init.zeros_(zero)
 
     def forward(self, x, position, reference, memory, level_shapes):
         """x, position [B Q C]; reference: cell centres [Q 2] or boxes [B Q 4]; memory [B N C]."""
@@ -188,9 +208,16 @@ def sine_of_grid(level_shapes, dim, device):
     return torch.cat(positions)
 
 
-def sine_of_box(box, dim):
-    """The position of a box [... 2C]: half of C channels for each of cy, cx, w, h."""
-    return sine(box[..., [1, 0, 2, 3]].float() * 2 * math.pi, dim // 2).flatten(-2)
+class PositionToken(MLP):
+    """What attention reads of a query's box: box [B Q 4] -> [B Q C]."""
+
+    def __init__(self, dim):
+        super().__init__(2 * dim, dim, dim, 2)
+        self.channels = dim // 2  # for each of cy, cx, w, h
+
+    def forward(self, box):
+        cy_cx_w_h = box[..., [1, 0, 2, 3]].float()
+        return super().forward(sine(cy_cx_w_h * 2 * math.pi, self.channels).flatten(-2))
 
 
 def cell_centers(level_shapes, device):
@@ -201,6 +228,14 @@ def cell_centers(level_shapes, device):
         x = (torch.arange(width, device=device) + 0.5) / width
         centers.append(torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1).flatten(0, 1))
     return torch.cat(centers)
+
+
+def box_mlp(dim):
+    """The change of a box in logit space, none at the start: [... C] -> [... 4]."""
+    mlp = MLP(dim, dim, 4, 3)
+    nn.init.zeros_(mlp.layers[-1].weight)
+    nn.init.zeros_(mlp.layers[-1].bias)
+    return mlp
 
 
 def normed_conv(inputs, outputs, kernel, stride=1, bias=False):
@@ -322,14 +357,14 @@ class FeatureTokens(nn.Module):
 
 
 def select(scores, k, *tokens):
-    """Eq. 1 and 3.  T_s = S(T, k): keep, in each image, the k tokens with the highest class score, best first.
+    """T_s = S(T, k), the selection of De-Imbalance: in each image the k tokens with the best scores, best first.
 
     scores [B N]: best class logit of each token; tokens: tensors [B N ...], gathered alike. Small images have fewer
-    than k tokens: all are kept. Returns index [B k] and the gathered tensors.
+    than k tokens: all are kept. Returns the k scores [B k], their index [B k], and the gathered tensors.
     """
-    index = scores.topk(min(k, scores.shape[1])).indices
+    scores, index = scores.topk(min(k, scores.shape[1]))
     image = torch.arange(len(index), device=index.device)[:, None]
-    return index, *(x[image, index] for x in tokens)
+    return scores, index, *(x[image, index] for x in tokens)
 
 
 def token_anchors(level_shapes, device):
@@ -379,36 +414,30 @@ class TokenInteractionLayer(nn.Module):
 class TokenInteraction(nn.Module):
     """Eq. 2.  T_s1^sa = MHSA(T_s1): the selected tokens of an object tell each other where and what it is.
 
-    released code: every layer has a feed-forward network, refines the boxes, and predicts classes and boxes that are
-    trained; the trained boxes apply the box MLP once more to boxes that it has already refined.
+    released code: every layer has a feed-forward network, refines the boxes, and makes auxiliary predictions of classes
+    and boxes for the loss; the auxiliary boxes apply the box MLP once more to boxes that it has already refined.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.dim = config.dim
         self.layers = nn.ModuleList(TokenInteractionLayer(config) for _ in range(config.interaction_layers))
-        self.position = MLP(2 * config.dim, config.dim, config.dim, 2)
-        self.box_mlp = MLP(config.dim, config.dim, 4, 3)
+        self.position, self.box_mlp = PositionToken(config.dim), box_mlp(config.dim)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, T_s1, box_s1):
-        """[B k C], [B k 4] -> T_s1_sa, box_s1_sa, and (normed token, trained box) of every layer"""
-        T_s1_sa, box_s1_sa, trained = T_s1, box_s1, []
+        """[B k C], [B k 4] -> T_s1_sa, box_s1_sa, and every layer's auxiliary (normed token, box)"""
+        T_s1_sa, box_s1_sa, auxiliary = T_s1, box_s1, []
         for layer in self.layers:
             box = box_s1_sa.detach()
-            T_s1_sa = layer(T_s1_sa, self.position(sine_of_box(box, self.dim)))
+            T_s1_sa = layer(T_s1_sa, self.position(box))
             box_s1_sa = refine(self.box_mlp(T_s1_sa), box)
             normed = self.norm(T_s1_sa)
-            trained.append((normed, refine(self.box_mlp(normed), box_s1_sa)))
-        return T_s1_sa, box_s1_sa, trained
+            auxiliary.append((normed, refine(self.box_mlp(normed), box_s1_sa)))
+        return T_s1_sa, box_s1_sa, auxiliary
 
 
 class DecoderLayer(nn.Module):
-    """Eq. 4 and, stacked, Eq. 9: self-attention, deformable cross-attention at the queries' boxes, feed-forward.
-
-    Eq. 4: Q_bal = MHCA(T_s2, T_i), the residual that gives back what two selections have lost.
-    Eq. 9: Q_ref = N_de(Q_bal, T_bal).
-    """
+    """One layer of Eq. 9, and Eq. 4: self-attention, deformable cross-attention at the queries' boxes, feed-forward."""
 
     def __init__(self, config):
         super().__init__()
@@ -425,28 +454,75 @@ class DecoderLayer(nn.Module):
 # ---- Balance-Aware Tokens Optimization (3.2.3, Eq. 5-8) --------------------------------------------------------------
 
 
-class BalanceAwareTokens(nn.Module):
-    """Eq. 8.  T_bal = MHCA(T_i, T_g): every token moves towards the guiding tokens of its object."""
+class MaskGuide(nn.Module):
+    """Eq. 5.  T_g^mask = N_mask(Q_bal): what the mask of each query's object looks like, by a three-layer MLP.
+
+    released code, guide_networks="heads": by the mask head's MLP. Table 6, without guiding token generation: Q_bal.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.attention, self.ffn = Attention(config.dim, config.heads), FeedForward(config.dim, config.ffn)
+        self.network = config.guide_networks if config.bato and config.gtg else None
+        self.mlp = MLP(config.dim, config.dim, config.dim, 3) if self.network == "own" else None
 
-    def forward(self, T_i, position, T_g, value):
-        """[B N C], [N C], [B G C], [B G C] -> T_bal [B N C]"""
-        return self.ffn(self.attention(T_i, T_i + position, T_g, value))
+    def forward(self, Q_bal, mask_mlp):
+        """[B G C] -> [B G C]"""
+        return Q_bal if self.network is None else self.mlp(Q_bal) if self.network == "own" else mask_mlp(Q_bal)
+
+
+class BoxGuide(nn.Module):
+    """Eq. 6.  T_g^box = N_box(Q_bal): where each query's object is, by a three-layer MLP.
+
+    released code, guide_networks="heads": by the position token of the query's box, which is not trained through it.
+    Table 6, without guiding token generation: nothing.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.network = config.guide_networks if config.bato and config.gtg else None
+        self.mlp = MLP(config.dim, config.dim, config.dim, 3) if self.network == "own" else None
+
+    def forward(self, Q_bal, box_bal, position):
+        """[B G C], [B G 4] -> [B G C]"""
+        if self.network is None:
+            return torch.zeros_like(Q_bal)
+        return self.mlp(Q_bal) if self.network == "own" else position(box_bal.detach())
+
+
+class BalanceAwareTokens(nn.Module):
+    """Eq. 8.  T_bal = MHCA(T_i, T_g): every token moves towards the guiding tokens of its object.
+
+    released code, guide_value="T_g_mask": the keys are T_g, the values T_g^mask. Table 4, without BATO: T_bal = T_i.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.bato, self.value = config.bato, config.guide_value
+        if config.bato:
+            self.attention, self.ffn = Attention(config.dim, config.heads), FeedForward(config.dim, config.ffn)
+
+    def forward(self, T_i, level_shapes, T_g, T_g_mask):
+        """T_i [B N C], T_g, T_g_mask [B G C] -> T_bal [B N C]"""
+        if not self.bato:
+            return T_i
+        position = sine_of_grid(level_shapes, T_i.shape[-1], T_i.device)
+        return self.ffn(self.attention(T_i, T_i + position, T_g, T_g if self.value == "T_g" else T_g_mask))
 
 
 # ---- Heads (3.2.4, Eq. 10-11) ----------------------------------------------------------------------------------------
 
 
 class DetectionHead(nn.Module):
-    """Eq. 10.  {c, b} = N_det(Q_ref). In fp32 also under autocast: 8 bits rank no scores and place no box."""
+    """Eq. 10.  {c, b} = N_det(Q_ref): float32 even under autocast, as bfloat16 is too coarse to rank scores or place
+    boxes."""
 
     def __init__(self, config):
         super().__init__()
-        self.classifier = nn.Linear(config.dim, config.num_classes)
-        self.box_mlp = MLP(config.dim, config.dim, 4, 3)
+        self.classifier, self.box_mlp = nn.Linear(config.dim, config.num_classes), box_mlp(config.dim)
+
+    def forward(self, x, Q_ref, box):
+        """x: Q_ref normed once more [... Q C]; box [... Q 4], which it refines -> class logits [... Q K], boxes [... Q 4]"""
+        return self.classes(x), refine(self.delta(Q_ref), box)
 
     def classes(self, x):
         """[B Q C] -> class logits [B Q K]"""
@@ -471,14 +547,21 @@ class SegmentationHead(nn.Module):
         self.fuse = normed_conv(config.dim, config.dim, 3)
         self.embed = nn.Conv2d(config.dim, config.dim, 1)
         self.mask_mlp = MLP(config.dim, config.dim, config.dim, 3)
+        self.update = normed_conv(config.dim, config.dim, 3) if config.pixel_tokens == "T_bal" else None
 
     def pixel_embedding(self, T_i, level_shapes, F_cnn):
         """T_i [B N C], F_cnn [B C H/4 W/4] -> [B C H/4 W/4]"""
         return self.embed(self.fuse(F_cnn + finest_level(T_i, level_shapes, F_cnn)).relu())
 
+    def updated(self, pixels, T_bal, level_shapes):
+        """The pixel embedding for what comes after Eq. 8: the same. released code: refreshed with T_bal."""
+        if self.update is None:
+            return pixels
+        return self.update(pixels + finest_level(T_bal, level_shapes, pixels)).relu()
+
     def forward(self, Q_ref, pixels):
-        """[B Q C], [B C H/4 W/4] -> mask logits [B Q H/4 W/4]"""
-        return torch.einsum("bqc,bchw->bqhw", self.mask_mlp(Q_ref), pixels)
+        """Q_ref [layers B Q C], and the layers' pixel embeddings -> the layers' Masks"""
+        return [Masks(*factors) for factors in zip(self.mask_mlp(Q_ref), pixels, strict=True)]
 
 
 def finest_level(tokens, level_shapes, like):
@@ -486,6 +569,65 @@ def finest_level(tokens, level_shapes, like):
     height, width = level_shapes[0]
     x = rearrange(tokens[:, : height * width], "B (H W) C -> B C H W", H=height)
     return nnf.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class Masks(NamedTuple):
+    """Masks as the product that they are, multiplied only where somebody reads them."""
+
+    embedding: Tensor  # [B Q C]
+    pixels: Tensor  # [B C H/4 W/4]
+
+    def all(self):
+        """Mask logits [B Q H/4 W/4]"""
+        return torch.einsum("bqc,bchw->bqhw", self.embedding, self.pixels)
+
+    def of(self, b, queries):
+        """Mask logits [n H/4 W/4] of n queries of image b"""
+        return torch.einsum("qc,chw->qhw", self.embedding[b, queries], self.pixels[b])
+
+
+class Prediction(dict):
+    """Class `logits` [B Q K], `boxes` [B Q 4] and, at most stages, `masks` [B Q H/4 W/4] (logits). Masks are computed
+    when they are read; `mask_product` is what they are made of."""
+
+    def __missing__(self, name):
+        if name == "masks" and "mask_product" in self:
+            return self["mask_product"].all()
+        raise KeyError(name)
+
+    def split(self, number):
+        """The predictions of the first queries, and those of the others."""
+        factors = self["mask_product"]
+        return [
+            Prediction(
+                logits=self["logits"][:, part],
+                boxes=self["boxes"][:, part],
+                mask_product=Masks(factors.embedding[:, part], factors.pixels),
+            )
+            for part in (slice(0, number), slice(number, None))
+        ]
+
+
+def mask_product(prediction):
+    """The Masks of a prediction, None where it has none; masks given as they are [B Q H/4 W/4] are their own pixels."""
+    if "mask_product" in prediction or "masks" not in prediction:
+        return prediction.get("mask_product")
+    masks = prediction["masks"]
+    return Masks(torch.eye(masks.shape[1], device=masks.device).expand(len(masks), -1, -1), masks)
+
+
+# torch.export has to know what outputs are made of.
+torch.utils._pytree.register_pytree_node(
+    Prediction,
+    lambda prediction: (list(prediction.values()), list(prediction)),
+    lambda values, names: Prediction(zip(names, values, strict=True)),
+    serialized_type_name="dimaskdino.Prediction",
+)
+
+
+# What a trace holds: the paper's symbols, the boxes beside them, and the selections.
+TRACED = """F_cnn T_i T_s1 box_s1 scores_1 index_1 T_s1_sa box_s1_sa T_s2 box_s2 scores_2 index_2 Q_bal box_bal
+            T_g_mask T_g_box T_g T_bal Q_ref c b m""".split()
 
 
 # ---- The model (3.2) -------------------------------------------------------------------------------------------------
@@ -496,16 +638,16 @@ class DIMaskDINO(nn.Module):
 
     images: RGB in 0..255, uint8 or float, [B 3 H W], any H and W.
     denoising: the noised queries of losses.denoising_queries, in training.
-    trace: True, or a dict to fill, to get every symbol of the paper by its name.
-    Returns a dict of
+    trace: True to get every symbol of the paper by its name.
+    Returns a Prediction, that is a dict of
         logits [B Q K], boxes [B Q 4], masks [B Q H/4 W/4] (logits): the last decoder layer's predictions, where H W are
-            those of the padded image;
-        layers: such dicts for every prediction, the initial one (of T_s2) first, the last layer's last;
-        selection: the predictions of the k1 tokens of Eq. 1;
-        interaction: those of each layer of Eq. 2, without masks;
+            those of the padded image; masks are computed when they are read;
+        layers: such Predictions at every stage, the initial one (of T_s2) first, the last layer's last;
+        selection: that of the k1 tokens of the first selection;
+        interaction: those of each token interaction layer, without masks;
         denoising: those of the denoising queries, layer by layer, or an empty list;
         trace: if asked for, T_i, T_s1, T_s1_sa, T_s2, Q_bal, T_g_mask, T_g_box, T_g, T_bal, Q_ref, F_cnn, their box_*,
-            and the selections' index_1, index_2, counted in T_i, and scores_1, scores_2.
+            the predictions c, b, m, and the selections' index_1, index_2, counted in T_i, and scores_1, scores_2.
     """
 
     def __init__(self, config):
@@ -518,14 +660,10 @@ class DIMaskDINO(nn.Module):
         self.transform = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.interactions = nn.ModuleList(TokenInteraction(config) for _ in config.selection[1:])
         self.residual = DecoderLayer(config)
-        if config.bato:
-            self.bato = BalanceAwareTokens(config)
-            if config.gtg and config.guide_networks == "own":
-                self.mask_net, self.box_net = MLP(dim, dim, dim, 3), MLP(dim, dim, dim, 3)
-            if config.pixel_tokens == "T_bal":
-                self.pixel_update = normed_conv(dim, dim, 3)
+        self.bato = BalanceAwareTokens(config)
+        self.N_mask, self.N_box = MaskGuide(config), BoxGuide(config)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers - 1))
-        self.position = MLP(2 * dim, dim, dim, 2)
+        self.position = PositionToken(dim)
         self.head_norm = nn.LayerNorm(dim)
         self.det_head, self.seg_head = DetectionHead(config), SegmentationHead(config)
         self.label_embed = nn.Embedding(config.num_classes, dim)
@@ -534,78 +672,62 @@ class DIMaskDINO(nn.Module):
         initialize(self)
 
     def forward(self, images, denoising=None, trace=False):
-        config, symbols = self.config, trace if isinstance(trace, dict) else {}
+        k1, *ks = self.config.selection
 
         # Feature Tokens Extractor
-        T_i, level_shapes, F_cnn = self.encoder(self.backbone(self.normalize(images)))
-        pixels = self.seg_head.pixel_embedding(T_i, level_shapes, F_cnn)
-        symbols.update(F_cnn=F_cnn, T_i=T_i)
+        T_i, level_shapes, F_cnn = self.encoder(self.backbone(self.normalize(images)))  # [B N C], [B C H/4 W/4]
+        pixels = self.seg_head.pixel_embedding(T_i, level_shapes, F_cnn)  # [B C H/4 W/4]
 
-        # Eq. 1  T_s1 = S(T_i, k1). released code: T_i is transformed before it is scored; T_s1 is not trained through
-        # what follows, but by predictions of its own; its boxes are those of its masks.
+        # Eq. 1  T_s1 = S(T_i, k1)
         tokens, anchors_logit = self.candidates(T_i, level_shapes)
-        scores = self.det_head.scores(tokens)
-        index_1, scores_1, T_s1, anchor_logit = select(scores, config.selection[0], scores, tokens, anchors_logit)
-        selection = self.predict(T_s1, (self.det_head.delta(T_s1) + anchor_logit).sigmoid(), pixels)
-        T_s1, box_s1 = T_s1.detach(), mask_to_box(selection["masks"].detach())
-        symbols.update(T_s1=T_s1, box_s1=box_s1, scores_1=scores_1, index_1=index_1)
+        scores_1, index_1, T_s1, start_logit = select(self.det_head.scores(tokens), k1, tokens, anchors_logit)
+        T_s1, box_s1, selection = self.selected(T_s1, start_logit, pixels)  # [B k1 C]
 
-        # Eq. 2  T_s1^sa = MHSA(T_s1), and Eq. 3  T_s2 = S(T_s1^sa, k2): once; twice for a triple selection
         T_s2, box_s2, scores_2, index_2, interaction = T_s1, box_s1, scores_1, index_1, []
-        for interact, k in zip(self.interactions, config.selection[1:], strict=True):
-            T_s1_sa, box_s1_sa, trained = interact(T_s2, box_s2)
-            symbols.update(T_s1_sa=T_s1_sa, box_s1_sa=box_s1_sa)
-            interaction += [self.predict(T, box) for T, box in trained]
-            scores = self.det_head.scores(interact.norm(T_s1_sa))
-            _, scores_2, T_s2, box_s2, index_2 = select(scores, k, scores, T_s1_sa, box_s1_sa, index_2)
-        if config.position_token == "random" and not self.interactions:  # table 3, for MaskDINO
-            box_s2 = self.random_box[: T_s2.shape[1]].expand_as(box_s2)
-        symbols.update(T_s2=T_s2, box_s2=box_s2, scores_2=scores_2, index_2=index_2)
+        for interact, k2 in zip(self.interactions, ks, strict=True):  # once; twice for a triple selection
+            # Eq. 2  T_s1^sa = MHSA(T_s1)
+            T_s1_sa, box_s1_sa, auxiliary = interact(T_s2, box_s2)  # [B k1 C]
+            interaction += [self.predict(T, box) for T, box in auxiliary]
+            # Eq. 3  T_s2 = S(T_s1^sa, k2)
+            scores_1_sa = self.det_head.scores(interact.norm(T_s1_sa))
+            scores_2, _, T_s2, box_s2, index_2 = select(scores_1_sa, k2, T_s1_sa, box_s1_sa, index_2)  # [B k2 C]
+        box_s2 = self.position_token(box_s2, of="T_s2")
 
-        # Denoising queries, in training, go with the others, in front
-        Q, box, blocked = self.with_denoising(denoising, T_s2, box_s2)
-        extra = Q.shape[1] - T_s2.shape[1]
-        layers = [self.predict(Q, box, pixels)]
+        # Eq. 4  Q_bal = MHCA(T_s2, T_i); in training, D denoising queries go along in front, up to the heads
+        Q_s2, box_s2_all, blocked, D = self.with_denoising(denoising, T_s2, box_s2)
+        Q, box = self.decode(self.residual, Q_s2, box_s2_all, T_i, level_shapes, blocked)
+        Q_bal, box_bal = Q[:, D:], self.position_token(box[:, D:], of="Q_bal")  # [B k2 C]
+        guide, box_guide = self.guides(T_s1=(T_s1, box_s1), T_s2=(T_s2, box_s2), Q_bal=(Q_bal, box_bal))
 
-        # Eq. 4  Q_bal = MHCA(T_s2, T_i). released code: it trains the boxes of Eq. 2, while those of later layers are
-        # not trained through the layers that start from them.
-        Q = self.residual(Q, self.position(sine_of_box(box, config.dim)), box, T_i, level_shapes, blocked)
-        layers.append(self.predict_refined(Q, box, pixels))
-        box = refine(self.det_head.delta(Q), box)
-        if config.position_token == "random" and self.interactions:  # table 3
-            box = torch.cat((box[:, :extra], self.random_box[: T_s2.shape[1]].expand_as(box_s2)), 1)
-        Q_bal, box_bal = Q[:, extra:], box[:, extra:]
-        symbols.update(Q_bal=Q_bal, box_bal=box_bal)
+        # Eq. 5  T_g^mask = N_mask(Q_bal)
+        T_g_mask = self.N_mask(guide, self.seg_head.mask_mlp)  # [B G C]
+        # Eq. 6  T_g^box = N_box(Q_bal)
+        T_g_box = self.N_box(guide, box_guide, self.position)  # [B G C]
+        # Eq. 7  T_g = T_g^mask + T_g^box
+        T_g = T_g_mask + T_g_box  # [B G C]
+        # Eq. 8  T_bal = MHCA(T_i, T_g)
+        T_bal = self.bato(T_i, level_shapes, T_g, T_g_mask)  # [B N C]
 
-        # Eq. 5-7  T_g = N_mask(Q_bal) + N_box(Q_bal), and Eq. 8  T_bal = MHCA(T_i, T_g)
-        T_bal = T_i
-        if config.bato:
-            guide = {"T_s1": (T_s1, box_s1), "T_s2": (T_s2, box_s2), "Q_bal": (Q_bal, box_bal)}[config.guidance]
-            T_g, T_g_mask, T_g_box = self.guiding_tokens(*guide)
-            symbols.update(T_g_mask=T_g_mask, T_g_box=T_g_box, T_g=T_g)
-            value = T_g if config.guide_value == "T_g" else T_g_mask
-            T_bal = self.bato(T_i, sine_of_grid(level_shapes, config.dim, T_i.device), T_g, value)
-            if config.pixel_tokens == "T_bal":  # released code
-                pixels = self.pixel_update(pixels + finest_level(T_bal, level_shapes, pixels)).relu()
-        symbols.update(T_bal=T_bal)
+        # Eq. 9  Q_ref = N_de(Q_bal, T_bal), of all layers, Eq. 4's first; released code: classes and masks see it normed twice
+        box = torch.cat((box[:, :D], box_bal), 1)
+        Q_ref, box_ref = self.N_de([Q], [box_s2_all, box], T_bal, level_shapes, blocked)  # [layers B D+k2 C]
+        normed = self.head_norm(Q_ref)
+        # Eq. 10  {c, b} = N_det(Q_ref)
+        c, b = self.det_head(normed, Q_ref, box_ref)  # [layers B D+k2 K], [layers B D+k2 4]
+        # Eq. 11  m = N_seg(Q_ref, T_i, F_cnn)
+        updated = self.seg_head.updated(pixels, T_bal, level_shapes)
+        m = self.seg_head(normed, [pixels] + [updated] * len(self.decoder))  # Masks [B D+k2 H/4 W/4] of each layer
 
-        # Eq. 9  Q_ref = N_de(Q_bal, T_bal)
-        refined = []
-        for layer in self.decoder:
-            reference = box.detach()
-            Q = layer(Q, self.position(sine_of_box(reference, config.dim)), reference, T_bal, level_shapes, blocked)
-            refined.append((Q, box))
-            box = refine(self.det_head.delta(Q), reference)
-        symbols.update(Q_ref=self.head_norm(Q[:, extra:]))
-
-        # Eq. 10  {c, b} = N_det(Q_ref), and Eq. 11  m = N_seg(Q_ref, T_i, F_cnn), at every layer
-        layers += [self.predict_refined(Q, box, pixels) for Q, box in refined]
-
-        matching = [{name: x[:, extra:] for name, x in layer.items()} for layer in layers]
-        noised = [{name: x[:, :extra] for name, x in layer.items()} for layer in layers if denoising is not None]
-        outputs = {"layers": matching, "selection": selection, "interaction": interaction, "denoising": noised}
-        symbols.update(c=matching[-1]["logits"], b=matching[-1]["boxes"], m=matching[-1]["masks"])
-        return {**matching[-1], **outputs} | ({"trace": symbols} if trace is not False else {})
+        layers = [Prediction(logits=c, boxes=b, mask_product=m) for c, b, m in zip(c, b, m, strict=True)]
+        noised, layers = zip(*(x.split(D) for x in (self.predict(Q_s2, box_s2_all, pixels), *layers)), strict=True)
+        outputs = Prediction(layers[-1], layers=list(layers), selection=selection, interaction=interaction)
+        outputs["denoising"] = [] if denoising is None else list(noised)
+        if trace:
+            last = {"Q_ref": Q_ref[-1][:, D:], "c": outputs["logits"], "b": outputs["boxes"], "m": outputs["masks"]}
+            symbols = locals() | last
+            traced = TRACED if self.config.bato else [name for name in TRACED if not name.startswith("T_g")]
+            outputs["trace"] = {name: symbols[name] for name in traced if name in symbols}
+        return outputs
 
     def normalize(self, images):
         """RGB in 0..255 -> zero mean, unit deviation, padded with zeros at the right and bottom to a multiple of 32."""
@@ -613,48 +735,71 @@ class DIMaskDINO(nn.Module):
         return nnf.pad((images.float() - self.mean) / self.std, (0, -width % 32, 0, -height % 32))
 
     def candidates(self, T_i, level_shapes):
-        """The tokens as they are scored and selected [B N C], and their anchors [B N 4] as logits."""
+        """The tokens as they are scored and selected [B N C], and their anchors [B N 4] as logits. released code: they
+        are a transform of T_i."""
         anchors_logit, inside = token_anchors(level_shapes, T_i.device)
         return self.transform(T_i * inside[:, None]), anchors_logit.expand(T_i.shape[0], -1, -1)
 
+    def selected(self, T_s1, start_logit, pixels):
+        """The selected tokens [B k C] and their boxes [B k 4] for what follows, and their predictions.
+
+        released code: what follows does not train the tokens, their predictions do; the boxes are those of the masks.
+        """
+        prediction = self.predict(T_s1, (self.det_head.delta(T_s1) + start_logit).sigmoid(), pixels)
+        with torch.no_grad():
+            return T_s1.detach(), mask_to_box(prediction["masks"]), prediction
+
+    def position_token(self, box, of):
+        """The boxes [B Q 4] as they are. Table 3, position_token="random": boxes that were drawn once, the same for
+        every image, stand for those of Q_bal, and for those of T_s2 where there is no De-Imbalance."""
+        stage = "Q_bal" if self.interactions else "T_s2"
+        if self.config.position_token == "random" and of == stage:
+            return self.random_box[: box.shape[1]].expand_as(box)
+        return box
+
     def with_denoising(self, denoising, T_s2, box_s2):
-        """Queries, boxes and attention mask of the denoising queries (see losses.Denoising) and T_s2, in this order."""
+        """The D denoising queries (see losses.Denoising) and T_s2 as one: queries, boxes, who may not look at whom, D."""
         if denoising is None:
-            return T_s2, box_s2, None
+            return T_s2, box_s2, None, 0
         used = denoising.labels >= 0  # a slot that an image with fewer objects leaves empty holds zeros
         content = self.label_embed(denoising.labels.clamp(min=0)) * used[..., None]
         Q, box = torch.cat((content, T_s2), 1), torch.cat((denoising.boxes_logit.sigmoid(), box_s2), 1)
-        return Q, box, denoising.attention_mask(T_s2.shape[1])
+        return Q, box, denoising.attention_mask(T_s2.shape[1]), content.shape[1]
 
-    def guiding_tokens(self, Q_bal, box_bal):
-        """Eq. 5-7.  T_g^mask = N_mask(Q_bal),  T_g^box = N_box(Q_bal),  T_g = T_g^mask + T_g^box: three of [B G C]."""
+    def decode(self, layer, Q, box, memory, level_shapes, blocked):
+        """A decoder layer: queries [B Q C] and boxes [B Q 4] -> both refined"""
+        Q = layer(Q, self.position(box), box, memory, level_shapes, blocked)
+        return Q, refine(self.det_head.delta(Q), box)
+
+    def guides(self, **tokens):
+        """What guides T_i, [B G C] with boxes [B G 4]: Q_bal; table 5: T_s1 or T_s2. released code: the best 50."""
+        guide, box = tokens[self.config.guidance]
         if self.config.guiding_tokens:
-            _, Q_bal, box_bal = select(self.det_head.scores(Q_bal), self.config.guiding_tokens, Q_bal, box_bal)
-        if not self.config.gtg:
-            return Q_bal, Q_bal, Q_bal
-        if self.config.guide_networks == "own":
-            T_g_mask, T_g_box = self.mask_net(Q_bal), self.box_net(Q_bal)
-        else:  # released code
-            T_g_mask = self.seg_head.mask_mlp(Q_bal)
-            T_g_box = self.position(sine_of_box(box_bal.detach(), self.config.dim))
-        return T_g_mask + T_g_box, T_g_mask, T_g_box
+            *_, guide, box = select(self.det_head.scores(guide), self.config.guiding_tokens, guide, box)
+        return guide, box
+
+    def N_de(self, Q, box, T_bal, level_shapes, blocked):
+        """The decoder, started from the queries and boxes after Eq. 4: of Eq. 4 and every layer after it the normed
+        queries [layers B Q C], and the boxes that they refine.
+
+        released code: a layer is not trained through the box that it starts from, but its prediction is.
+        """
+        for layer in self.decoder:
+            refined, next_box = self.decode(layer, Q[-1], box[-1].detach(), T_bal, level_shapes, blocked)
+            Q, box = [*Q, refined], [*box, next_box]
+        return self.head_norm(torch.stack(Q)), torch.stack(box[:-1])
 
     def predict(self, x, boxes, pixels=None):
-        """Eq. 10 and 11 for tokens [B Q C] with their boxes [B Q 4] as they are."""
+        """What the heads say of tokens [B Q C] with boxes [B Q 4] that stay as they are, for the losses."""
         x = self.head_norm(x)
-        masks = {} if pixels is None else {"masks": self.seg_head(x, pixels)}
-        return {"logits": self.det_head.classes(x), "boxes": boxes, **masks}
-
-    def predict_refined(self, Q, box, pixels):
-        """Eq. 10 and 11 for a decoder layer's queries. released code: classes and masks see the norm twice."""
-        Q = self.head_norm(Q)
-        return self.predict(Q, refine(self.det_head.delta(Q), box), pixels)
+        masks = {} if pixels is None else {"mask_product": Masks(self.seg_head.mask_mlp(x), pixels)}
+        return Prediction(logits=self.det_head.classes(x), boxes=boxes, **masks)
 
 
 def initialize(model):
     """Start values. released code, except that the class bias starts at the focal prior: one class in a hundred."""
-    for part in (model.encoder.layers, model.residual, model.decoder, model.position, getattr(model, "bato", None)):
-        for parameter in part.parameters() if part is not None else ():
+    for part in (model.encoder.layers, model.residual, model.decoder, model.position, model.bato):
+        for parameter in part.parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter)
     for name, module in model.named_modules():
@@ -664,20 +809,7 @@ def initialize(model):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, DeformableAttention):
-            heads, levels, points = module.split.values()
-            angle = torch.arange(heads) * (2 * math.pi / heads)  # each head looks one way, point i at a distance of i
-            direction = torch.stack((angle.cos(), angle.sin()), -1)
-            direction = direction / direction.abs().amax(-1, keepdim=True)
-            distance = torch.arange(1, points + 1)[None, None, :, None]
-            with torch.no_grad():
-                module.offsets.bias.copy_((direction[:, None, None] * distance).expand(-1, levels, -1, -1).flatten())
-            nn.init.zeros_(module.offsets.weight)
-            nn.init.zeros_(module.weights.weight)
-            for linear in (module.weights, module.value, module.output):
-                nn.init.zeros_(linear.bias)
-        elif name.endswith("box_mlp"):
-            nn.init.zeros_(module.layers[-1].weight)
-            nn.init.zeros_(module.layers[-1].bias)
+            module.start()
     nn.init.constant_(model.det_head.classifier.bias, -math.log(99))
 
 
@@ -699,9 +831,9 @@ def postprocess(outputs, image_sizes, output_sizes, top=100):
         class_scores = outputs["logits"][b].float().sigmoid()
         scores, flat = class_scores.flatten().topk(min(top, class_scores.numel()))
         query, labels = flat // class_scores.shape[1], flat % class_scores.shape[1]
-        padded = [4 * side for side in outputs["masks"].shape[-2:]]
-        masks, qualities = [], []
-        for mask in outputs["masks"][b, query].float().split(8):  # a few at a time: the output may be large
+        found_masks, masks, qualities = mask_product(outputs).of(b, query), [], []
+        padded = [4 * side for side in found_masks.shape[-2:]]
+        for mask in found_masks.float().split(8):  # a few at a time: the output may be large
             mask = nnf.interpolate(mask[None], padded, mode="bilinear", align_corners=False)[..., :height, :width]
             mask = nnf.interpolate(mask, tuple(output), mode="bilinear", align_corners=False)[0]
             inside = mask > 0
@@ -717,50 +849,40 @@ def postprocess(outputs, image_sizes, output_sizes, top=100):
 
 # ---- One image through a fresh model, equation by equation -----------------------------------------------------------
 
-STEPS = {  # the symbol that each step makes last
-    "T_i": "FTE        F_cnn, T_i: backbone, encoder",
-    "T_s1": "Eq. 1      T_s1 = S(T_i, k1)",
-    "T_s1_sa": "Eq. 2      T_s1^sa = MHSA(T_s1)",
-    "T_s2": "Eq. 3      T_s2 = S(T_s1^sa, k2)",
-    "Q_bal": "Eq. 4      Q_bal = MHCA(T_s2, T_i)",
-    "T_g_mask": "Eq. 5      T_g^mask = N_mask(Q_bal)",
-    "T_g_box": "Eq. 6      T_g^box = N_box(Q_bal)",
-    "T_g": "Eq. 7      T_g = T_g^mask + T_g^box",
-    "T_bal": "Eq. 8      T_bal = MHCA(T_i, T_g)",
-    "Q_ref": "Eq. 9      Q_ref = N_de(Q_bal, T_bal)",
-    "c": "Eq. 10     c = N_det(Q_ref)",
-    "b": "Eq. 10     b = N_det(Q_ref)",
-    "m": "Eq. 11     m = N_seg(Q_ref, T_i, F_cnn)",
-}
-
-
-class Stopwatch(dict):
-    """A trace that notes when each symbol was there."""
-
-    def __init__(self):
-        super().__init__()
-        self.times = {"start": time.perf_counter()}
-
-    def update(self, symbols=(), **more):
-        super().update(symbols, **more)
-        self.times |= dict.fromkeys(dict(symbols, **more), time.perf_counter())
-
 
 def main():
     """One image of 800x1216 through a fresh model: what each equation makes, its shape, its time."""
     model, image = DIMaskDINO(Config.paper()).eval(), torch.randint(0, 256, (1, 3, 800, 1216))
+    interaction = model.interactions[0]
+    steps = [  # symbol, equation, and the module whose begin or end is the end of the step
+        ("T_i", "FTE        F_cnn, T_i: backbone, encoder", model.encoder, "end"),
+        ("T_s1", "Eq. 1      T_s1 = S(T_i, k1)", interaction, "begin"),
+        ("T_s1_sa", "Eq. 2      T_s1^sa = MHSA(T_s1)", interaction, "end"),
+        ("T_s2", "Eq. 3      T_s2 = S(T_s1^sa, k2)", model.residual, "begin"),
+        ("Q_bal", "Eq. 4      Q_bal = MHCA(T_s2, T_i)", model.residual, "end"),
+        ("T_g_mask", "Eq. 5      T_g^mask = N_mask(Q_bal)", model.N_mask, "end"),
+        ("T_g_box", "Eq. 6      T_g^box = N_box(Q_bal)", model.N_box, "end"),
+        ("T_g", "Eq. 7      T_g = T_g^mask + T_g^box", model.bato, "begin"),
+        ("T_bal", "Eq. 8      T_bal = MHCA(T_i, T_g)", model.bato, "end"),
+        ("Q_ref", "Eq. 9      Q_ref = N_de(Q_bal, T_bal)", model.det_head, "begin"),
+        ("c", "Eq. 10     c = N_det(Q_ref)", model.det_head, "end"),
+        ("b", "Eq. 10     b = N_det(Q_ref)", model.det_head, "end"),
+        ("m", "Eq. 11     m = N_seg(Q_ref, T_i, F_cnn)", model, "end"),
+    ]
+    times = {}
+    model.register_forward_pre_hook(lambda *_: times.update(start=time.perf_counter()))
+    for symbol, _, module, moment in steps:
+        register = module.register_forward_pre_hook if moment == "begin" else module.register_forward_hook
+        register(lambda *_, symbol=symbol: times.update({symbol: time.perf_counter()}))
     with torch.inference_mode():
         model(image)  # the first run also sets up threads and memory
-        symbols = Stopwatch()
-        model(image, trace=symbols)
+        symbols = model(image, trace=True)["trace"]
     print(f"DI-MaskDINO, {sum(p.numel() for p in model.parameters()):,} parameters, image {[*image.shape]}")
-    previous = symbols.times["start"]
-    for symbol, step in STEPS.items():
-        elapsed, previous = symbols.times[symbol] - previous, symbols.times[symbol]
-        took = f"{elapsed * 1000:8.1f} ms" if elapsed else f"{'..':>8}"  # made together with the one before
-        print(f"{step:42}{symbol:9}{str([*symbols[symbol].shape]):22}{took}")
-    tokens = [symbols[name].shape[1] for name in ("T_i", "T_s1", "T_s2")]
-    print("tokens: " + " -> ".join(f"{n:,}" for n in tokens))
+    before = times["start"]
+    for symbol, step, *_ in steps:
+        print(f"{step:42}{symbol:9}{str([*symbols[symbol].shape]):22}{1000 * (times[symbol] - before):8.1f} ms")
+        before = times[symbol]
+    print("tokens: " + " -> ".join(f"{symbols[name].shape[1]:,}" for name in ("T_i", "T_s1", "T_s2")))
 
 
 if __name__ == "__main__":

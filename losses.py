@@ -8,17 +8,23 @@ targets: a list with one dict per image of
 Predictions are the dicts of `logits`, `boxes` and mostly `masks` that DIMaskDINO returns, at every stage.
 """
 
+from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+
+from dimaskdino import Masks, mask_product
 
 # For the cost of a match and for the loss alike (released code).
 WEIGHTS = {"class": 4.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
 DETECTION = ("class", "box", "giou")
+PORTION = 2**22  # sampled logits of masks that matching compares at a time, which bounds its memory
 
 
 # ---- Denoising queries -----------------------------------------------------------------------------------------------
@@ -48,8 +54,6 @@ def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_no
     counts = [len(target["labels"]) for target in targets]
     size = max(counts)
     groups = queries // size if size else 0
-    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).repeat(groups)
-    slot = torch.cat([torch.arange(n) + group * size for group in range(groups) for n in counts] or [image[:0]])
     labels = torch.cat([target["labels"] for target in targets]).repeat(groups)
     boxes = torch.cat([target["boxes"] for target in targets]).repeat(groups, 1)
 
@@ -58,54 +62,60 @@ def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_no
     reach = torch.cat((boxes[:, 2:] / 2, boxes[:, 2:]), 1)
     boxes = (boxes + (torch.rand_like(boxes) * 2 - 1) * reach * box_noise).clamp(0, 1)
 
-    slots = (len(targets), groups * size)
-    slot_labels, slot_boxes = labels.new_full(slots, -1), boxes.new_zeros(*slots, 4)
-    slot_labels[image, slot], slot_boxes[image, slot] = labels, boxes.logit(1e-5)
-    return Denoising(slot_labels, slot_boxes, groups)
+    slots = [np.arange(n) + (b * groups + g) * size for g in range(groups) for b, n in enumerate(counts)]
+    slots, shape = numbers(slots, labels.device), (len(targets), groups * size)
+    slot_labels = labels.new_full((shape[0] * shape[1],), -1).index_copy(0, slots, labels)
+    slot_boxes = boxes.new_zeros(shape[0] * shape[1], 4).index_copy(0, slots, boxes.logit(1e-5))
+    return Denoising(slot_labels.view(shape), slot_boxes.view(*shape, 4), groups)
 
 
-# ---- Costs and losses of one set of predictions ----------------------------------------------------------------------
+def numbers(lists, device="cpu"):
+    """Lists of whole numbers as one tensor."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *lists])).to(device)
+
+
+# ---- Costs of predictions for objects --------------------------------------------------------------------------------
+
+
+def random_points(*shape, device):
+    """Points [... 2] anywhere in [-1, 1]."""
+    return torch.rand(*shape, 2, device=device).mul_(2).sub_(1)
 
 
 def sample(maps, points):
-    """Bilinear values [n m P] of maps [n m H W] at points [n P 2], (x, y) in [0, 1]; zero outside."""
-    return nnf.grid_sample(maps, points[:, :, None] * 2 - 1, align_corners=False)[..., 0]
+    """Bilinear values [n m P] of maps [n m H W] at points [n P 2], (x, y) in [-1, 1]; zero outside."""
+    return nnf.grid_sample(maps, points[:, :, None], align_corners=False)[..., 0]
 
 
 def sample_objects(masks, objects, points):
     """Bilinear values [M P] of masks [n H W] (bool), for each M that of one object [M], at points [M P 2].
 
-    Object by object, as many predictions share a mask that is large.
+    objects: any of them in any order, or the same sequence several times, whose masks are then read once.
     """
-    order, counts = objects.argsort().to(points.device), objects.bincount(minlength=len(masks)).tolist()
-    values = torch.zeros_like(points[..., 0])
-    for mask, chosen in zip(masks, order.split(counts), strict=True):
-        values[chosen] = sample(mask[None, None].float(), points[chosen].flatten(0, 1)[None]).view_as(values[chosen])
-    return values
+    times = len(objects) // len(objects.unique())
+    masks = masks[objects[: len(objects) // times].to(masks.device)].float()
+    together = points.unflatten(0, (times, -1)).transpose(0, 1).flatten(1, 2)  # [n times*P 2]
+    return sample(masks[:, None], together)[:, 0].unflatten(1, (times, -1)).transpose(0, 1).flatten(0, 1)
 
 
-def costs(logits, boxes, target):
-    """The class, box and GIoU cost of every prediction [Q K], [Q 4] for every object: three of [Q n]."""
-    p = logits.sigmoid()
+def class_and_box_costs(logits, boxes, labels, wanted):
+    """Of predictions, logits [B Q K] and boxes [B Q 4], for objects, labels [B n] and boxes [B n 4]: [B Q n]."""
+    p = logits.gather(2, labels[:, None].expand(-1, logits.shape[1], -1)).sigmoid()
     present = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
     absent = 0.75 * p**2 * -(1 - p + 1e-8).log()
-    pairs = (len(boxes), len(target["boxes"]), 4)
-    a = box_convert(boxes, "cxcywh", "xyxy")[:, None].expand(pairs)
-    b = box_convert(target["boxes"], "cxcywh", "xyxy").expand(pairs)
-    return {
-        "class": (present - absent)[:, target["labels"]],
-        "box": (boxes[:, None] - target["boxes"]).abs().sum(-1),
-        "giou": generalized_box_iou_loss(a, b, eps=1e-6) - 1,
-    }
+    a = box_convert(boxes, "cxcywh", "xyxy")[:, :, None].expand(*p.shape, 4)
+    b = box_convert(wanted, "cxcywh", "xyxy")[:, None].expand(*p.shape, 4)
+    giou = generalized_box_iou_loss(a, b, eps=1e-6) - 1
+    distance = torch.cdist(boxes, wanted, 1)
+    return WEIGHTS["class"] * (present - absent) + WEIGHTS["box"] * distance + WEIGHTS["giou"] * giou
 
 
-def mask_costs(masks, target):
-    """The cross-entropy and dice cost of sampled masks [Q P] for the objects' sampled masks [n P]: two of [Q n]."""
-    p = masks.sigmoid()
-    return {
-        "mask": (nnf.softplus(masks).sum(-1, keepdim=True) - masks @ target.T) / masks.shape[1],
-        "dice": 1 - (2 * p @ target.T + 1) / (p.sum(-1, keepdim=True) + target.sum(-1) + 1),
-    }
+def mask_costs(logits, inside):
+    """Of masks, sampled logits [B Q P], for objects, sampled masks [B n P]: cross-entropy and dice, [B Q n]."""
+    p, inside_T = logits.sigmoid(), inside.transpose(1, 2)
+    entropy = (nnf.softplus(logits).sum(-1, keepdim=True) - logits @ inside_T) / logits.shape[2]
+    dice = 1 - (2 * p @ inside_T + 1) / (p.sum(-1, keepdim=True) + inside.sum(-1)[:, None] + 1)
+    return WEIGHTS["mask"] * entropy + WEIGHTS["dice"] * dice
 
 
 # ---- The criterion ---------------------------------------------------------------------------------------------------
@@ -134,118 +144,152 @@ class Criterion(nn.Module):
         without_masks = {f"interaction_{i}": x for i, x in enumerate(outputs["interaction"])}
         with torch.autocast(outputs["logits"].device.type, enabled=False):
             pairs = self.match(sets | without_masks, targets)
-            normalizers = dict.fromkeys(pairs, num_objects)
+            divisors = dict.fromkeys(pairs, float(num_objects))
             if noised:
                 *slots, groups = self.slots(outputs["denoising"][0], targets)
                 pairs |= dict.fromkeys(noised, slots)
-                normalizers |= dict.fromkeys(noised, num_objects * groups)
+                divisors |= dict.fromkeys(noised, float(num_objects * groups))
             sets = sets | noised | without_masks  # those with masks first
-            terms = self.losses(list(sets.values()), targets, [pairs[name] for name in sets])
-        return {
-            f"{term}_{name}": self.weights[term] * value.sum() / normalizers[name]
-            for term, values in terms.items()
-            for name, value in zip(sets, values, strict=False)
-        }
+            pairs, divisors = [pairs[name] for name in sets], [divisors[name] for name in sets]
+            sums = self.class_and_box_losses([*sets.values()], targets, pairs)
+            sums |= self.mask_losses([*filter(None, map(mask_product, sets.values()))], targets, pairs)
+        divisors, losses = torch.tensor(divisors, device=outputs["logits"].device), {}
+        for term, values in sums.items():
+            weighted = self.weights[term] * values / divisors[: len(values)]
+            losses |= {f"{term}_{name}": value for name, value in zip(sets, weighted.unbind(), strict=False)}
+        return losses
 
     @torch.no_grad()
     def match(self, sets, targets):
         """The best one-to-one match of each set of predictions: {name: (queries [M], objects [M])}, both numbered
-        through the batch, on the CPU. It waits for the device once, whatever the number of sets and images."""
-        sizes = [prediction["logits"].shape[1] for prediction in sets.values()]
-        costs = [self.costs_of_image(sets.values(), b, target) for b, target in enumerate(targets)]
-        costs = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
-        matches, before = {name: ([], []) for name in sets}, 0
-        for b, (target, flat) in enumerate(zip(targets, costs, strict=True)):
-            number = len(target["labels"])
-            parts = flat.view(sum(sizes), number).split(sizes)
-            for (name, match), size, cost in zip(matches.items(), sizes, parts, strict=True):
-                if not cost.isfinite().all():
-                    raise FloatingPointError(explain(name, b, sets[name], target))
-                queries, objects = linear_sum_assignment(cost.numpy())
-                match[0].extend(queries + b * size)
-                match[1].extend(objects + before)
-            before += number
-        return {name: [torch.tensor(i, dtype=torch.long) for i in match] for name, match in matches.items()}
+        through the batch, image by image, on the CPU. It waits for the device once, however many sets there are."""
+        costs, before = self.costs([*sets.values()], targets).cpu().numpy(), 0
+        counts, matches = [len(target["labels"]) for target in targets], {}
+        for name, prediction in sets.items():
+            size, queries, objects = prediction["logits"].shape[1], [], []
+            for b, n in enumerate(counts):
+                cost = costs[b, before : before + size, :n]
+                if not np.isfinite(cost).all():
+                    raise FloatingPointError(explain(name, b, prediction, targets[b]))
+                matched = linear_sum_assignment(cost)
+                queries.append(matched[0] + b * size)
+                objects.append(matched[1] + sum(counts[:b]))
+            matches[name], before = (numbers(queries), numbers(objects)), before + size
+        return matches
 
-    def costs_of_image(self, sets, b, target):
-        """The costs of all queries of all sets, those with masks first, for the objects of an image [sum of Q, n].
+    def costs(self, sets, targets):
+        """The cost of each query for each object of its image [B, queries of all sets, most objects of an image].
 
-        Masks are compared at random points, the same for all of the image.
+        Sets with masks come first. Masks are compared at random points, the same for all of an image.
         """
-        points = torch.rand(1, self.points, 2, device=target["boxes"].device)
-        logits, boxes = (torch.cat([x[part][b] for x in sets]).float() for part in ("logits", "boxes"))
-        if len(target["labels"]) == 0:
-            return logits.new_zeros(len(logits), 0)
-        cost = sum(WEIGHTS[term] * x for term, x in costs(logits, boxes, target).items())
-        masks = [sample(x["masks"][b][None].float(), points)[0] for x in sets if "masks" in x]
-        if masks:
-            terms = mask_costs(torch.cat(masks), sample(target["masks"][None].float(), points)[0])
-            mask_cost = sum(WEIGHTS[term] * x for term, x in terms.items())
-            cost[: len(mask_cost)] += mask_cost
-        return cost
+        logits, boxes = (torch.cat([x[part] for x in sets], 1).float() for part in ("logits", "boxes"))
+        labels, wanted = (pad_sequence([t[part] for t in targets], batch_first=True) for part in ("labels", "boxes"))
+        costs = class_and_box_costs(logits, boxes, labels, wanted)
+        points = torch.cat([random_points(1, self.points, device=boxes.device) for _ in targets])
+        inside = [
+            sample(t["masks"][:, None].float(), p.expand(len(t["masks"]), -1, -1))[:, 0]
+            for t, p in zip(targets, points, strict=True)
+        ]
+        inside, query = pad_sequence(inside, batch_first=True), 0
+        for masks, _ in joined([*filter(None, map(mask_product, sets))]):
+            pixels = sample(masks.pixels.float(), points).to(masks.embedding.dtype)  # [B C P]
+            for embedding in masks.embedding.split(max(1, PORTION // pixels[:, 0].numel()), 1):
+                cost = mask_costs((embedding @ pixels).float(), inside)
+                costs[:, query : query + cost.shape[1]] += cost
+                query += cost.shape[1]
+        return costs
 
     def slots(self, noised, targets):
-        """The slots of denoising queries that hold an object, the object of each, both numbered through the batch, and
-        the number of groups."""
+        """The slots of denoising queries that hold an object and the object of each, both numbered through the batch,
+        image by image, and the number of groups."""
         counts = [len(target["labels"]) for target in targets]
         total, size = noised["logits"].shape[1], max(counts)
         groups = total // size if size else 0
-        slot = torch.arange(groups)[:, None] * size
-        queries = [(slot + torch.arange(n) + b * total).flatten() for b, n in enumerate(counts)]
-        objects = [(torch.arange(n) + sum(counts[:b])).repeat(groups) for b, n in enumerate(counts)]
-        return torch.cat(queries), torch.cat(objects), max(groups, 1)
+        slots = [np.arange(n) + b * total + g * size for b, n in enumerate(counts) for g in range(groups)]
+        objects = [np.arange(n) + sum(counts[:b]) for b, n in enumerate(counts) for _ in range(groups)]
+        return numbers(slots), numbers(objects), max(groups, 1)
 
-    def losses(self, sets, targets, pairs):
-        """The losses of all sets at once, given which queries of each (numbered through the batch) are which objects.
-
-        {term: one tensor for each set}: of "class" for every query, of the others for every pair; of "mask" and "dice"
-        for those sets, the first ones, that have masks.
-        """
+    def class_and_box_losses(self, sets, targets, pairs):
+        """{term: its sums over the sets}, given which queries of each set (numbered through the batch) are which
+        objects: of "class" over all queries, of "box" and "giou" over the pairs."""
         logits, predicted = (torch.cat([x[part].flatten(0, 1) for x in sets]).float() for part in ("logits", "boxes"))
-        sizes = [x["logits"].shape[:2].numel() for x in sets]
-        queries = torch.cat([q + sum(sizes[:i]) for i, (q, _) in enumerate(pairs)]).to(logits.device)
-        objects, numbers = torch.cat([o for _, o in pairs]), [len(q) for q, _ in pairs]
-        objects_there = objects.to(logits.device)
-        labels, boxes, wanted = (torch.cat([t[part] for t in targets]) for part in ("labels", "boxes", "masks"))
-        labels, boxes = (x[objects_there] for x in (labels, boxes))
+        sizes, numbers_of_pairs = [x["logits"].shape[:2].numel() for x in sets], [len(q) for q, _ in pairs]
+        queries = numbers([q.numpy() + sum(sizes[:i]) for i, (q, _) in enumerate(pairs)], logits.device)
+        objects = numbers([o.numpy() for _, o in pairs], logits.device)
+        labels, boxes = (torch.cat([t[part] for t in targets])[objects] for part in ("labels", "boxes"))
         classes = torch.zeros_like(logits)
         classes[queries, labels] = 1
         predicted = predicted[queries]
         corners = (box_convert(x, "cxcywh", "xyxy") for x in (predicted, boxes))
-        terms = {
-            "class": sigmoid_focal_loss(logits, classes).sum(1).split(sizes),
-            "box": (predicted - boxes).abs().sum(1).split(numbers),
-            "giou": generalized_box_iou_loss(*corners, eps=1e-6).split(numbers),
+        return {
+            "class": sums_of(sizes, sigmoid_focal_loss(logits, classes).sum(1)),
+            "box": sums_of(numbers_of_pairs, (predicted - boxes).abs().sum(1)),
+            "giou": sums_of(numbers_of_pairs, generalized_box_iou_loss(*corners, eps=1e-6)),
         }
-        masked = sum("masks" in x for x in sets)
-        masks = [
-            x["masks"].flatten(0, 1).index_select(0, q.to(logits.device))
-            for x, (q, _) in zip(sets[:masked], pairs, strict=False)
-        ]
-        masks, numbers = torch.cat(masks).float(), numbers[:masked]
-        with torch.no_grad():
-            points = self.uncertain_points(masks, numbers)
-            inside = sample_objects(wanted, objects[: len(masks)], points)
-        masks = sample(masks[:, None], points)[:, 0]
-        p = masks.sigmoid()
-        terms["mask"] = nnf.binary_cross_entropy_with_logits(masks, inside, reduction="none").mean(1).split(numbers)
-        terms["dice"] = (1 - (2 * (p * inside).sum(1) + 1) / (p.sum(1) + inside.sum(1) + 1)).split(numbers)
-        return terms
 
-    def uncertain_points(self, masks, numbers):
+    def mask_losses(self, masks, targets, pairs):
+        """{"mask", "dice": their sums over the pairs of each set}, compared at points. The points of one set are drawn
+        at a time, as those of all would be large."""
+        logits, inside, first = [], [], np.cumsum([0, *(len(t["labels"]) for t in targets)]).tolist()
+        for predicted, (_, objects) in zip(self.pair_masks(masks, pairs), pairs, strict=False):
+            points = self.uncertain_points(torch.cat(predicted))
+            images = [len(x) for x in predicted]
+            for b, (x, o, p) in enumerate(zip(predicted, objects.split(images), points.split(images), strict=True)):
+                logits.append(sample(x[:, None], p)[:, 0])
+                inside.append(sample_objects(targets[b]["masks"], o - first[b], p) if len(o) else p[..., 0])
+        logits, inside = torch.cat(logits), torch.cat(inside)
+        p, sizes = logits.sigmoid(), [len(objects) for _, objects in pairs[: len(masks)]]
+        entropy = nnf.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(1)
+        dice = 1 - (2 * (p * inside).sum(1) + 1) / (p.sum(1) + inside.sum(1) + 1)
+        return {"mask": sums_of(sizes, entropy), "dice": sums_of(sizes, dice)}
+
+    def pair_masks(self, masks, pairs):
+        """The mask logits of the pairs: for each set a list, for each image, of [n H W]. No other mask is computed."""
+        found = []
+        for joint, sizes in joined(masks):
+            images, rows = len(joint.pixels), []
+            for offset, size, (queries, _) in zip(np.cumsum([0, *sizes]), sizes, pairs[len(found) :], strict=False):
+                image, query = np.divmod(queries.numpy(), size)
+                rows.append([query[image == b] + offset + b * sum(sizes) for b in range(images)])
+            by_image = [*zip(*rows, strict=True)]
+            embedding = joint.embedding.flatten(0, 1)[numbers(sum(by_image, ()), joint.pixels.device)]
+            parts = embedding.split([sum(map(len, of_sets)) for of_sets in by_image])
+            products = [
+                torch.einsum("qc,chw->qhw", part, pixels).float().split([*map(len, of_sets)])
+                for part, pixels, of_sets in zip(parts, joint.pixels.unbind(), by_image, strict=True)
+            ]
+            found += zip(*products, strict=True)
+        return found
+
+    @torch.no_grad()
+    def uncertain_points(self, masks):
         """Points [M P 2] for masks [M H W]: of 3 P random ones the 3/4 P where the mask is least certain, and 1/4 P
-        more; numbers: how many of the masks are of each set."""
+        more."""
         kept = int(0.75 * self.points)
-        points = torch.cat([torch.rand(n, 3 * self.points, 2, device=masks.device) for n in numbers])
-        certainty = sample(masks[:, None], points)[:, 0].abs()
+        points = random_points(len(masks), 3 * self.points, device=masks.device)
+        certainty = sample(masks[:, None], points)[:, 0].abs_()
         chosen = certainty.topk(kept, largest=False, sorted=False).indices
-        random = torch.cat([torch.rand(n, self.points - kept, 2, device=masks.device) for n in numbers])
-        return torch.cat((points.gather(1, chosen[..., None].expand(-1, -1, 2)), random), 1)
+        points = points.gather(1, chosen[..., None].expand(-1, -1, 2))
+        return torch.cat((points, random_points(len(masks), self.points - kept, device=masks.device)), 1)
+
+
+def joined(masks):
+    """Consecutive Masks with the same pixels as one: (Masks [B, queries of all, H/4 W/4], the number of queries of each)."""
+    for _, same in groupby(masks, lambda x: id(x.pixels)):
+        embeddings, pixels = zip(*same, strict=True)
+        yield Masks(torch.cat(embeddings, 1), pixels[0]), [x.shape[1] for x in embeddings]
+
+
+def sums_of(sizes, values):
+    """The sums [len(sizes)] of consecutive parts of values, of the given sizes."""
+    part = numbers([np.full(size, i) for i, size in enumerate(sizes)], values.device)
+    return values.new_zeros(len(sizes)).index_add(0, part, values)
 
 
 def explain(name, b, prediction, target):
     """Which prediction or target of an image makes its matching cost infinite or NaN."""
-    found = [f"predicted {part}" for part, x in prediction.items() if not x[b].isfinite().all()]
+    parts = ("logits", "boxes", "masks") if mask_product(prediction) else ("logits", "boxes")
+    found = [f"predicted {part}" for part in parts if not prediction[part][b].isfinite().all()]
     if not target["boxes"].isfinite().all():
         found.append("the target's boxes")
     source = " and ".join(found) or "the cost itself"

@@ -194,14 +194,14 @@ def test_the_order_of_a_batch_permutes_the_predictions_alike():
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(1, 50))
 def test_eq1_and_eq3_keep_exactly_the_k_best_also_with_ties_and_with_fewer_than_k(scores, k):
     scores = torch.tensor([scores], dtype=torch.float)
-    index, kept = select(scores, k, scores)
+    kept, index = select(scores, k)
     assert index.unique().numel() == index.numel() == min(k, scores.numel())
     assert kept[0].tolist() == sorted(scores[0].tolist(), reverse=True)[:k]
 
 
 def test_a_selection_gathers_tokens_of_any_shape_by_the_same_index():
     scores, tokens, boxes = torch.rand(2, 9), torch.rand(2, 9, 7), torch.rand(2, 9, 4)
-    index, picked, picked_boxes = select(scores, 3, tokens, boxes)
+    _, index, picked, picked_boxes = select(scores, 3, tokens, boxes)
     for b in range(2):
         assert torch.equal(picked[b], tokens[b][index[b]]) and torch.equal(picked_boxes[b], boxes[b][index[b]])
 
@@ -276,19 +276,16 @@ def test_eq7_the_guiding_tokens_are_the_sum_of_mask_and_box_guiding_tokens():
 
 @torch.no_grad()
 def test_eq8_moves_every_token_of_T_i_and_does_not_depend_on_the_order_of_the_guiding_tokens():
-    model, T_i, T_g = build(), torch.rand(1, 20, 32), torch.rand(1, 5, 32)
-    T_bal = model.bato(T_i, torch.rand(20, 32), T_g, T_g)
+    bato, T_i, T_g, shapes = build().bato, torch.rand(1, 20, 32), torch.rand(1, 5, 32), [(4, 5)]
+    T_bal, order = bato(T_i, shapes, T_g, T_g), torch.randperm(5)
     assert T_bal.shape == T_i.shape and (T_bal != T_i).any(-1).all()
-    torch.manual_seed(1)
-    position, order = torch.rand(20, 32), torch.randperm(5)
-    close(model.bato(T_i, position, T_g, T_g), model.bato(T_i, position, T_g[:, order], T_g[:, order]))
+    close(T_bal, bato(T_i, shapes, T_g[:, order], T_g[:, order]))
 
 
 def test_released_box_guiding_tokens_do_not_train_the_boxes_they_come_from():
     model = build(guide_networks="heads")
     box = torch.rand(1, 6, 4, requires_grad=True)
-    T_g_box = model.guiding_tokens(torch.rand(1, 6, 32), box)[2]
-    T_g_box.sum().backward()
+    model.N_box(torch.rand(1, 6, 32), box, model.position).sum().backward()
     assert box.grad is None and model.position.layers[0].weight.grad.any()
 
 
@@ -322,9 +319,9 @@ def test_classes_start_at_the_focal_prior_of_one_in_a_hundred():
 @torch.no_grad()
 def test_eq11_masks_are_products_of_query_and_pixel_embeddings():
     head = build().seg_head
-    Q, pixels = torch.rand(1, 3, 32), torch.rand(1, 32, 6, 5)
-    pixel = head(Q, pixels)[0, :, 4, 2]
-    close(pixel, head.mask_mlp(Q)[0] @ pixels[0, :, 4, 2])
+    Q, pixels = torch.rand(2, 1, 3, 32), torch.rand(1, 32, 6, 5)
+    for x, masks in zip(Q, head(Q, [pixels, pixels]), strict=True):
+        close(masks.all()[0, :, 4, 2], head.mask_mlp(x)[0] @ pixels[0, :, 4, 2])
 
 
 # ---- Switches --------------------------------------------------------------------------------------------------------

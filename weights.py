@@ -1,8 +1,8 @@
 """Files of weights, ours and others': reading them safely, translating their names, filling a model.
 
-    load_model       a model that is ready for use, from any checkpoint
-    load_weights     fills a model that exists
-    read_checkpoint  the content of a file, without running any code that it may hold
+load_model       a model that is ready for use, from any checkpoint
+load_weights     fills a model that exists
+read_checkpoint  the content of a file, without running any code that it may hold
 """
 
 import dataclasses
@@ -84,8 +84,8 @@ RENAMES = [
     (r"^bato\.multihead_attn", "bato.attention.mha"),
     (r"^bato\.norm1", "bato.attention.norm"),
     (r"^bato\.norm2", "bato.ffn.norm"),
-    (r"^sem_seg_head\.predictor\.decoder\.mask_output_conv\.norm", "pixel_update.1"),
-    (r"^sem_seg_head\.predictor\.decoder\.mask_output_conv", "pixel_update.0"),
+    (r"^sem_seg_head\.predictor\.decoder\.mask_output_conv\.norm", "seg_head.update.1"),
+    (r"^sem_seg_head\.predictor\.decoder\.mask_output_conv", "seg_head.update.0"),
     # Inside layers
     (r"\.sampling_offsets", ".offsets"),
     (r"\.attention_weights", ".weights"),
@@ -94,6 +94,9 @@ RENAMES = [
     (r"^((encoder\.layers|interactions|residual|decoder|bato)\b.*?)\.?linear(\d)", r"\1.ffn.linear\3"),
 ]
 COCO = [name for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if name[0] not in "_N"]
+
+# Names in our own older checkpoints -> names now.
+FORMER_NAMES = {"mask_net": "N_mask.mlp", "box_net": "N_box.mlp", "pixel_update": "seg_head.update"}
 
 # Tensors that have no part in this model: the ImageNet classifier, Swin's last norm, cached masks, a loss's constant.
 UNUSED = r"^(fc|head|norm|stem\.fc|classifier)\.|\.attn_mask$|^criterion\.|\.num_batches_tracked$"
@@ -162,6 +165,8 @@ def translate(checkpoint):
     state = checkpoint.get("model", checkpoint)
     state = {name: torch.as_tensor(x) for name, x in state.items() if isinstance(x, Tensor | np.ndarray)}
     if "head_norm.weight" in state:
+        for old, new in FORMER_NAMES.items():
+            state = {re.sub(f"^{old}", new, name): x for name, x in state.items()}
         return state, False
     translated = {}
     for original, tensor in state.items():

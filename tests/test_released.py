@@ -144,7 +144,7 @@ def stages_of_dimaskdino(run):
     for name in ("T_g_mask", "T_g_box", "T_g"):
         yield name, 3e-4, t[name][:1, guides]
     yield "T_bal", 3e-4, t["T_bal"][:1, tokens]
-    yield "mask_features_updated_s2", 1e-4, seen["pixel_update"][0].relu()[:1, :, ::2, ::2]
+    yield "mask_features_updated_s2", 1e-4, seen["seg_head.update"][0].relu()[:1, :, ::2, ::2]
     layer_tolerance = [4e-4, 4e-4, 1e-3, 1e-3, 3e-3, 3e-3]
     for i in range(5):
         # The position MLP runs at layer 0, in the guiding tokens, then at layers 1 to 5.
