@@ -191,19 +191,23 @@ class DeformableAttention(nn.Module):
         return self.norm(x + self.output(deform_attn(value, level_shapes, locations, weights)))
 
 
-def sine(angle, channels):
-    """Sines on even, cosines on odd channels, of angle [...] over 10000^(2i / channels): [... channels]."""
-    i = torch.arange(channels // 2, device=angle.device)
-    angle = angle[..., None] / 10000 ** (2 * i / channels)
-    return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
+def wavelengths(channels, device=None):
+    """10000^(2i / channels) for the channels of a position: [channels / 2]."""
+    return 10000 ** (torch.arange(0, channels, 2, device=device) / channels)
+
+
+def sine(positions, wavelengths):
+    """Sines on even, cosines on odd channels, of positions [...] in turns over wavelengths [c]: [... 2c]."""
+    angles = (positions * 2 * math.pi)[..., None] / wavelengths
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
 
 
 def sine_of_grid(level_shapes, dim, device):
     """The position of every token [N C]: half of the channels for y, half for x, both counted from 1."""
-    positions = []
-    for height, width in level_shapes:
-        y = sine(torch.arange(1, height + 1, device=device) / (height + 1e-6) * 2 * math.pi, dim // 2)
-        x = sine(torch.arange(1, width + 1, device=device) / (width + 1e-6) * 2 * math.pi, dim // 2)
+    sides = [side for shape in level_shapes for side in shape]
+    counted = torch.cat([torch.arange(1, side + 1, device=device) / (side + 1e-6) for side in sides])
+    sines, positions = sine(counted, wavelengths(dim // 2, device)).split(sides), []
+    for (height, width), y, x in zip(level_shapes, sines[::2], sines[1::2], strict=True):
         positions.append(torch.cat((y[:, None].expand(-1, width, -1), x.expand(height, -1, -1)), -1).flatten(0, 1))
     return torch.cat(positions)
 
@@ -213,11 +217,11 @@ class PositionToken(MLP):
 
     def __init__(self, dim):
         super().__init__(2 * dim, dim, dim, 2)
-        self.channels = dim // 2  # for each of cy, cx, w, h
+        self.register_buffer("wavelengths", wavelengths(dim // 2), persistent=False)  # for each of cy, cx, w, h
 
     def forward(self, box):
-        cy_cx_w_h = box[..., [1, 0, 2, 3]].float()
-        return super().forward(sine(cy_cx_w_h * 2 * math.pi, self.channels).flatten(-2))
+        cx, cy, w, h = box.float().unbind(-1)
+        return super().forward(sine(torch.stack((cy, cx, w, h), -1), self.wavelengths).flatten(-2))
 
 
 def cell_centers(level_shapes, device):
@@ -336,7 +340,8 @@ class FeatureTokens(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
 
     def forward(self, features):
-        """features at 1/4 to 1/32 -> T_i [B N C], level_shapes [(H, W)], F_cnn [B C H/4 W/4]"""
+        """features at 1/4 to 1/32 -> T_i [B N C], its position in the grid [N C], level_shapes [(H, W)], and
+        F_cnn [B C H/4 W/4]"""
         F_cnn = self.lateral(features[0])
         levels = [project(x) for project, x in zip(self.projections, features[1:], strict=False)]
         coarser = features[-1]
@@ -346,11 +351,12 @@ class FeatureTokens(nn.Module):
         level_shapes = [tuple(x.shape[-2:]) for x in levels]
         x = torch.cat([x.flatten(2) for x in levels], 2).transpose(1, 2)  # [B N C]
         level = torch.cat([e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, level_shapes, strict=True)])
-        position = sine_of_grid(level_shapes, x.shape[-1], x.device) + level  # [N C]
+        grid = sine_of_grid(level_shapes, x.shape[-1], x.device)  # [N C]
+        position = grid + level
         centers = cell_centers(level_shapes, x.device)
         for layer in self.layers:
             x = layer(x, position, centers, level_shapes)
-        return x, level_shapes, F_cnn
+        return x, grid, level_shapes, F_cnn
 
 
 # ---- De-Imbalance (3.2.2, Eq. 1-4) -----------------------------------------------------------------------------------
@@ -408,7 +414,8 @@ class TokenInteractionLayer(nn.Module):
         self.attention, self.ffn = Attention(config.dim, config.heads), FeedForward(config.dim, config.ffn)
 
     def forward(self, x, position):
-        return self.ffn(self.attention(x, x + position, x + position, x))
+        placed = x + position
+        return self.ffn(self.attention(x, placed, placed, x))
 
 
 class TokenInteraction(nn.Module):
@@ -447,7 +454,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, Q, position, box, memory, level_shapes, blocked=None):
         """Q, position [B Q C], box [B Q 4], memory [B N C], blocked [Q Q]: True where a query may not look"""
-        Q = self.self_attention(Q, Q + position, Q + position, Q, blocked)
+        placed = Q + position
+        Q = self.self_attention(Q, placed, placed, Q, blocked)
         return self.ffn(self.cross_attention(Q, position, box, memory, level_shapes))
 
 
@@ -501,11 +509,10 @@ class BalanceAwareTokens(nn.Module):
         if config.bato:
             self.attention, self.ffn = Attention(config.dim, config.heads), FeedForward(config.dim, config.ffn)
 
-    def forward(self, T_i, level_shapes, T_g, T_g_mask):
-        """T_i [B N C], T_g, T_g_mask [B G C] -> T_bal [B N C]"""
+    def forward(self, T_i, position, T_g, T_g_mask):
+        """T_i [B N C], its position in the grid [N C], T_g and T_g_mask [B G C] -> T_bal [B N C]"""
         if not self.bato:
             return T_i
-        position = sine_of_grid(level_shapes, T_i.shape[-1], T_i.device)
         return self.ffn(self.attention(T_i, T_i + position, T_g, T_g if self.value == "T_g" else T_g_mask))
 
 
@@ -597,15 +604,10 @@ class Prediction(dict):
 
     def split(self, number):
         """The predictions of the first queries, and those of the others."""
-        factors = self["mask_product"]
-        return [
-            Prediction(
-                logits=self["logits"][:, part],
-                boxes=self["boxes"][:, part],
-                mask_product=Masks(factors.embedding[:, part], factors.pixels),
-            )
-            for part in (slice(0, number), slice(number, None))
-        ]
+        embedding, pixels = self["mask_product"]
+        sizes = number, embedding.shape[1] - number
+        parts = (x.split(sizes, 1) for x in (self["logits"], self["boxes"], embedding))
+        return [Prediction(logits=c, boxes=b, mask_product=Masks(m, pixels)) for c, b, m in zip(*parts, strict=True)]
 
 
 def mask_product(prediction):
@@ -675,7 +677,7 @@ class DIMaskDINO(nn.Module):
         k1, *ks = self.config.selection
 
         # Feature Tokens Extractor
-        T_i, level_shapes, F_cnn = self.encoder(self.backbone(self.normalize(images)))  # [B N C], [B C H/4 W/4]
+        T_i, grid, level_shapes, F_cnn = self.encoder(self.backbone(self.normalize(images)))  # [B N C], [B C H/4 W/4]
         pixels = self.seg_head.pixel_embedding(T_i, level_shapes, F_cnn)  # [B C H/4 W/4]
 
         # Eq. 1  T_s1 = S(T_i, k1)
@@ -706,7 +708,7 @@ class DIMaskDINO(nn.Module):
         # Eq. 7  T_g = T_g^mask + T_g^box
         T_g = T_g_mask + T_g_box  # [B G C]
         # Eq. 8  T_bal = MHCA(T_i, T_g)
-        T_bal = self.bato(T_i, level_shapes, T_g, T_g_mask)  # [B N C]
+        T_bal = self.bato(T_i, grid, T_g, T_g_mask)  # [B N C]
 
         # Eq. 9  Q_ref = N_de(Q_bal, T_bal), of all layers, Eq. 4's first; released code: classes and masks see it normed twice
         box = torch.cat((box[:, :D], box_bal), 1)

@@ -276,10 +276,10 @@ def test_eq7_the_guiding_tokens_are_the_sum_of_mask_and_box_guiding_tokens():
 
 @torch.no_grad()
 def test_eq8_moves_every_token_of_T_i_and_does_not_depend_on_the_order_of_the_guiding_tokens():
-    bato, T_i, T_g, shapes = build().bato, torch.rand(1, 20, 32), torch.rand(1, 5, 32), [(4, 5)]
-    T_bal, order = bato(T_i, shapes, T_g, T_g), torch.randperm(5)
+    bato, T_i, T_g, grid = build().bato, torch.rand(1, 20, 32), torch.rand(1, 5, 32), torch.rand(20, 32)
+    T_bal, order = bato(T_i, grid, T_g, T_g), torch.randperm(5)
     assert T_bal.shape == T_i.shape and (T_bal != T_i).any(-1).all()
-    close(T_bal, bato(T_i, shapes, T_g[:, order], T_g[:, order]))
+    close(T_bal, bato(T_i, grid, T_g[:, order], T_g[:, order]))
 
 
 def test_released_box_guiding_tokens_do_not_train_the_boxes_they_come_from():
