@@ -13,13 +13,10 @@ through the model one by one, so that neither padding nor sharing them out over 
 """
 
 import argparse
-import atexit
 import contextlib
 import io
 import json
-import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import time
@@ -38,59 +35,12 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 from dimaskdino import postprocess
+from geometry import shortest_side
+from processes import join, keep_working, rank_and_world, samples
 from weights import load_model
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AREAS = {"": 0, "_50": 1, "_S": 3, "_M": 4, "_L": 5}            # suffix of the metric -> place in COCOeval.stats
-
-
-# ---- Processes
-
-
-def rank_and_world():
-    """This process's number and how many there are: (0, 1) outside torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def join(device):
-    """The torch.device of this process, after joining the others if a launcher such as torchrun started it.
-
-    device: "cpu", "cuda" or None for a GPU where there is one. Raises ValueError where the GPU asked for is missing.
-    """
-    atexit.register(end_workers)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"process {local_rank} of this machine has no GPU: torch finds {torch.cuda.device_count()}; "
-                         "ask for fewer with --gpus, or use --device cpu")
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
-    if "RANK" in os.environ:
-        # With both backends, small decisions and predictions travel from host to host without waiting for the GPU.
-        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
-    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-
-
-def keep_working(worker):
-    """For a loader's worker: Ctrl-C and SIGTERM reach the whole process group, but the step in hand needs its data."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def end_workers():
-    """At exit: Python asks the workers that are left to end by SIGTERM, which they ignore, and would wait for ever."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def samples(loader):
-    """What the loader yields. An image that cannot be read ends the program with its name, exit code 2."""
-    try:
-        yield from loader
-    except ValueError as error:  # from a worker it comes below that worker's traceback
-        error.__traceback__ = None  # which holds the loader, whose workers should end now
-        print(str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
-        sys.exit(2)
 
 
 # ---- Predictions
@@ -163,12 +113,12 @@ def average_precision(truth, results):
     truth: a COCO dict; results: COCO results. None stands where the truth has no object of that size.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        ground = coco({**truth, "annotations": [dict(a) for a in truth["annotations"]]})
+        ground = coco_index({**truth, "annotations": [dict(a) for a in truth["annotations"]]})
         metrics = {}
         for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):
             # With a box beside the mask, pycocotools would sort masks into S, M and L by the area of their boxes.
             kept = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
-            found = ground.loadRes(kept) if kept else coco({**truth, "annotations": []})
+            found = ground.loadRes(kept) if kept else coco_index({**truth, "annotations": []})
             evaluation = COCOeval(ground, found, kind)
             evaluation.evaluate()
             evaluation.accumulate()
@@ -179,7 +129,7 @@ def average_precision(truth, results):
     return metrics
 
 
-def coco(content):
+def coco_index(content):
     index = COCO()
     index.dataset = content
     index.createIndex()
@@ -276,11 +226,6 @@ def draw_dataset(dataset, results, indices, folder, score=0.3):
         pictures.save_image(picture / 255, folder / f"{image_id}.png")
 
 
-def spread(count, of):
-    """At most `count` places spread evenly over range(of), always the same ones."""
-    return np.unique(np.linspace(0, of - 1, min(count, of)).round().astype(int)).tolist()
-
-
 # ---- The command line
 
 
@@ -332,7 +277,7 @@ def main(arguments=None):
     try:
         device = join(args.device)
         model = load_model(args.ckpt, device)
-        geometry = data.shortest_side(*(args.test_size or model.test_size))
+        geometry = shortest_side(*(args.test_size or model.test_size))
         if args.images:
             return evaluate_images(model, args.images, model.classes, geometry, device, args)
         name = args.data or model.trained_on
@@ -363,7 +308,7 @@ def evaluate_dataset(model, dataset, device, args):
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "predictions.json").write_text(json.dumps(layers[-1]))
     if args.draw:
-        draw_dataset(dataset, layers[-1], spread(args.draw, len(dataset)), args.out / "pictures", args.score)
+        draw_dataset(dataset, layers[-1], data.evenly_spaced(args.draw, len(dataset)), args.out / "pictures", args.score)
     if args.json:
         args.json.write_text(json.dumps(metrics, indent=2))
 

@@ -11,7 +11,9 @@ import torch
 from tqdm import tqdm
 
 import deform_attn_cuda
-from evaluate import draw_dataset, rank_and_world, spread, table
+from data import evenly_spaced
+from evaluate import draw_dataset, table
+from processes import rank_and_world
 
 PICTURES = 8  # validation images drawn after each epoch, always the same ones
 
@@ -93,7 +95,7 @@ class Log:
         say(table([(f"epoch {run.epoch + 1}", metrics)]))
         with tolerant(self.out):
             (self.out / "predictions.json").write_text(json.dumps(results))
-            draw_dataset(run.val_set, results, spread(PICTURES, len(run.val_set)), self.out / "pictures")
+            draw_dataset(run.val_set, results, evenly_spaced(PICTURES, len(run.val_set)), self.out / "pictures")
             self.draw_curves()
 
     def draw_curves(self):
@@ -117,7 +119,7 @@ class Log:
         figure.savefig(self.out / "curves.png", dpi=110)
 
 
-def introduce(run):
+def describe(run):
     """The first lines of a run."""
     device, world = run.device, rank_and_world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

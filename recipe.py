@@ -1,12 +1,10 @@
-"""How a model is trained: the paper's settings (4.1, appendix B), schedule, augmentations and parameter groups."""
+"""How a model is trained: the paper's settings (4.1, appendix B), schedule and parameter groups."""
 
 import dataclasses
 import math
 from dataclasses import dataclass
 
 from torch import nn
-
-from data import Geometry
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Recipe:
     warmup: int = 0  # steps
     schedule: str = "steps"  # a tenth of the rate from each of `drops` on; "cosine": down to zero
     drops: tuple[float, ...] = (0.9, 0.95)  # as fractions of all steps
-    augmentation: str = "jitter"  # "flips", "none": see AUGMENTATIONS
+    augmentation: str = "jitter"  # "flips", "none": see geometry.AUGMENTATIONS
     image_size: int = 1024  # side of the square training images
     test_size: tuple[int, int] = (800, 1333)  # shortest side of test images, and how far the longest may go
 
@@ -54,30 +52,6 @@ class Recipe:
         if self.schedule == "cosine":
             return warmup * (1 + math.cos(math.pi * step / steps)) / 2
         return warmup * 0.1 ** sum(step >= round(fraction * steps) for fraction in self.drops)
-
-
-def large_scale_jitter(side, rng, width, height):
-    """Flip; resize to 0.1 to 2.0 of a square of `side`; crop that square at a random place, grey beyond the image."""
-    scale = rng.uniform(0.1, 2.0) * side / max(width, height)
-    size = tuple(max(1, round(length * scale)) for length in (height, width))
-    offset = tuple(int(rng.integers(max(length - side, 0) + 1)) for length in size)
-    return Geometry(size, (side, side), offset, horizontal_flip=bool(rng.random() < 0.5))
-
-
-def flips_and_transposes(side, rng, width, height):
-    """One of the eight positions of the image in a square, at the size that just fits."""
-    transpose, horizontal, vertical = (bool(coin) for coin in rng.random(3) < 0.5)
-    size = fit(side, rng, *((height, width) if transpose else (width, height))).size
-    return Geometry(size, (side, side), (0, 0), transpose, horizontal, vertical)
-
-
-def fit(side, rng, width, height):
-    """The whole image at the size that just fits into a square, grey beyond it."""
-    size = tuple(max(1, round(length * side / max(width, height))) for length in (height, width))
-    return Geometry(size, (side, side))
-
-
-AUGMENTATIONS = {"jitter": large_scale_jitter, "flips": flips_and_transposes, "none": fit}
 
 
 def parameter_groups(model, recipe):

@@ -99,7 +99,7 @@ def make_shapes(folder: Path, shapes: Shapes) -> None:
                 raise
 
 
-def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list[dict]]:
+def _make_image(shapes, folder, image_id):
     """Draw one image, write it and return its records.  All that is random comes from the split and the image's id."""
     picture, owner, category_ids = _draw(shapes, np.random.default_rng((*folder.name.encode(), image_id)))
     record = {"id": image_id, "file_name": f"{image_id:06}.jpg", "width": owner.shape[1], "height": owner.shape[0]}
@@ -114,7 +114,7 @@ def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list
     return record, annotations
 
 
-def _draw(shapes: Shapes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int | None]]:
+def _draw(shapes, rng):
     """A picture [H W 3], the number of the thing that each pixel shows [H W], the category of each thing or None."""
     height, width = rng.integers(shapes.side[0], shapes.side[1] + 1, 2).tolist()
     waves = [Image.fromarray(grid.astype(np.float32)) for grid in rng.normal(0, 0.8, (3, 5, 5))]

@@ -26,15 +26,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint as computed_twice
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 import data
 from dimaskdino import Config, DIMaskDINO
-from evaluate import autocast, evaluate, join, keep_working, rank_and_world, samples, spread
-from log import Log, introduce, say
+from evaluate import autocast, evaluate
+from geometry import AUGMENTATIONS, shortest_side
+from log import Log, describe, say
 from losses import Criterion, denoising_queries
-from recipe import AUGMENTATIONS, Recipe, parameter_groups
+from processes import (
+    any_rank,
+    gather,
+    join,
+    keep_working,
+    launch,
+    on_every_rank,
+    rank_and_world,
+    samples,
+    share_statistics,
+    stop,
+)
+from recipe import Recipe, parameter_groups
 from weights import load_weights, read_checkpoint
 
 LOG_EVERY = 50  # steps
@@ -42,67 +55,6 @@ SAVE_EVERY = 1000  # steps, beside the end of each epoch
 
 
 # ---- Processes and signals -------------------------------------------------------------------------------------------
-
-
-def launch(processes, arguments):
-    """This same command in as many processes, through torchrun's own launcher. Returns the exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
-    here = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": processes}
-    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "train", "max_restarts": 0}
-    try:
-        elastic_launch(LaunchConfig(**here, **rendezvous), sys.executable)(__file__, *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"process {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as error:
-        return 128 + error.sigval
-    return 0
-
-
-def gather(value):
-    """The values of all ranks, on all ranks."""
-    values = [value] * rank_and_world()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def any_rank(flag):
-    """Whether the flag is true on any rank. On the CPU, so that it passes through gloo and waits for no GPU."""
-    flag = torch.tensor(bool(flag), dtype=torch.uint8)
-    if dist.is_initialized():
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
-def stop(message, code):
-    """End all ranks, which must all come here, with one message."""
-    if rank_and_world()[0] == 0:
-        print(message, file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        dist.barrier()
-    sys.exit(code)
-
-
-def on_every_rank(action):
-    """The result of action(), done on rank 0 first, which may have to make or download files. What goes wrong through
-    the user's doing on one rank ends all of them, so that none waits for the others: message, exit code 2."""
-    result = None
-    for first in (True, False):
-        problem = None
-        if (rank_and_world()[0] == 0) == first:
-            try:
-                result = action()
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        if problems := list(filter(None, gather(problem))):
-            stop(problems[0], 2)
-    return result
 
 
 class Interruption:
@@ -169,7 +121,7 @@ def open_data(args, recipe):
     """The training and the validation set, checked."""
     augment = partial(AUGMENTATIONS[recipe.augmentation], recipe.image_size)
     train_set = data.open_dataset(args.data, args.data_root, "train", augment, training=True, seed=args.seed)
-    val_set = data.open_dataset(args.data, args.data_root, "val", data.shortest_side(*recipe.test_size), training=False)
+    val_set = data.open_dataset(args.data, args.data_root, "val", shortest_side(*recipe.test_size), training=False)
     for split, dataset in (("training", train_set), ("validation", val_set)):
         report = data.check(dataset, decode=args.check)
         if report.fatal or not len(dataset):
@@ -208,7 +160,7 @@ class Run:
         if args.checkpoint_activations:
             model = self.model
             for layer in (*model.backbone.stages, *model.encoder.layers, model.residual, *model.decoder):
-                layer.forward = partial(computed_twice, layer.forward, use_reentrant=False)
+                layer.forward = partial(recompute, layer.forward, use_reentrant=False)
         self.parallel = self.model  # or DDP around it
         self.criterion = Criterion(self.recipe)
         groups = parameter_groups(self.model, self.recipe)
@@ -378,12 +330,6 @@ def train_epoch(run, interruption, log):
             save(run, "last.pt")
 
 
-def share_statistics(model):
-    """Every process evaluates with the batch statistics of rank 0, which are those that the checkpoint holds."""
-    for buffer in model.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)
-
-
 def save(run, name):
     """Write a checkpoint beside the old one and put it in its place, so that there is a whole one at every moment.
     A full disk costs a warning and leaves the old one."""
@@ -446,7 +392,7 @@ def check_data(args):
     """--check: every image decoded, and how fast training images come."""
     recipe = choose_recipe(args)
     train_set, val_set = open_data(args, recipe)
-    sample = torch.utils.data.Subset(train_set, spread(64, len(train_set)))
+    sample = torch.utils.data.Subset(train_set, data.evenly_spaced(64, len(train_set)))
     begin = time.perf_counter()
     count = sum(1 for _ in DataLoader(sample, batch_size=None, num_workers=args.workers))
     rate = count / (time.perf_counter() - begin)
@@ -466,7 +412,7 @@ def train(args):
         return on_every_rank(partial(check_data, args))
     run = on_every_rank(partial(Run, args, device))
     args.out.mkdir(parents=True, exist_ok=True)
-    introduce(run)
+    describe(run)
     if dist.is_initialized():
         run.parallel = nn.parallel.DistributedDataParallel(run.model, device_ids=[device] if on_gpu else None)
     log, interruption = Log(run), Interruption()
@@ -498,7 +444,7 @@ def main(arguments=None):
     if args.gpus > 1 and "RANK" not in os.environ:
         if args.device != "cpu" and args.gpus > torch.cuda.device_count():
             stop(f"this machine has {torch.cuda.device_count()} GPUs, not {args.gpus}; --device cpu goes without", 2)
-        sys.exit(launch(args.gpus, arguments))
+        sys.exit(launch(__file__, arguments, args.gpus))
     try:
         train(args)
     except torch.OutOfMemoryError as error:

@@ -1,0 +1,117 @@
+"""Small data, small runs: what the tests of the programs share."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+from weights import read_checkpoint
+
+MODEL = ("dim=32", "heads=2", "ffn=48", "encoder_layers=1", "decoder_layers=2", "selection=(12, 6)", "denoising=8",
+         "mask_points=32")  # fmt: skip
+SMALL = [
+    "--preset", "tiny", "--image-size", "64", "--batch-size", "4", "--lr", "1e-3", "--epochs", "1", "--device", "cpu",
+    "--workers", "0", *(word for field in MODEL for word in ("--set", field)),
+]  # fmt: skip
+
+
+def write_images(folder, split, count, classes=("box", "plate", "tile")):
+    """Images of 64 x 48 with one to three rectangles each, in COCO layout. Category ids have gaps."""
+    rng = np.random.default_rng(len(split))
+    ids = [2 + 3 * label for label in range(len(classes))]
+    images, annotations = [], []
+    (folder / split).mkdir(parents=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    for image_id in range(1, count + 1):
+        pixels = np.full((48, 64, 3), 90, np.uint8)
+        for _ in range(1 + image_id % 3):
+            x, y, w, h = (int(rng.integers(low, high)) for low, high in ((0, 40), (0, 24), (12, 24), (12, 24)))
+            label = int(rng.integers(len(classes)))
+            pixels[y : y + h, x : x + w] = 60 * label + 100
+            corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image_id, "category_id": ids[label], "bbox": [x, y, w, h],
+                "area": w * h, "iscrowd": 0, "segmentation": [corners],
+            })  # fmt: skip
+        name = f"{image_id}.png"
+        Image.fromarray(pixels).save(folder / split / name)
+        images.append({"id": image_id, "file_name": name, "width": 64, "height": 48})
+    categories = [{"id": i, "name": name} for i, name in zip(ids, classes, strict=True)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def train_in(folder, out, *more):
+    """The exit code of train.py, in this process; later flags override those of SMALL."""
+    return exit_code(train.main, [*SMALL, "--data", str(folder), "--out", str(out), *map(str, more)])
+
+
+def exit_code(action, *arguments):
+    try:
+        action(*arguments)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def new_run(folder, out, *more):
+    args = train.parse_arguments([*SMALL, "--data", str(folder), "--out", str(out), *map(str, more)])
+    args.amp = args.amp or "off"
+    return train.Run(args, torch.device("cpu"))
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out, name="last.pt"):
+    return read_checkpoint(out / name)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- Gradients that can be compared
+
+
+@contextlib.contextmanager
+def without_chance():
+    """Sampled points and noise always the same, so that only the batches' division differs."""
+
+    def points(*size, device=None):
+        return torch.linspace(0.1, 0.9, size[-2] * 2).view(-1, 2).expand(size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", points)
+        patch.setattr(torch, "rand_like", lambda like: torch.full_like(like, 0.4))
+        patch.setattr(torch, "randint_like", lambda like, low, high: torch.full_like(like, low))
+        yield
+
+
+def gradients_of(run, parts):
+    """The gradients of one step as one vector; batch statistics fixed, because they depend on the division."""
+    run.model.train()
+    run.model.backbone.eval()
+    run.model.zero_grad()
+    with without_chance():
+        train.gradients(run, parts)
+    return torch.cat([p.grad.flatten() for p in run.model.parameters()])
+
+
+def assert_same_gradient(a, b):
+    """Up to sums in another order, and what follows where they move the edge of a mask, and so a box, by a pixel."""
+    assert (a - b).norm() < 0.02 * b.norm()
+
+
+def parts_of(run, *parts):
+    return [data.collate([run.train_set[i] for i in part]) for part in parts]
+
+
+# Images 0, 3, 6 and 9 hold two objects each, so that every division makes as many groups of denoising queries.
+FOUR = (0, 3, 6, 9)
