@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
-from small_runs import exit_code, log_of, write_images
+from small_runs import exit_code, log_of, same, write_images
 
 import data
 import evaluate
 from geometry import identity
-from weights import read_checkpoint
+from weights import load_model, read_checkpoint
 
 # ---- Evaluation
 
@@ -145,6 +145,44 @@ def test_own_images_get_pictures_and_only_what_reaches_the_score(folder, trained
     assert kept[1] == [result for result in kept[0] if result["score"] >= 0.02]
     assert kept[0][0]["segmentation"]["size"] == [70, 90] and kept[0][0]["category"] in ("box", "plate", "tile")
     assert (tmp_path / "found" / "photo_found.png").exists()
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return load_model(trained / "last.pt")
+
+
+def test_predict_takes_a_file_a_picture_an_array_or_a_tensor_and_finds_the_same(folder, model):
+    path = folder / "val" / "1.png"
+    picture = Image.open(path)
+    array = np.asarray(picture)
+    tensor = torch.tensor(array).permute(2, 0, 1)
+    expected = evaluate.predict(model, path)
+    for image in (str(path), picture, array, tensor):
+        found = evaluate.predict(model, image)
+        assert found.pop("names") == expected["names"]
+        assert same(found, {name: expected[name] for name in found})
+
+
+def test_predict_gives_what_reaches_the_score_best_first_in_pixels_of_the_image(folder, model):
+    path = folder / "val" / "1.png"  # 64 x 48
+    found = evaluate.predict(model, path)
+    scores = found["scores"].tolist()
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 2
+    assert found["names"] == [model.classes[label] for label in found["labels"]]
+    assert found["masks"].shape == (18, 48, 64) and found["masks"].dtype == torch.bool
+    assert (found["boxes"] >= 0).all() and (found["boxes"] <= torch.tensor([64, 48, 64, 48])).all()
+    for least in (scores[2], 1.1):
+        fewer = evaluate.predict(model, path, least)
+        assert fewer["scores"].tolist() == [score for score in scores if score >= least]
+        assert len(fewer["masks"]) == len(fewer["names"]) == len(fewer["scores"]) < 18
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), torch.zeros(4, 4, 3).byte(),
+                                   torch.zeros(4, 4).byte(), np.zeros((0, 4, 3), np.uint8)])  # fmt: skip
+def test_predict_says_what_an_image_is_where_it_gets_something_else(model, image):
+    with pytest.raises(ValueError, match="uint8, as an array .H W 3. or a tensor .3 H W."):
+        evaluate.predict(model, image)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (200, 4), (3, 150), (33, 31)])
