@@ -29,7 +29,7 @@ from shapes import SHAPES, make_shapes
 STRIDE = 32  # the network's input is padded to a multiple of this
 
 
-# ---- Images and objects
+# ---- Images and objects ----------------------------------------------------------------------------------------------
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -158,7 +158,7 @@ def evenly_spaced(count: int, length: int) -> list[int]:
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
 
 
-# ---- Check
+# ---- Check -----------------------------------------------------------------------------------------------------------
 
 
 class Report(NamedTuple):
@@ -302,7 +302,7 @@ def _fills(segmentation, height, width):
     return sum(counts) == height * width
 
 
-# ---- Data sets
+# ---- Data sets -------------------------------------------------------------------------------------------------------
 
 COCO_LAYOUT = (
     "expected annotations/instances_{train,val}2017.json, train2017/*.jpg and val2017/*.jpg there; the publisher "
@@ -369,7 +369,7 @@ def _read_coco(folder, split, layout):
     return coco, next((c for c in candidates if (c / first).is_file()), candidates[0])
 
 
-# ---- BDD100K
+# ---- BDD100K ---------------------------------------------------------------------------------------------------------
 
 BDD100K = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")  # ids 1 to 8
 BDD100K_ALIASES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle", "van": "car", "caravan": "car"}

@@ -115,7 +115,7 @@ def _shortest_side(shortest, longest, rng, width, height):
 
 
 def large_scale_jitter(side: int, rng: np.random.Generator, width: int, height: int) -> Geometry:
-    """Flip; resize to 0.1 to 2.0 of a square of `side` px; crop that square at a random place, grey beyond the image."""
+    """Flip half of the images, resize to 0.1 to 2.0 of a square of `side` px, crop that square at a random place."""
     scale = rng.uniform(0.1, 2.0) * side / max(width, height)
     size = tuple(max(1, round(length * scale)) for length in (height, width))
     offset = tuple(int(rng.integers(max(length - side, 0) + 1)) for length in size)

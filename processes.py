@@ -1,4 +1,4 @@
-"""One process or many: who am I, joining and launching, deciding together, and the processes that load data.
+"""One process or many: who am I, joining and launching, deciding together, signals, processes that load data.
 
 Everything here also works in a single process that nobody launched: it is then number 0 of 1.
 """
@@ -122,6 +122,27 @@ def share_statistics(model: nn.Module) -> None:
     """Give every process the batch statistics of process 0, which are those that a checkpoint holds."""
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)
+
+
+# ---- Signals ---------------------------------------------------------------------------------------------------------
+
+
+class Interruption:
+    """Catches SIGTERM and Ctrl-C, so that a training step that they interrupt is finished and saved.
+
+    number: that of the first signal that came, 0 if none did. saved: set it to True while nothing would be lost, for
+    example during evaluation; a signal then ends the program at once.
+    """
+
+    def __init__(self):
+        self.number, self.saved = 0, False
+        signal.signal(signal.SIGTERM, self.catch)
+        signal.signal(signal.SIGINT, self.catch)
+
+    def catch(self, number, frame):
+        self.number = self.number or number
+        if self.saved:
+            sys.exit(128 + self.number)
 
 
 # ---- Processes that load data ----------------------------------------------------------------------------------------

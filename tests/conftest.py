@@ -4,6 +4,7 @@ import signal
 import socket
 
 import pytest
+
 from small_runs import train_in, write_images
 
 

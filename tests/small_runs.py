@@ -12,12 +12,12 @@ import data
 import train
 from weights import read_checkpoint
 
-MODEL = ("dim=32", "heads=2", "ffn=48", "encoder_layers=1", "decoder_layers=2", "selection=(12, 6)", "denoising=8",
-         "mask_points=32")  # fmt: skip
-SMALL = [
-    "--preset", "tiny", "--image-size", "64", "--batch-size", "4", "--lr", "1e-3", "--epochs", "1", "--device", "cpu",
-    "--workers", "0", *(word for field in MODEL for word in ("--set", field)),
-]  # fmt: skip
+FLAGS = (
+    "--preset tiny --image-size 64 --batch-size 4 --lr 1e-3 --epochs 1 --device cpu --workers 0 --set dim=32 "
+    "--set heads=2 --set ffn=48 --set encoder_layers=1 --set decoder_layers=2 --set selection=(12,6) "
+    "--set denoising=8 --set mask_points=32"
+)
+SMALL = FLAGS.split()
 
 
 def write_images(folder, split, count, classes=("box", "plate", "tile")):
@@ -34,10 +34,17 @@ def write_images(folder, split, count, classes=("box", "plate", "tile")):
             label = int(rng.integers(len(classes)))
             pixels[y : y + h, x : x + w] = 60 * label + 100
             corners = [x, y, x + w, y, x + w, y + h, x, y + h]
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": image_id, "category_id": ids[label], "bbox": [x, y, w, h],
-                "area": w * h, "iscrowd": 0, "segmentation": [corners],
-            })  # fmt: skip
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": ids[label],
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                    "segmentation": [corners],
+                }
+            )
         name = f"{image_id}.png"
         Image.fromarray(pixels).save(folder / split / name)
         images.append({"id": image_id, "file_name": name, "width": 64, "height": 48})
@@ -77,7 +84,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- Gradients that can be compared
+# ---- Gradients that can be compared ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+
+import train
+from dimaskdino import Config
 from small_runs import (
     FOUR,
     exit_code,
@@ -23,12 +26,9 @@ from small_runs import (
     weights,
     write_images,
 )
-
-import train
-from dimaskdino import Config
 from weights import read_checkpoint
 
-# ---- Checkpoints
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def signal_at(step, number, patch):
@@ -171,8 +171,9 @@ def spoil(checkpoint, path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "foreign", "code", "list", "optimizer", "model"])
-def test_a_file_that_is_no_checkpoint_is_named_and_refused_and_never_runs_code(folder, trained, tmp_path, monkeypatch,
-                                                                              capsys, how):  # fmt: skip
+def test_a_file_that_is_no_checkpoint_is_named_and_refused_and_never_runs_code(
+    folder, trained, tmp_path, monkeypatch, capsys, how
+):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.pt"
     path.write_bytes((trained / "last.pt").read_bytes())
@@ -183,11 +184,14 @@ def test_a_file_that_is_no_checkpoint_is_named_and_refused_and_never_runs_code(f
     assert path.read_bytes() == broken and not Path("exploded").exists()
 
 
-@pytest.mark.parametrize("flags, named", [
-    (("--set", "ffn=64"), "ffn was 48, not 64"),
-    (("--batch-size", 6), "batch_size was 4, not 6"),
-    (("--seed", 3), "seed was 0, not 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("--set", "ffn=64"), "ffn was 48, not 64"),
+        (("--batch-size", 6), "batch_size was 4, not 6"),
+        (("--seed", 3), "seed was 0, not 3"),
+    ],
+)
 def test_a_checkpoint_made_with_other_settings_is_refused_with_their_names(folder, trained, capsys, flags, named):
     assert train_in(folder, trained, "--resume", *flags) == 2
     assert named in capsys.readouterr().err
@@ -208,8 +212,10 @@ def test_init_takes_every_tensor_that_fits_and_names_the_others(trained, tmp_pat
     assert odd == {"det_head.classifier.weight", "det_head.classifier.bias", "label_embed.weight"}
     message = capsys.readouterr().out
     assert all(name in message for name in odd)
-    assert same({k: v for k, v in started.model.state_dict().items() if k not in odd},
-                {k: v for k, v in given.items() if k not in odd})  # fmt: skip
+    assert same(
+        {k: v for k, v in started.model.state_dict().items() if k not in odd},
+        {k: v for k, v in given.items() if k not in odd},
+    )
 
 
 RESNET18 = ("--preset", "released", "--set", "backbone=resnet18")
@@ -237,18 +243,21 @@ def test_weights_that_cannot_be_had_are_named_with_the_way_out(folder, tmp_path,
     assert named in message and "--backbone-weights" in message
 
 
-# ---- Faults
+# ---- Faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_each_term_the_rate_and_the_images(folder, tmp_path, monkeypatch,
-                                                                                       capsys):  # fmt: skip
+def test_a_loss_that_is_not_finite_stops_with_the_step_each_term_the_rate_and_the_images(
+    folder, tmp_path, monkeypatch, capsys
+):
     criterion = train.Criterion.forward
     calls = []
 
     def poisoned(self, *args):
         calls.append(1)
-        return {name: loss * math.nan if len(calls) == 4 and name == "dice_1" else loss
-                for name, loss in criterion(self, *args).items()}  # fmt: skip
+        return {
+            name: loss * math.nan if len(calls) == 4 and name == "dice_1" else loss
+            for name, loss in criterion(self, *args).items()
+        }
 
     monkeypatch.setattr(train.Criterion, "forward", poisoned)
     assert train_in(folder, tmp_path, "--epochs", 2) == 1
@@ -286,17 +295,20 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, capfd, split, workers):
     assert capfd.readouterr().err.strip().splitlines()[-1].startswith(f"{tmp_path}/data/{split}/2.png")
 
 
-@pytest.mark.parametrize("flags, named", [
-    (("--set", "dims=32"), "fields are"),
-    (("--set", "dim=wide"), "dim=wide"),
-    (("--set", "guidance=T_x"), "T_x"),
-    (("--batch-size", 5, "--accumulate", 2), "multiple of"),
-    (("--image-size", 100), "multiple of 32"),
-    (("--init", "nowhere.pt"), "nowhere.pt"),
-    (("--data", "nowhere"), "expected annotations"),
-    (("--epochs", 0), "at least 1"),
-    (("--gpus", 2, "--device", "cuda"), "GPU"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("--set", "dims=32"), "fields are"),
+        (("--set", "dim=wide"), "dim=wide"),
+        (("--set", "guidance=T_x"), "T_x"),
+        (("--batch-size", 5, "--accumulate", 2), "multiple of"),
+        (("--image-size", 100), "multiple of 32"),
+        (("--init", "nowhere.pt"), "nowhere.pt"),
+        (("--data", "nowhere"), "expected annotations"),
+        (("--epochs", 0), "at least 1"),
+        (("--gpus", 2, "--device", "cuda"), "GPU"),
+    ],
+)
 def test_a_wrong_flag_gets_a_message_and_exit_code_2(folder, tmp_path, capsys, flags, named):
     assert train_in(folder, tmp_path / "out", *flags) == 2
     message = capsys.readouterr().err

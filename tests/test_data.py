@@ -62,7 +62,7 @@ def opened(folder, geometry=identity, training=False):
     return open_dataset(str(folder), "unused", "val", geometry, training)
 
 
-# ---- COCO's own annotations
+# ---- COCO's own annotations ------------------------------------------------------------------------------------------
 
 
 @needs_coco_mini
@@ -117,7 +117,7 @@ def test_flips_and_transposes_undone_leave_a_coco_mask_within_its_outline():
         assert abs(back - plain).sum() <= 0.3 * edges
 
 
-# ---- Images
+# ---- Images ----------------------------------------------------------------------------------------------------------
 
 
 def image_file(path, mode):
@@ -163,7 +163,7 @@ def test_an_unreadable_image_is_named_and_no_other_is_affected(tmp_path, content
     assert "a.png" in str(data.check(dataset, decode=True))
 
 
-# ---- Targets
+# ---- Targets ---------------------------------------------------------------------------------------------------------
 
 TWO_PARTS = [[10, 20, 20, 20, 20, 40, 10, 40], [20, 20, 30, 20, 30, 40, 20, 40]]
 
@@ -255,7 +255,7 @@ def test_a_batch_is_of_one_size(tmp_path):
         collate([dataset[0], (torch.zeros(3, 32, 32, dtype=torch.uint8), {})])
 
 
-# ---- Check
+# ---- Check -----------------------------------------------------------------------------------------------------------
 
 
 def image(**changes):
@@ -349,7 +349,7 @@ def test_training_needs_an_object_somewhere(tmp_path):
     assert "no images with objects" in str(data.check(opened(write(tmp_path, []), training=True), decode=False))
 
 
-# ---- Layouts
+# ---- Layouts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_two_jsons_for_one_split_are_refused(tmp_path):
         opened(tmp_path)
 
 
-# ---- BDD100K
+# ---- BDD100K ---------------------------------------------------------------------------------------------------------
 
 BDD100K_OBJECTS = [  # names as in the rles json, with attributes and what they must become: (category_id, iscrowd)
     ("car", {}, (3, 0)),
@@ -467,7 +467,7 @@ def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path, for
         assert np.array_equal(found[label], bdd100k_masks()[number] == 1)
 
 
-# ---- Shapes
+# ---- Shapes ----------------------------------------------------------------------------------------------------------
 
 
 def made(folder, name="shapes"):

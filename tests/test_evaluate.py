@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
-from small_runs import exit_code, log_of, same, write_images
 
 import data
 import evaluate
 from geometry import identity
+from small_runs import exit_code, log_of, same, write_images
 from weights import load_model, read_checkpoint
 
-# ---- Evaluation
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
 def predictions(truth, shift=0, score=0.9):
@@ -24,10 +24,15 @@ def predictions(truth, shift=0, score=0.9):
         mask = np.roll(index.annToMask(annotation), shift, 1)
         code = rle.encode(np.asfortranarray(mask))
         x, y, w, h = annotation["bbox"]
-        results.append({
-            "image_id": annotation["image_id"], "category_id": annotation["category_id"], "score": score,
-            "bbox": [x + 2 * shift, y, w, h], "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
-        })  # fmt: skip
+        results.append(
+            {
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "score": score,
+                "bbox": [x + 2 * shift, y, w, h],
+                "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
+            }
+        )
     return results
 
 
@@ -56,7 +61,13 @@ def square(x, y, width, height):
 def test_average_precision_of_a_small_set_is_what_one_works_out_by_hand():
     medium, small, crowd = (10, 10, 40, 40), (60, 60, 20, 20), (110, 110, 50, 50)  # x, y, width, height
     objects = [
-        {"id": i, "bbox": list(box), "area": box[2] * box[3], "segmentation": square(*box), "iscrowd": int(box == crowd)}
+        {
+            "id": i,
+            "bbox": list(box),
+            "area": box[2] * box[3],
+            "segmentation": square(*box),
+            "iscrowd": int(box == crowd),
+        }
         for i, box in enumerate((medium, small, crowd), 1)
     ]
     truth = {
@@ -98,8 +109,12 @@ def test_average_precision_of_a_small_set_is_what_one_works_out_by_hand():
 def test_results_carry_pixels_of_the_original_image_and_category_ids():
     masks = torch.zeros(1, 20, 30, dtype=torch.bool)
     masks[0, 5:9, 11:13] = True
-    detections = {"boxes": torch.tensor([[11.0, 5.0, 13.0, 9.0]]), "labels": torch.tensor([1]),
-                  "scores": torch.tensor([0.5]), "masks": masks}  # fmt: skip
+    detections = {
+        "boxes": torch.tensor([[11.0, 5.0, 13.0, 9.0]]),
+        "labels": torch.tensor([1]),
+        "scores": torch.tensor([0.5]),
+        "masks": masks,
+    }
     (result,) = evaluate.coco_results(detections, 42, [3, 17])
     assert (result["image_id"], result["category_id"], result["bbox"], result["score"]) == (42, 17, [11, 5, 2, 4], 0.5)
     assert np.array_equal(rle.decode(result["segmentation"]), masks[0].numpy())
@@ -113,8 +128,22 @@ def test_the_table_has_the_papers_columns_and_a_dash_where_there_is_no_object():
 
 
 def test_evaluate_prints_the_ap_that_training_logged_and_every_layers(folder, trained, tmp_path, capsys):
-    flags = ["--ckpt", trained / "last.pt", "--data", folder, "--device", "cpu", "--out", tmp_path, "--layers",
-             "--speed", "--draw", 2, "--json", tmp_path / "metrics.json"]  # fmt: skip
+    flags = [
+        "--ckpt",
+        trained / "last.pt",
+        "--data",
+        folder,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--layers",
+        "--speed",
+        "--draw",
+        2,
+        "--json",
+        tmp_path / "metrics.json",
+    ]
     assert exit_code(evaluate.main, [*map(str, flags)]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| layer")]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -178,8 +207,16 @@ def test_predict_gives_what_reaches_the_score_best_first_in_pixels_of_the_image(
         assert len(fewer["masks"]) == len(fewer["names"]) == len(fewer["scores"]) < 18
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), torch.zeros(4, 4, 3).byte(),
-                                   torch.zeros(4, 4).byte(), np.zeros((0, 4, 3), np.uint8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3)),
+        torch.zeros(4, 4, 3).byte(),
+        torch.zeros(4, 4).byte(),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
 def test_predict_says_what_an_image_is_where_it_gets_something_else(model, image):
     with pytest.raises(ValueError, match="uint8, as an array .H W 3. or a tensor .3 H W."):
         evaluate.predict(model, image)

@@ -9,7 +9,7 @@ from pycocotools import mask as rle
 
 from geometry import AUGMENTATIONS, Geometry, decode, large_scale_jitter, shortest_side
 
-# ---- One description for pixels, polygons and masks
+# ---- One description for pixels, polygons and masks ------------------------------------------------------------------
 
 
 @st.composite
@@ -83,7 +83,7 @@ def test_what_lies_beyond_the_image_is_grey_and_in_no_mask():
     assert geometry.polygons([[-9, -9, 99, -9, 99, 99, -9, 99]], 60, 80).sum() == 60 * 80
 
 
-# ---- Testing and training
+# ---- Testing and training --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_large_scale_jitter_scales_from_a_tenth_to_double_and_flips_half_the_ima
     assert len({geometry.offset for geometry in drawn if max(geometry.size) > 1500}) > 100
 
 
-# ---- Run-length encoding
+# ---- Run-length encoding ---------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 99), st.floats(0, 1))

@@ -10,6 +10,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+
+import evaluate
+import processes
+import train
 from small_runs import (
     FOUR,
     SMALL,
@@ -21,13 +25,9 @@ from small_runs import (
     parts_of,
     write_images,
 )
-
-import evaluate
-import processes
-import train
 from weights import read_checkpoint
 
-# ---- Many processes
+# ---- Many processes --------------------------------------------------------------------------------------------------
 
 
 def two_processes(rank, threads, folder, out):

@@ -8,14 +8,14 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image
-from small_runs import FOUR, assert_same_gradient, gradients_of, log_of, new_run, parts_of, train_in, without_chance
 
 import train
 from dimaskdino import Config, DIMaskDINO
 from losses import denoising_queries
 from recipe import Recipe, parameter_groups
+from small_runs import FOUR, assert_same_gradient, gradients_of, log_of, new_run, parts_of, train_in, without_chance
 
-# ---- The recipe (4.1, appendix B)
+# ---- The recipe (4.1, appendix B) ------------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_the_papers_recipe():
@@ -43,9 +43,9 @@ def test_the_tiny_recipe_warms_up_and_then_falls_to_nothing():
 def test_denoising_labels_are_as_noisy_as_the_recipe_says(folder, tmp_path, monkeypatch):
     shares = []
 
-    def recorded(*arguments, label_noise):
+    def recorded(targets, num_classes, queries, label_noise):
         shares.append(label_noise)
-        return denoising_queries(*arguments, label_noise=label_noise)
+        return denoising_queries(targets, num_classes, queries, label_noise)
 
     monkeypatch.setattr(train, "denoising_queries", recorded)
     assert train_in(folder, tmp_path) == 0
@@ -71,10 +71,19 @@ def test_norms_and_embeddings_do_not_decay_and_the_backbone_learns_at_a_tenth():
         assert (group["weight_decay"], group["base_lr"]) == pytest.approx((decay, rate)), name
 
 
-@pytest.mark.parametrize("override, value", [
-    ("selection=(300,)", (300,)), ("bato=False", False), ("detection_loss=0.1", 0.1), ("detection_loss=2", 2),
-    ("guidance=T_s1", "T_s1"), ("decoder_layers=9", 9), ("guiding_tokens=40", 40), ("guiding_tokens=None", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("selection=(300,)", (300,)),
+        ("bato=False", False),
+        ("detection_loss=0.1", 0.1),
+        ("detection_loss=2", 2),
+        ("guidance=T_s1", "T_s1"),
+        ("decoder_layers=9", 9),
+        ("guiding_tokens=40", 40),
+        ("guiding_tokens=None", None),
+    ],
+)
 def test_set_changes_one_field_of_the_model_or_of_its_training(override, value):
     args = train.parse_arguments(["--preset", "released", "--set", override])
     name = override.split("=")[0]
@@ -83,7 +92,15 @@ def test_set_changes_one_field_of_the_model_or_of_its_training(override, value):
     assert [train.choose_config(args, 3), train.choose_recipe(args)] == expected != plain
 
 
-# ---- Steps
+@pytest.mark.parametrize(
+    "flags, preset",
+    [("", "tiny"), ("--data coco", "paper"), ("--data shapes-full", "paper"), ("--preset released", "released")],
+)
+def test_shapes_go_with_the_tiny_model_and_other_data_with_the_papers_unless_told_otherwise(flags, preset):
+    assert train.parse_arguments(flags.split()).preset == preset
+
+
+# ---- Steps -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_epoch_shows_every_image_once_and_each_epoch_in_another_order(folder, tmp_path):
@@ -97,8 +114,9 @@ def test_each_epoch_augments_the_images_anew(folder, tmp_path):
     run, seen = new_run(folder, tmp_path), []
     for run.epoch in (0, 1):
         run.step = run.epoch * run.steps_per_epoch
-        seen.append({t["image_id"]: x for images, targets in train.loader_of(run)
-                     for x, t in zip(images, targets, strict=True)})  # fmt: skip
+        seen.append(
+            {t["image_id"]: x for images, targets in train.loader_of(run) for x, t in zip(images, targets, strict=True)}
+        )
     assert seen[0].keys() == seen[1].keys() == set(range(1, 13))
     assert any(not torch.equal(seen[0][i], seen[1][i]) for i in seen[0])
 
@@ -136,16 +154,23 @@ def test_the_gradient_of_the_whole_model_is_clipped(folder, tmp_path, monkeypatc
     run = new_run(folder, tmp_path)
     train.gradients(run, parts_of(run, FOUR))
     norms = []
-    monkeypatch.setattr(run.optimizer, "step", lambda *_: norms.append(
-        torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()))  # fmt: skip
+    monkeypatch.setattr(
+        run.optimizer,
+        "step",
+        lambda *_: norms.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()),
+    )
     train.update(run)
     assert norms == pytest.approx([run.recipe.clip], rel=1e-3)
 
 
 def test_a_batch_without_objects_trains(folder, tmp_path):
     run = new_run(folder, tmp_path)
-    nothing = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4),
-               "masks": torch.zeros(0, 64, 64, dtype=torch.bool), "image_id": 1}  # fmt: skip
+    nothing = {
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "boxes": torch.zeros(0, 4),
+        "masks": torch.zeros(0, 64, 64, dtype=torch.bool),
+        "image_id": 1,
+    }
     losses = train.gradients(run, [(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [nothing, nothing])])
     train.update(run)
     assert all(map(math.isfinite, losses.values())) and sum(losses.values()) > 0
@@ -162,14 +187,19 @@ def test_training_runs_in_half_precision_with_a_loss_near_that_of_fp32(folder, t
     assert losses[1] == pytest.approx(losses[0], rel=0.05)  # bf16 keeps 8 bits, and may match other queries
 
 
-# ---- What people watch
+# ---- What people watch -----------------------------------------------------------------------------------------------
 
 
 def test_the_first_lines_tell_device_kernel_data_model_and_recipe(folder, tmp_path, capsys):
     assert train_in(folder, tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
-    said = ("device: CPU", "deform_attn: ", "12 training and 5 validation images, 3 classes (box, plate, tile)",
-            "model: tiny", "1 epochs of 3 steps of 4 images, lr 1.0e-03")  # fmt: skip
+    said = (
+        "device: CPU",
+        "deform_attn: ",
+        "12 training and 5 validation images, 3 classes (box, plate, tile)",
+        "model: tiny",
+        "1 epochs of 3 steps of 4 images, lr 1.0e-03",
+    )
     assert all(part in line for part, line in zip(said, lines, strict=False)) and len(lines) > len(said)
 
 
