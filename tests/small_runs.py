@@ -89,7 +89,7 @@ def same(a, b):
 
 @contextlib.contextmanager
 def without_chance():
-    """Sampled points and noise always the same, so that only the batches' division differs."""
+    """Sampled points and noise are always the same, so that runs differ in nothing but how they divide a batch."""
 
     def points(*size, device=None):
         return torch.linspace(0.1, 0.9, size[-2] * 2).view(-1, 2).expand(size)
@@ -102,7 +102,7 @@ def without_chance():
 
 
 def gradients_of(run, parts):
-    """The gradients of one step as one vector; batch statistics fixed, because they depend on the division."""
+    """The gradients of one step as one vector. Batch statistics are fixed, as they depend on how a batch is divided."""
     run.model.train()
     run.model.backbone.eval()
     run.model.zero_grad()
@@ -112,8 +112,15 @@ def gradients_of(run, parts):
 
 
 def assert_same_gradient(a, b):
-    """Up to sums in another order, and what follows where they move the edge of a mask, and so a box, by a pixel."""
-    assert (a - b).norm() < 0.02 * b.norm()
+    """Float32 sums in another order differ by some 1e-6 of the norm. What is left is for samples that lie so close to a
+    pixel's centre that they change sides, where the gradient of bilinear interpolation jumps: 2e-5 was seen."""
+    assert (a - b).norm() < 1e-4 * b.norm()
+
+
+def gradient_run(folder, out, *more):
+    """A run whose gradients can be compared: images of 128 px, so that the coarsest level has four pixels. Of a single
+    pixel, GroupNorm over two channels makes 1 and -1, whichever is larger by however little."""
+    return new_run(folder, out, "--image-size", 128, *more)
 
 
 def parts_of(run, *parts):

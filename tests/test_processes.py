@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from small_runs import (
     SMALL,
     assert_same_gradient,
     exit_code,
+    gradient_run,
     gradients_of,
     log_of,
     new_run,
@@ -26,6 +29,8 @@ from small_runs import (
     write_images,
 )
 from weights import read_checkpoint
+
+HERE = Path(__file__).parents[1]
 
 # ---- Many processes --------------------------------------------------------------------------------------------------
 
@@ -35,7 +40,7 @@ def two_processes(rank, threads, folder, out):
     torch.set_num_threads(threads)  # as many as in the process that compares: sums come out alike
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
     dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
-    run = new_run(folder, out / "unused")
+    run = gradient_run(folder, out / "unused")
     run.parallel = torch.nn.parallel.DistributedDataParallel(run.model)
     mine = FOUR[2 * rank : 2 * rank + 2]
     seen = {"shared": gradients_of(run, parts_of(run, mine))}
@@ -68,14 +73,14 @@ def pair(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["shared", "in parts"])
 def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(folder, tmp_path, pair, how):
-    run = new_run(folder, tmp_path)
+    run = gradient_run(folder, tmp_path)
     whole = gradients_of(run, parts_of(run, FOUR))
     assert torch.equal(pair[0][how], pair[1][how])
     assert_same_gradient(pair[0][how], whole)
 
 
 def test_a_process_without_objects_neither_hangs_nor_skews_the_gradient(folder, tmp_path, pair):
-    run = new_run(folder, tmp_path)
+    run = gradient_run(folder, tmp_path)
     parts = parts_of(run, FOUR[:2], FOUR[:2])
     for target in parts[1][1]:
         target.update({name: target[name][:0] for name in ("labels", "boxes", "masks")})
@@ -84,7 +89,7 @@ def test_a_process_without_objects_neither_hangs_nor_skews_the_gradient(folder, 
 
 
 def test_evaluation_shared_by_two_processes_equals_that_of_one_digit_for_digit(folder, tmp_path, pair):
-    run = new_run(folder, tmp_path)
+    run = gradient_run(folder, tmp_path)
     metrics, results = evaluate.evaluate(run.model, run.val_set, run.device)
     assert pair[0]["metrics"] == pair[1]["metrics"] == metrics
     assert pair[0]["results"] == results and pair[1]["results"] is None
@@ -102,10 +107,11 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_all_together(pair):
 
 
 def start(folder, out, *more):
-    """train.py --gpus 2 as a user starts it, once its first step is logged."""
+    """train.py --gpus 2 on a machine whose host name has no address, once its first step is logged."""
     (out / "log.jsonl").unlink(missing_ok=True)
-    command = [sys.executable, train.__file__, *SMALL, "--data", folder, "--out", out, "--gpus", 2, *more]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = "import socket, train; socket.getfqdn = lambda name='': 'no-such-host.invalid'; train.main()"
+    command = [sys.executable, "-c", program, *SMALL, "--data", folder, "--out", out, "--gpus", 2, *more]
+    process = subprocess.Popen([*map(str, command)], cwd=HERE, stdout=PIPE, stderr=PIPE, text=True)
     while process.poll() is None and not ((out / "log.jsonl").exists() and log_of(out)):
         time.sleep(0.05)
     return process

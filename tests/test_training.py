@@ -13,7 +13,17 @@ import train
 from dimaskdino import Config, DIMaskDINO
 from losses import denoising_queries
 from recipe import Recipe, parameter_groups
-from small_runs import FOUR, assert_same_gradient, gradients_of, log_of, new_run, parts_of, train_in, without_chance
+from small_runs import (
+    FOUR,
+    assert_same_gradient,
+    gradient_run,
+    gradients_of,
+    log_of,
+    new_run,
+    parts_of,
+    train_in,
+    without_chance,
+)
 
 # ---- The recipe (4.1, appendix B) ------------------------------------------------------------------------------------
 
@@ -139,14 +149,14 @@ def test_a_training_set_smaller_than_a_batch_fills_it_by_repetition(folder, tmp_
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch(folder, tmp_path):
-    run = new_run(folder, tmp_path)
+    run = gradient_run(folder, tmp_path)
     whole = gradients_of(run, parts_of(run, FOUR))
     parts = gradients_of(run, parts_of(run, FOUR[:1], FOUR[1:]))
     assert_same_gradient(parts, whole)
 
 
 def test_recomputed_activations_give_the_same_gradient(folder, tmp_path):
-    plain, thrifty = new_run(folder, tmp_path), new_run(folder, tmp_path, "--checkpoint-activations")
+    plain, thrifty = gradient_run(folder, tmp_path), gradient_run(folder, tmp_path, "--checkpoint-activations")
     assert torch.equal(gradients_of(plain, parts_of(plain, FOUR)), gradients_of(thrifty, parts_of(thrifty, FOUR)))
 
 
