@@ -50,7 +50,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_record(folder: Path, record: dict) -> Image.Image:
-    """The image of a json's record, upright RGB.  ValueError where it is unreadable or not of the size recorded."""
+    """The image of a json's record, upright RGB. ValueError where it is unreadable or not of the size recorded."""
     path = folder / record["file_name"]
     image = read_image(path)
     if image.size != (record["width"], record["height"]):
@@ -89,7 +89,7 @@ class CocoDataset(Dataset):
     """`dataset[i] -> (image uint8 RGB [3 H W], target)` of a COCO dict, with the target of the module's convention:
 
     labels int64 [n] in 0..K-1, boxes float32 [n 4], masks bool [n H W] (what `geometry` leaves visible of each object;
-    boxes are drawn around them), image_id int.  Crowds and objects of which nothing is visible are in no target.
+    boxes are drawn around them), image_id int Crowds and objects of which nothing is visible are in no target.
 
     geometry(rng, width, height) of the upright original chooses the Geometry; its random stream depends on `seed`, the
     attribute `epoch` (set it before each epoch, before workers start) and the image's id alone.
@@ -177,7 +177,7 @@ class Report(NamedTuple):
 
 
 def check(dataset: CocoDataset, decode: bool) -> Report:
-    """All that is wrong with a data set.  What is in `fatal` must stop a run; what is in `warnings` is left out of it.
+    """All that is wrong with a data set What is in `fatal` must stop a run; what is in `warnings` is left out of it.
 
     Ids, categories, paths, files, boxes and segmentations were looked at when the data set was opened;
     decode: also read every image, on all cores, which takes its time.
@@ -324,7 +324,7 @@ def open_dataset(
 ) -> CocoDataset:
     """The data set `data`: "shapes", "shapes-full", "coco" or "bdd100k" under `root`, or else a folder in COCO layout.
 
-    split: "train" or "val".  FileNotFoundError says what layout is expected, ValueError what is wrong with the json.
+    split: "train" or "val". FileNotFoundError says what layout is expected, ValueError what is wrong with the json.
     """
     if data == "bdd100k":
         coco, images = _read_bdd100k(_inside(root, "bdd100k", "labels"), split)
@@ -377,7 +377,7 @@ BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "traile
 
 
 def _read_bdd100k(folder, split):
-    """BDD100K's instance segmentation as a COCO dict.  Crowds and ignored objects become `iscrowd`: neither is trained
+    """BDD100K's instance segmentation as a COCO dict Crowds and ignored objects become `iscrowd`: neither is trained
     on, and evaluation holds neither against a detection, as its documentation asks."""
     images, labels = folder / "images" / "10k" / split, folder / "labels" / "ins_seg"
     rles, bitmasks = labels / "rles" / f"ins_seg_{split}.json", sorted((labels / "bitmasks" / split).glob("*.png"))

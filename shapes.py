@@ -1,8 +1,8 @@
 """`shapes`: synthetic images in COCO format, made on first use, always the same ones.
 
-Eight classes are told apart by outline alone: colours and textures are random.  Objects hide each other, so masks are
+Eight classes are told apart by outline alone: colours and textures are random Objects hide each other, so masks are
 what can be seen of them, with holes and in several pieces; the border cuts some, clutter looks like parts of them, and
-some images are empty.  Each image has a random stream of its own: order and number of workers do not matter.
+some images are empty Each image has a random stream of its own: order and number of workers do not matter.
 """
 
 import json
@@ -75,7 +75,7 @@ CLUTTER = {
 
 
 def make_shapes(folder: Path, shapes: Shapes) -> None:
-    """Write the data set into `folder` unless it is there.  It appears whole or not at all."""
+    """Write the data set into `folder` unless it is there It appears whole or not at all."""
     if folder.is_dir():
         return
     print(f"making {sum(shapes.images.values()):,} synthetic images in {folder}", file=sys.stderr)
@@ -100,7 +100,7 @@ def make_shapes(folder: Path, shapes: Shapes) -> None:
 
 
 def _make_image(shapes, folder, image_id):
-    """Draw one image, write it and return its records.  All that is random comes from the split and the image's id."""
+    """Draw one image, write it and return its records All that is random comes from the split and the image's id."""
     picture, owner, category_ids = _draw(shapes, np.random.default_rng((*folder.name.encode(), image_id)))
     record = {"id": image_id, "file_name": f"{image_id:06}.jpg", "width": owner.shape[1], "height": owner.shape[0]}
     Image.fromarray(picture).save(folder / record["file_name"], quality=92, subsampling=0)
