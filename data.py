@@ -50,7 +50,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_record(folder: Path, record: dict) -> Image.Image:
-    """The image of a json's record, upright RGB. ValueError where it is unreadable or not of the size recorded."""
+    """The image of a json's record as upright RGB. ValueError if it cannot be read or its size is not as recorded."""
     path = folder / record["file_name"]
     image = read_image(path)
     if image.size != (record["width"], record["height"]):
@@ -88,16 +88,16 @@ def _boxes(masks):
 class CocoDataset(Dataset):
     """`dataset[i] -> (image uint8 RGB [3 H W], target)` of a COCO dict, with the target of the module's convention:
 
-    labels int64 [n] in 0..K-1, boxes float32 [n 4], masks bool [n H W] (what `geometry` leaves visible of each object;
-    boxes are drawn around them), image_id int Crowds and objects of which nothing is visible are in no target.
+    labels int64 [n] in 0..K-1, boxes float32 [n 4], masks bool [n H W] (what `geometry` leaves visible of each object),
+    image_id int. Boxes are drawn around what the masks show. Crowds and objects that are not visible are left out.
 
-    geometry(rng, width, height) of the upright original chooses the Geometry; its random stream depends on `seed`, the
-    attribute `epoch` (set it before each epoch, before workers start) and the image's id alone.
+    geometry(rng, width, height) chooses the Geometry from the size of the upright original. rng depends on nothing but
+    `seed`, the attribute `epoch` (set it before each epoch, before workers start) and the image's id.
     training: leave out images on which there is nothing to learn, as the released recipe does.
 
-    classes: names by label.  category_ids: the json's category_id by label.  image_ids: in the order of the index.
-    images: the json's records by image id.  json: the COCO dict without its unusable annotations; evaluation's ground
-    truth, complete with `iscrowd`, `area` and `bbox`.  report: what is wrong with it, see `check`.
+    classes: names by label. category_ids: the json's category_id by label. image_ids: in the order of the index.
+    images: the json's records by image id. json: the COCO dict without annotations that cannot be used, and with
+    `iscrowd`, `area` and `bbox` in all others, as evaluation needs them. report: what is wrong with it, see `check`.
     """
 
     def __init__(self, coco: dict, folder: Path, geometry: Callable, training: bool, seed: int = 0):
@@ -146,7 +146,7 @@ class CocoDataset(Dataset):
 
 
 def collate(batch: list) -> tuple[torch.Tensor, list[dict]]:
-    """Images [B 3 H W] uint8, which must be of one size, and their targets."""
+    """Images [B 3 H W] uint8 and their targets. Raises ValueError if the images differ in size."""
     images, targets = zip(*batch, strict=True)
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"a batch needs images of one size, not {sorted({tuple(i.shape[1:]) for i in images})}")
@@ -177,10 +177,10 @@ class Report(NamedTuple):
 
 
 def check(dataset: CocoDataset, decode: bool) -> Report:
-    """All that is wrong with a data set What is in `fatal` must stop a run; what is in `warnings` is left out of it.
+    """All that is wrong with a data set: `fatal` faults must stop a run, those in `warnings` are left out of the data.
 
-    Ids, categories, paths, files, boxes and segmentations were looked at when the data set was opened;
-    decode: also read every image, on all cores, which takes its time.
+    Ids, categories, paths, files, boxes and segmentations are examined when the data set is opened. decode: read every
+    image as well, on all cores, which takes a while.
     """
     fatal = {problem: list(places) for problem, places in dataset.report.fatal.items()}
     if decode:
@@ -200,7 +200,7 @@ def _reading_error(folder, record):
 
 
 def _sound(coco, folder, report):
-    """The COCO dict without what cannot be used, which goes to `report`; the dict given stays as it is."""
+    """A copy of the COCO dict without what cannot be used, which goes to `report`."""
     categories = _unique(coco["categories"], "category", {"id": int, "name": str}, report)
     images = _unique(coco["images"], "image", {"id": int, "file_name": str, "width": int, "height": int}, report)
     annotations = _unique(coco["annotations"], "annotation", {"id": int, "image_id": int, "category_id": int}, report)
@@ -219,7 +219,7 @@ def _sound(coco, folder, report):
 
 
 def _unique(records, kind, fields, report):
-    """Records by id, without those that lack a field or share another's id."""
+    """Records by id, without those that lack a field or have the id of an earlier one."""
     unique = {}
     for position, record in enumerate(records):
         wrong = [k for k, t in fields.items() if not isinstance(record, dict) or not isinstance(record.get(k), t)]
@@ -236,7 +236,7 @@ def _is_sound(image, folder, report):
     name, where = PureWindowsPath(image["file_name"]), f"image {image['id']} ({image['file_name']})"
     if image["id"] < 0 or image["width"] < 1 or image["height"] < 1:
         report.fatal["images with a negative id or without pixels"].append(where)
-    elif name.anchor or ".." in name.parts:  # the Windows rules know every separator and way to be absolute
+    elif name.anchor or ".." in name.parts:  # Windows' rules cover all separators and drives
         report.fatal["paths that leave the image folder"].append(where)
     elif not (folder / image["file_name"]).is_file():
         report.fatal[f"files missing in {folder}"].append(where)
@@ -246,7 +246,7 @@ def _is_sound(image, folder, report):
 
 
 def _complete(annotation, images, sound, categories, report):
-    """The annotation with all that evaluation asks for, or None where it cannot be used."""
+    """The annotation with all the fields that evaluation needs, or None if it cannot be used."""
     where = f"annotation {annotation['id']}"
     if annotation["category_id"] not in categories:
         report.fatal["category_id not among the categories"].append(f"{where} ({annotation['category_id']})")
@@ -278,7 +278,7 @@ def _complete(annotation, images, sound, categories, report):
 
 
 def _is_polygon(polygon):
-    """Three points or more, with coordinates that a rasteriser can work with."""
+    """Whether it has three points or more, all at coordinates that a rasteriser can handle."""
     sides = len(polygon) if isinstance(polygon, list) else 0
     return sides >= 6 and sides % 2 == 0 and _finite(polygon) and max(polygon) < 1e5 and min(polygon) > -1e5
 
@@ -291,7 +291,7 @@ def _finite(numbers):
 
 
 def _fills(segmentation, height, width):
-    """Whether a run-length encoding is well formed and fills its image; pycocotools would read beyond a short one."""
+    """Whether a run-length encoding is well formed and covers its image: pycocotools reads beyond the end of others."""
     counts = segmentation.get("counts")
     if segmentation.get("size") != [height, width]:
         return False
@@ -324,7 +324,8 @@ def open_dataset(
 ) -> CocoDataset:
     """The data set `data`: "shapes", "shapes-full", "coco" or "bdd100k" under `root`, or else a folder in COCO layout.
 
-    split: "train" or "val". FileNotFoundError says what layout is expected, ValueError what is wrong with the json.
+    split: "train" or "val". geometry, training, seed: see CocoDataset. FileNotFoundError says what layout is expected,
+    ValueError what is wrong with the json.
     """
     if data == "bdd100k":
         coco, images = _read_bdd100k(_inside(root, "bdd100k", "labels"), split)
@@ -352,7 +353,7 @@ def _read_json(path):
 
 
 def _read_coco(folder, split, layout):
-    """The json of a folder in COCO layout and the folder that its file names start from."""
+    """The json of a folder in COCO layout, and the folder in which its file names are found."""
     found = sorted(folder.glob(f"annotations/instances_{split}*.json"))
     if not found:
         raise FileNotFoundError(f"no {split} data in {folder}: {layout}")
@@ -377,8 +378,8 @@ BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "traile
 
 
 def _read_bdd100k(folder, split):
-    """BDD100K's instance segmentation as a COCO dict Crowds and ignored objects become `iscrowd`: neither is trained
-    on, and evaluation holds neither against a detection, as its documentation asks."""
+    """BDD100K's instance segmentation as a COCO dict. Crowds and ignored objects become `iscrowd`, as BDD100K's
+    documentation asks: they are not trained on, and detections of them count neither for nor against."""
     images, labels = folder / "images" / "10k" / split, folder / "labels" / "ins_seg"
     rles, bitmasks = labels / "rles" / f"ins_seg_{split}.json", sorted((labels / "bitmasks" / split).glob("*.png"))
     if not images.is_dir() or not (rles.is_file() or bitmasks):
@@ -417,7 +418,7 @@ def _frame_objects(labels):
 
 
 def _bitmask_objects(path):
-    """The same from a bitmask: red is the category, the last two bits of green say crowd and ignored, blue and alpha
+    """The objects of a bitmask: red is the category, the last two bits of green mean crowd and ignored, blue and alpha
     are the object's number."""
     try:
         with Image.open(path) as image:

@@ -116,7 +116,7 @@ def gradient_run(folder, out, *more):
 
     In a fresh model, boxes and sampling points lie exactly on edges and centres of pixels, as the targets do. There the
     losses and bilinear interpolation have kinks, so the last bit decides between two gradients. Moving the weights a
-    little avoids that. The images have 128 px, because the coarsest level of 64 px is a single pixel: GroupNorm over two
+    little avoids that. The images have 128 px, as the coarsest level of 64 px is a single pixel: GroupNorm over two
     channels makes 1 and -1 of it, however nearly equal they are.
     """
     run = new_run(folder, out, "--image-size", 128, *more)
