@@ -1,7 +1,7 @@
 # Every target does all the set-up it needs; PYTHON chooses the environment it is done in.
 PYTHON ?= python
 
-.PHONY: help build demo test clean
+.PHONY: help build demo lint test clean
 help:      ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
 
@@ -16,6 +16,10 @@ demo: export MALLOC_TOP_PAD_ = 268435456
 demo: build  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (14 minutes, 2 cores)
 	$(PYTHON) train.py --data shapes --preset tiny --out runs/demo --resume
 	$(PYTHON) evaluate.py --ckpt runs/demo/last.pt --draw 12 --json runs/demo/metrics.json
+
+lint: build  ## check style and format, and change nothing
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
 
 test: build  ## run the specification
 	$(PYTHON) -m pytest

@@ -1,11 +1,11 @@
 """Data: any folder in COCO format, COCO and BDD100K in their official layouts, and the synthetic images of shapes.py.
 
-    Geometry                       how an original image becomes the network's input, applied alike to pixels and masks
     open_dataset, CocoDataset      images and targets; `collate` makes a batch of them
     check                          what is wrong with a data set, before a training run finds out
+    read_image, upright_rgb        any image file, or any PIL image, as upright RGB
 
-Boxes of a target are (cx, cy, w, h) in [0, 1] of the network's input: of the image after padding, on the right and
-at the bottom, to a multiple of 32.  User errors are ValueError or FileNotFoundError with a one-line message.
+Boxes of a target are (cx, cy, w, h) in [0, 1] of the network's input, which is the image padded on the right and at the
+bottom to a multiple of 32. What users can mend raises ValueError or FileNotFoundError with a message of one line.
 """
 
 import json
@@ -13,7 +13,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import repeat
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -24,121 +23,34 @@ from PIL import Image, ImageOps
 from pycocotools import mask as rle
 from torch.utils.data import Dataset
 
+from geometry import decode, run_lengths
 from shapes import SHAPES, make_shapes
 
 STRIDE = 32  # the network's input is padded to a multiple of this
-GREY = 128  # what lies beyond a training image, as in the released code (which pads test images with the mean instead)
 
 
-# ---- Geometry: one description for pixels and masks
+# ---- Images and objects ----------------------------------------------------------------------------------------------
 
 
-class Geometry(NamedTuple):
-    """How an original image becomes the network's: transpose, flip, resize, crop, pad, in this order.
-
-    size: (height, width) of the whole image once transposed and resized; offset: (y, x) of the crop in it, inside it;
-    output: (height, width) of the crop.  Where the crop reaches beyond the image, right or bottom, it is grey.
-    """
-
-    size: tuple[int, int]
-    output: tuple[int, int]
-    offset: tuple[int, int] = (0, 0)
-    transpose: bool = False
-    horizontal_flip: bool = False
-    vertical_flip: bool = False
-
-    def image(self, image: Image.Image) -> Image.Image:
-        """Transform an RGB image.  Only the pixels that the crop needs are resized."""
-        if self.transpose:
-            image = image.transpose(Image.Transpose.TRANSPOSE)
-        if self.horizontal_flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.vertical_flip:
-            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        (top, left), (height, width) = self.offset, self._filled()
-        scale_y, scale_x = image.height / self.size[0], image.width / self.size[1]
-        right, bottom = min((left + width) * scale_x, image.width), min((top + height) * scale_y, image.height)
-        region = (left * scale_x, top * scale_y, right, bottom)
-        image = image.resize((width, height), Image.Resampling.BILINEAR, box=region)
-        if (height, width) == self.output:
-            return image
-        canvas = Image.new("RGB", self.output[::-1], (GREY, GREY, GREY))
-        canvas.paste(image)
-        return canvas
-
-    def polygons(self, polygons: list, height: int, width: int) -> np.ndarray:
-        """Move the vertices [x0, y0, x1, y1, ...] of a height x width image, then rasterise them: uint8 [H W].
-
-        Exactly the crop of what pycocotools rasterises in the resized image.  It works in fifths of a pixel and rounds
-        with C's cast, toward zero; so vertices are rounded that way before the crop moves them, and those that land
-        left of or above the crop are put where the cast gives them back unchanged.
-        """
-        whole = np.array((height, width) if self.transpose else (width, height), float)
-        scale, offset = np.array(self.size[::-1]) / whole, np.array(self.offset[::-1])
-        moved = []
-        for polygon in polygons:
-            points = np.asarray(polygon, float).reshape(-1, 2)
-            points = points[:, ::-1] if self.transpose else points
-            points = np.where((self.horizontal_flip, self.vertical_flip), whole - points, points)
-            fifths = np.trunc(5 * (points * scale) + 0.5) - 5 * offset
-            moved.append(((fifths - (fifths < 0)) / 5).ravel().tolist())
-        height, width = self._filled()
-        output = np.zeros(self.output, np.uint8)
-        output[:height, :width] = decode(rle.merge(rle.frPyObjects(moved, height, width)))
-        return output
-
-    def bitmask(self, mask: np.ndarray) -> np.ndarray:
-        """Transform a bitmask [h w]: each output pixel takes the value at its centre, so the region keeps its edges."""
-        if self.transpose:
-            mask = mask.T
-        height, width = self._filled()
-        rows = ((np.arange(height) + self.offset[0] + 0.5) * (mask.shape[0] / self.size[0])).astype(int)
-        columns = ((np.arange(width) + self.offset[1] + 0.5) * (mask.shape[1] / self.size[1])).astype(int)
-        rows = mask.shape[0] - 1 - rows if self.vertical_flip else rows
-        columns = mask.shape[1] - 1 - columns if self.horizontal_flip else columns
-        y, x = np.flatnonzero(mask.any(1)[rows]), np.flatnonzero(mask.any(0)[columns])
-        output = np.zeros(self.output, np.uint8)
-        output[np.ix_(y, x)] = mask[np.ix_(rows[y], columns[x])]
-        return output
-
-    def _filled(self) -> tuple[int, int]:
-        """(height, width) of the part of the output that shows the image."""
-        return tuple(min(o, s - start) for o, s, start in zip(self.output, self.size, self.offset, strict=True))
-
-
-def identity(rng: np.random.Generator, width: int, height: int) -> Geometry:
-    """The image as it is."""
-    return Geometry((height, width), (height, width))
-
-
-def shortest_side(shortest: int, longest: int) -> Callable[[np.random.Generator, int, int], Geometry]:
-    """Evaluation: resize, keeping the aspect, to a shortest side of `shortest` or as far as `longest` lets it grow."""
-    return partial(_shortest_side, shortest, longest)
-
-
-def _shortest_side(shortest, longest, rng, width, height):
-    scale = min(shortest / min(width, height), longest / max(width, height))
-    size = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-    return Geometry(size, size)
-
-
-# ---- Images and objects
-
-
-def read_image(path: Path) -> Image.Image:
-    """The image as upright RGB, whatever its mode and EXIF orientation.  ValueError where it cannot be read."""
+def read_image(path: str | Path) -> Image.Image:
+    """The image of a file as upright RGB, whatever its mode and EXIF orientation. ValueError if it cannot be read."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip to white
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            return image.convert("RGB")
+            return upright_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from None
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB with 8 bits a channel, turned as its EXIF orientation says."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def read_record(folder: Path, record: dict) -> Image.Image:
-    """The image of a json's record, upright RGB.  ValueError where it is unreadable or not of the size recorded."""
+    """The image of a json's record as upright RGB. ValueError if it cannot be read or its size is not as recorded."""
     path = folder / record["file_name"]
     image = read_image(path)
     if image.size != (record["width"], record["height"]):
@@ -149,36 +61,7 @@ def read_record(folder: Path, record: dict) -> Image.Image:
     return image
 
 
-def _runs(counts: str | bytes) -> list[int] | None:
-    """The runs of a compressed encoding: five bits a character, the sixth says that more follow, from the fourth run on
-    as the difference to the last but one.  None where it is malformed.  Source: COCO API, maskApi.c."""
-    runs, value, shift = [], 0, 0
-    for character in counts.encode() if isinstance(counts, str) else counts:
-        bits = character - 48
-        if not 0 <= bits < 64:
-            return None
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits < 32:
-            value -= (bits & 16 > 0) << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value, shift = 0, 0
-    return None if shift else runs
-
-
-def decode(runs: dict) -> np.ndarray:
-    """A compressed run-length encoding as a uint8 bitmask [h w], as pycocotools decodes it, only faster."""
-    (height, width), ends = runs["size"], np.cumsum(_runs(runs["counts"])).tolist()
-    columns = np.zeros(height * width, np.uint8)
-    for start, end in zip(ends[::2], ends[1::2], strict=False):
-        columns[start:end] = 1
-    x, y, w, h = rle.toBbox(runs).astype(int).tolist()
-    mask = np.zeros((height, width), np.uint8)
-    mask[y : y + h, x : x + w] = columns.reshape(width, height)[x : x + w, y : y + h].T
-    return mask
-
-
-def _compressed(segmentation: list | dict, height: int, width: int) -> dict:
+def _compressed(segmentation, height, width):
     """Polygons or run lengths of either kind as pycocotools' compressed run-length encoding."""
     if isinstance(segmentation, list):
         return rle.merge(rle.frPyObjects(segmentation, height, width))
@@ -187,13 +70,13 @@ def _compressed(segmentation: list | dict, height: int, width: int) -> dict:
     return segmentation
 
 
-def _mask(segmentation: list | dict, geometry: Geometry, height: int, width: int) -> np.ndarray:
+def _mask(segmentation, geometry, height, width):
     if isinstance(segmentation, dict):
         return geometry.bitmask(decode(_compressed(segmentation, height, width)))
     return geometry.polygons(segmentation, height, width)
 
 
-def _boxes(masks: np.ndarray) -> np.ndarray:
+def _boxes(masks):
     """(x0, y0, x1, y1) in pixels around each mask of [n H W], float32 [n 4]; x1 and y1 lie behind the last pixel."""
     sides = []
     for occupied in (masks.any(1), masks.any(2)):  # columns [n W], then rows [n H]
@@ -205,16 +88,16 @@ def _boxes(masks: np.ndarray) -> np.ndarray:
 class CocoDataset(Dataset):
     """`dataset[i] -> (image uint8 RGB [3 H W], target)` of a COCO dict, with the target of the module's convention:
 
-    labels int64 [n] in 0..K-1, boxes float32 [n 4], masks bool [n H W] (what `geometry` leaves visible of each object;
-    boxes are drawn around them), image_id int.  Crowds and objects of which nothing is visible are in no target.
+    labels int64 [n] in 0..K-1, boxes float32 [n 4], masks bool [n H W] (what `geometry` leaves visible of each object),
+    image_id int. Boxes are drawn around what the masks show. Crowds and objects that are not visible are left out.
 
-    geometry(rng, width, height) of the upright original chooses the Geometry; its random stream depends on `seed`, the
-    attribute `epoch` (set it before each epoch, before workers start) and the image's id alone.
+    geometry(rng, width, height) chooses the Geometry from the size of the upright original. rng depends on nothing but
+    `seed`, the attribute `epoch` (set it before each epoch, before workers start) and the image's id.
     training: leave out images on which there is nothing to learn, as the released recipe does.
 
-    classes: names by label.  category_ids: the json's category_id by label.  image_ids: in the order of the index.
-    images: the json's records by image id.  json: the COCO dict without its unusable annotations; evaluation's ground
-    truth, complete with `iscrowd`, `area` and `bbox`.  report: what is wrong with it, see `check`.
+    classes: names by label. category_ids: the json's category_id by label. image_ids: in the order of the index.
+    images: the json's records by image id. json: the COCO dict without annotations that cannot be used, and with
+    `iscrowd`, `area` and `bbox` in all others, as evaluation needs them. report: what is wrong with it, see `check`.
     """
 
     def __init__(self, coco: dict, folder: Path, geometry: Callable, training: bool, seed: int = 0):
@@ -263,14 +146,19 @@ class CocoDataset(Dataset):
 
 
 def collate(batch: list) -> tuple[torch.Tensor, list[dict]]:
-    """Images [B 3 H W] uint8, which must be of one size, and their targets."""
+    """Images [B 3 H W] uint8 and their targets. Raises ValueError if the images differ in size."""
     images, targets = zip(*batch, strict=True)
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"a batch needs images of one size, not {sorted({tuple(i.shape[1:]) for i in images})}")
     return torch.stack(images), list(targets)
 
 
-# ---- Check
+def evenly_spaced(count: int, length: int) -> list[int]:
+    """At most `count` places at equal distances in range(length), always the same ones."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
+
+
+# ---- Check -----------------------------------------------------------------------------------------------------------
 
 
 class Report(NamedTuple):
@@ -289,10 +177,10 @@ class Report(NamedTuple):
 
 
 def check(dataset: CocoDataset, decode: bool) -> Report:
-    """All that is wrong with a data set.  What is in `fatal` must stop a run; what is in `warnings` is left out of it.
+    """All that is wrong with a data set: `fatal` faults must stop a run, those in `warnings` are left out of the data.
 
-    Ids, categories, paths, files, boxes and segmentations were looked at when the data set was opened;
-    decode: also read every image, on all cores, which takes its time.
+    Ids, categories, paths, files, boxes and segmentations are examined when the data set is opened. decode: read every
+    image as well, on all cores, which takes a while.
     """
     fatal = {problem: list(places) for problem, places in dataset.report.fatal.items()}
     if decode:
@@ -311,8 +199,8 @@ def _reading_error(folder, record):
         return str(error)
 
 
-def _sound(coco, folder, report) -> dict:
-    """The COCO dict without what cannot be used, which goes to `report`; the dict given stays as it is."""
+def _sound(coco, folder, report):
+    """A copy of the COCO dict without what cannot be used, which goes to `report`."""
     categories = _unique(coco["categories"], "category", {"id": int, "name": str}, report)
     images = _unique(coco["images"], "image", {"id": int, "file_name": str, "width": int, "height": int}, report)
     annotations = _unique(coco["annotations"], "annotation", {"id": int, "image_id": int, "category_id": int}, report)
@@ -330,8 +218,8 @@ def _sound(coco, folder, report) -> dict:
     }
 
 
-def _unique(records, kind, fields, report) -> dict[int, dict]:
-    """Records by id, without those that lack a field or share another's id."""
+def _unique(records, kind, fields, report):
+    """Records by id, without those that lack a field or have the id of an earlier one."""
     unique = {}
     for position, record in enumerate(records):
         wrong = [k for k, t in fields.items() if not isinstance(record, dict) or not isinstance(record.get(k), t)]
@@ -344,11 +232,11 @@ def _unique(records, kind, fields, report) -> dict[int, dict]:
     return unique
 
 
-def _is_sound(image, folder, report) -> bool:
+def _is_sound(image, folder, report):
     name, where = PureWindowsPath(image["file_name"]), f"image {image['id']} ({image['file_name']})"
     if image["id"] < 0 or image["width"] < 1 or image["height"] < 1:
         report.fatal["images with a negative id or without pixels"].append(where)
-    elif name.anchor or ".." in name.parts:  # the Windows rules know every separator and way to be absolute
+    elif name.anchor or ".." in name.parts:  # Windows' rules cover all separators and drives
         report.fatal["paths that leave the image folder"].append(where)
     elif not (folder / image["file_name"]).is_file():
         report.fatal[f"files missing in {folder}"].append(where)
@@ -357,8 +245,8 @@ def _is_sound(image, folder, report) -> bool:
     return False
 
 
-def _complete(annotation, images, sound, categories, report) -> dict | None:
-    """The annotation with all that evaluation asks for, or None where it cannot be used."""
+def _complete(annotation, images, sound, categories, report):
+    """The annotation with all the fields that evaluation needs, or None if it cannot be used."""
     where = f"annotation {annotation['id']}"
     if annotation["category_id"] not in categories:
         report.fatal["category_id not among the categories"].append(f"{where} ({annotation['category_id']})")
@@ -389,32 +277,32 @@ def _complete(annotation, images, sound, categories, report) -> dict | None:
     return {**annotation, "iscrowd": iscrowd, "segmentation": usable, "bbox": box, "area": area}
 
 
-def _is_polygon(polygon) -> bool:
-    """Three points or more, with coordinates that a rasteriser can work with."""
+def _is_polygon(polygon):
+    """Whether it has three points or more, all at coordinates that a rasteriser can handle."""
     sides = len(polygon) if isinstance(polygon, list) else 0
     return sides >= 6 and sides % 2 == 0 and _finite(polygon) and max(polygon) < 1e5 and min(polygon) > -1e5
 
 
-def _finite(numbers) -> bool:
+def _finite(numbers):
     try:
         return math.isfinite(sum(numbers))
     except TypeError:
         return False
 
 
-def _fills(segmentation, height, width) -> bool:
-    """Whether a run-length encoding is well formed and fills its image; pycocotools would read beyond a short one."""
+def _fills(segmentation, height, width):
+    """Whether a run-length encoding is well formed and covers its image: pycocotools reads beyond the end of others."""
     counts = segmentation.get("counts")
     if segmentation.get("size") != [height, width]:
         return False
     if isinstance(counts, str):
-        counts = _runs(counts)
+        counts = run_lengths(counts)
     if not isinstance(counts, list) or not all(isinstance(run, int) and run >= 0 for run in counts):
         return False
     return sum(counts) == height * width
 
 
-# ---- Data sets
+# ---- Data sets -------------------------------------------------------------------------------------------------------
 
 COCO_LAYOUT = (
     "expected annotations/instances_{train,val}2017.json, train2017/*.jpg and val2017/*.jpg there; the publisher "
@@ -436,7 +324,8 @@ def open_dataset(
 ) -> CocoDataset:
     """The data set `data`: "shapes", "shapes-full", "coco" or "bdd100k" under `root`, or else a folder in COCO layout.
 
-    split: "train" or "val".  FileNotFoundError says what layout is expected, ValueError what is wrong with the json.
+    split: "train" or "val". geometry, training, seed: see CocoDataset. FileNotFoundError says what layout is expected,
+    ValueError what is wrong with the json.
     """
     if data == "bdd100k":
         coco, images = _read_bdd100k(_inside(root, "bdd100k", "labels"), split)
@@ -450,7 +339,7 @@ def open_dataset(
     return CocoDataset(coco, images, geometry, training, seed)
 
 
-def _inside(root, name, content) -> Path:
+def _inside(root, name, content):
     """root/name, or root where that is the data set itself."""
     root = Path(root)
     return root if (root / content).is_dir() and not (root / name).is_dir() else root / name
@@ -463,8 +352,8 @@ def _read_json(path):
         raise ValueError(f"{path} is no json: {error}") from None
 
 
-def _read_coco(folder: Path, split: str, layout: str) -> tuple[dict, Path]:
-    """The json of a folder in COCO layout and the folder that its file names start from."""
+def _read_coco(folder, split, layout):
+    """The json of a folder in COCO layout, and the folder in which its file names are found."""
     found = sorted(folder.glob(f"annotations/instances_{split}*.json"))
     if not found:
         raise FileNotFoundError(f"no {split} data in {folder}: {layout}")
@@ -481,16 +370,16 @@ def _read_coco(folder: Path, split: str, layout: str) -> tuple[dict, Path]:
     return coco, next((c for c in candidates if (c / first).is_file()), candidates[0])
 
 
-# ---- BDD100K
+# ---- BDD100K ---------------------------------------------------------------------------------------------------------
 
 BDD100K = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")  # ids 1 to 8
 BDD100K_ALIASES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle", "van": "car", "caravan": "car"}
 BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
 
 
-def _read_bdd100k(folder: Path, split: str) -> tuple[dict, Path]:
-    """BDD100K's instance segmentation as a COCO dict.  Crowds and ignored objects become `iscrowd`: neither is trained
-    on, and evaluation holds neither against a detection, as its documentation asks."""
+def _read_bdd100k(folder, split):
+    """BDD100K's instance segmentation as a COCO dict. Crowds and ignored objects become `iscrowd`, as BDD100K's
+    documentation asks: they are not trained on, and detections of them count neither for nor against."""
     images, labels = folder / "images" / "10k" / split, folder / "labels" / "ins_seg"
     rles, bitmasks = labels / "rles" / f"ins_seg_{split}.json", sorted((labels / "bitmasks" / split).glob("*.png"))
     if not images.is_dir() or not (rles.is_file() or bitmasks):
@@ -515,7 +404,7 @@ def _read_bdd100k(folder: Path, split: str) -> tuple[dict, Path]:
     return coco, images
 
 
-def _frame_objects(labels) -> list[dict]:
+def _frame_objects(labels):
     """The objects of a frame of the rles json, as annotations without ids."""
     objects = []
     for label in labels:
@@ -528,8 +417,8 @@ def _frame_objects(labels) -> list[dict]:
     return objects
 
 
-def _bitmask_objects(path) -> list[dict]:
-    """The same from a bitmask: red is the category, the last two bits of green say crowd and ignored, blue and alpha
+def _bitmask_objects(path):
+    """The objects of a bitmask: red is the category, the last two bits of green mean crowd and ignored, blue and alpha
     are the object's number."""
     try:
         with Image.open(path) as image:

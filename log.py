@@ -1,6 +1,6 @@
 """What people watch while a model trains: lines or a progress bar, log.jsonl, curves.png, pictures, TensorBoard.
 
-Written by rank 0 alone. A full disk costs a warning, not the run.
+Only process 0 writes. If the disk is full, a warning is printed and the run goes on.
 """
 
 import contextlib
@@ -11,13 +11,15 @@ import torch
 from tqdm import tqdm
 
 import deform_attn_cuda
-from evaluate import draw_dataset, rank_and_world, spread, table
+from data import evenly_spaced
+from evaluate import draw_dataset, table
+from processes import rank_and_world
 
 PICTURES = 8  # validation images drawn after each epoch, always the same ones
 
 
-def say(message):
-    """For people, once, however many processes there are, and above the progress bar if there is one."""
+def say(message: str) -> None:
+    """Print a line for people: once, however many processes there are, and above the progress bar if there is one."""
     if rank_and_world()[0] == 0:
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
@@ -25,7 +27,7 @@ def say(message):
 
 @contextlib.contextmanager
 def tolerant(path):
-    """A full disk costs a warning."""
+    """Turns an error of the disk into a warning, so that the run goes on."""
     try:
         yield
     except OSError as error:
@@ -41,7 +43,7 @@ class Log:
         terminal = self.active and sys.stderr.isatty()
         self.bar = tqdm(total=run.steps, initial=run.step, unit="step", disable=not terminal, dynamic_ncols=True)
         if self.active:
-            # A run that was killed may have logged steps that it never saved.
+            # A run that was killed may have logged steps that it did not save: they will be logged again.
             kept = [record for record in self.records() if record["step"] <= run.step]
             with tolerant(self.out / "log.jsonl"):
                 (self.out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -51,7 +53,7 @@ class Log:
                 self.tensorboard = SummaryWriter(self.out)
 
     def records(self):
-        """What log.jsonl holds, without a line that was cut short."""
+        """The lines of log.jsonl, without one that was cut short."""
         records, path = [], self.out / "log.jsonl"
         for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
@@ -68,7 +70,8 @@ class Log:
                 self.tensorboard.add_scalar(name, value, run.step)
 
     def training(self, run, losses, seconds, waiting):
-        """After some steps: the mean of each loss, seconds a step, and the share of them spent waiting for data."""
+        """After some steps. losses: the mean of each; seconds: for a step; waiting: the share of them spent on waiting
+        for data."""
         if not self.active:
             return
         speed = {"images_per_second": run.recipe.batch_size / seconds, "waiting_for_data": waiting}
@@ -82,18 +85,18 @@ class Log:
         self.bar.update(run.step - self.bar.n)
         if self.bar.disable:
             minutes = round(seconds * (run.steps - run.step) / 60)
-            say(f"epoch {run.epoch + 1}/{run.recipe.epochs}, step {run.step}/{run.steps}: {text}, "
-                f"{minutes // 60}:{minutes % 60:02} h to go")  # fmt: skip
+            place = f"epoch {run.epoch + 1}/{run.recipe.epochs}, step {run.step}/{run.steps}"
+            say(f"{place}: {text}, {minutes // 60}:{minutes % 60:02} h to go")
 
     def evaluation(self, run, metrics, results):
-        """After an epoch: the metrics and the COCO results."""
+        """After an epoch. metrics: those of `average_precision`; results: COCO results."""
         if not self.active:
             return
         self.write(run, metrics)
         say(table([(f"epoch {run.epoch + 1}", metrics)]))
         with tolerant(self.out):
             (self.out / "predictions.json").write_text(json.dumps(results))
-            draw_dataset(run.val_set, results, spread(PICTURES, len(run.val_set)), self.out / "pictures")
+            draw_dataset(run.val_set, results, evenly_spaced(PICTURES, len(run.val_set)), self.out / "pictures")
             self.draw_curves()
 
     def draw_curves(self):
@@ -103,7 +106,7 @@ class Log:
         figure = Figure((11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         training = [record for record in records if "loss" in record]
-        for kind in ("loss", "class", "box", "giou", "mask", "dice"):  # of class_3, ... the sum
+        for kind in ("loss", "class", "box", "giou", "mask", "dice"):  # the sum of class_0, class_1, ...
             values = [sum(v for name, v in record.items() if name.split("_")[0] == kind) for record in training]
             left.plot([record["epoch"] for record in training], values, label=kind)
         left.set(xlabel="epoch", title="losses", yscale="log")
@@ -117,7 +120,7 @@ class Log:
         figure.savefig(self.out / "curves.png", dpi=110)
 
 
-def introduce(run):
+def describe(run):
     """The first lines of a run."""
     device, world = run.device, rank_and_world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -1,12 +1,10 @@
-"""How a model is trained: the paper's settings (4.1, appendix B), schedule, augmentations and parameter groups."""
+"""How a model is trained: the paper's settings (4.1, appendix B), schedule and parameter groups."""
 
 import dataclasses
 import math
 from dataclasses import dataclass
 
 from torch import nn
-
-from data import Geometry
 
 
 @dataclass(frozen=True)
@@ -18,37 +16,49 @@ class Recipe:
     lr: float = 1e-4
     backbone_lr: float = 0.1  # times lr
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05  # none on norms and embeddings
+    weight_decay: float = 0.05  # but none for norms and embeddings
     clip: float = 0.01  # norm of the gradient of the whole model
     detection_loss: float = 1.0  # factor on the weights of class and box losses; table 3: 0.1
     mask_points: int = 12544  # points at which masks are compared
     denoising: int = 100  # queries that training adds, at most
     label_noise: float = 0.2  # share of the denoising queries with a random label
     warmup: int = 0  # steps
-    schedule: str = "steps"  # a tenth of the rate from each of `drops` on; "cosine": down to zero
+    schedule: str = "steps"  # the rate falls to a tenth at each of `drops`; "cosine": to zero along a cosine
     drops: tuple[float, ...] = (0.9, 0.95)  # as fractions of all steps
-    augmentation: str = "jitter"  # "flips", "none": see AUGMENTATIONS
+    augmentation: str = "jitter"  # "flips", "none": see geometry.AUGMENTATIONS
     image_size: int = 1024  # side of the square training images
     test_size: tuple[int, int] = (800, 1333)  # shortest side of test images, and how far the longest may go
 
     @classmethod
-    def bdd100k(cls):
+    def bdd100k(cls) -> "Recipe":
         return cls(epochs=68, batch_size=8, drops=(50 / 68,))
 
     @classmethod
-    def tiny(cls):
+    def tiny(cls) -> "Recipe":
         """For Config.tiny() on `shapes`: all of it learns from scratch, in few steps."""
         return cls(
-            epochs=6, batch_size=8, lr=2e-3, backbone_lr=1.0, betas=(0.9, 0.98), clip=0.1, mask_points=256,
-            denoising=16, label_noise=0.5, warmup=100, schedule="cosine", augmentation="flips", image_size=128, test_size=(128, 128),
-        )  # fmt: skip
+            epochs=6,
+            batch_size=8,
+            lr=2e-3,
+            backbone_lr=1.0,
+            betas=(0.9, 0.98),
+            clip=0.1,
+            mask_points=256,
+            denoising=16,
+            label_noise=0.5,
+            warmup=100,
+            schedule="cosine",
+            augmentation="flips",
+            image_size=128,
+            test_size=(128, 128),
+        )
 
-    def replace(self, **changes):
+    def replace(self, **changes) -> "Recipe":
         """The recipe with some fields changed; the size of test images goes with that of training images."""
         zoom = changes.get("image_size", self.image_size) / self.image_size
         return dataclasses.replace(self, test_size=tuple(round(side * zoom) for side in self.test_size), **changes)
 
-    def rate(self, step, steps):
+    def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, 0 <= step < steps, as a factor of lr."""
         warmup = min(1.0, (step + 1) / (self.warmup + 1))
         if self.schedule == "cosine":
@@ -56,32 +66,9 @@ class Recipe:
         return warmup * 0.1 ** sum(step >= round(fraction * steps) for fraction in self.drops)
 
 
-def large_scale_jitter(side, rng, width, height):
-    """Flip; resize to 0.1 to 2.0 of a square of `side`; crop that square at a random place, grey beyond the image."""
-    scale = rng.uniform(0.1, 2.0) * side / max(width, height)
-    size = tuple(max(1, round(length * scale)) for length in (height, width))
-    offset = tuple(int(rng.integers(max(length - side, 0) + 1)) for length in size)
-    return Geometry(size, (side, side), offset, horizontal_flip=bool(rng.random() < 0.5))
-
-
-def flips_and_transposes(side, rng, width, height):
-    """One of the eight positions of the image in a square, at the size that just fits."""
-    transpose, horizontal, vertical = (bool(coin) for coin in rng.random(3) < 0.5)
-    size = fit(side, rng, *((height, width) if transpose else (width, height))).size
-    return Geometry(size, (side, side), (0, 0), transpose, horizontal, vertical)
-
-
-def fit(side, rng, width, height):
-    """The whole image at the size that just fits into a square, grey beyond it."""
-    size = tuple(max(1, round(length * side / max(width, height))) for length in (height, width))
-    return Geometry(size, (side, side))
-
-
-AUGMENTATIONS = {"jitter": large_scale_jitter, "flips": flips_and_transposes, "none": fit}
-
-
-def parameter_groups(model, recipe):
-    """Weight decay for all but norms, embeddings and Swin's position biases; a rate of its own for the backbone."""
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+    """Groups for an optimizer: weight decay for all but norms, embeddings and Swin's position biases, and a learning
+    rate of its own, `base_lr`, for the backbone."""
     groups = {}
     for prefix, module in model.named_modules():
         plain = not isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d | nn.Embedding)

@@ -1,8 +1,9 @@
 """`shapes`: synthetic images in COCO format, made on first use, always the same ones.
 
-Eight classes are told apart by outline alone: colours and textures are random.  Objects hide each other, so masks are
-what can be seen of them, with holes and in several pieces; the border cuts some, clutter looks like parts of them, and
-some images are empty.  Each image has a random stream of its own: order and number of workers do not matter.
+Eight classes differ in their outline alone: colours and textures are random. Objects hide each other, and a mask is the
+visible part of its object, which may have holes or several pieces. The border cuts some objects, clutter looks like
+parts of them, and some images are empty. Each image has its own random numbers, so the order in which images are made
+and the number of processes do not matter.
 """
 
 import json
@@ -23,7 +24,7 @@ class Shapes(NamedTuple):
 
     images: dict[str, int]  # of each split
     side: tuple[int, int]  # of an image, from and to
-    objects: int  # at most in one image, and fewer pieces of clutter: drawn alike, labelled as nothing
+    objects: int  # at most, in one image; clutter, drawn alike but without a label, is always less
     diameter: tuple[int, int]  # of an object, from and to, log-uniform
     texture: float  # amplitude in grey values
 
@@ -33,11 +34,11 @@ SHAPES = {
     "shapes-full": Shapes({"train": 4000, "val": 500}, (256, 384), 14, (16, 240), 40),
 }
 SHAPE_IDS = (2, 3, 5, 7, 11, 13, 17, 19)  # category ids with gaps, like COCO's
-MIN_VISIBLE = 0.4  # nothing is placed where it would leave less of an earlier object to be seen
+MIN_VISIBLE = 0.4  # share of an object that later ones must leave visible
 
 
 def _to_polygon(x, y, vertices):
-    """Signed distance of points to a polygon, negative inside; two vertices make a line, which has no inside."""
+    """Signed distance of points to a polygon, negative inside. Two vertices make a line, which has no inside."""
     inside, nearest = np.zeros(x.shape, bool), np.full(x.shape, np.inf)
     for (ax, ay), (bx, by) in zip(vertices, np.roll(vertices, -1, 0), strict=True):
         dx, dy, px, py = bx - ax, by - ay, x - ax, y - ay
@@ -75,7 +76,7 @@ CLUTTER = {
 
 
 def make_shapes(folder: Path, shapes: Shapes) -> None:
-    """Write the data set into `folder` unless it is there.  It appears whole or not at all."""
+    """Write the data set into `folder` if that does not exist. It appears there complete or not at all."""
     if folder.is_dir():
         return
     print(f"making {sum(shapes.images.values()):,} synthetic images in {folder}", file=sys.stderr)
@@ -95,12 +96,12 @@ def make_shapes(folder: Path, shapes: Shapes) -> None:
         try:
             whole.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process was quicker, and its images are the same
+            if not folder.is_dir():  # if it is there, another process was quicker, and its images are the same
                 raise
 
 
-def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list[dict]]:
-    """Draw one image, write it and return its records.  All that is random comes from the split and the image's id."""
+def _make_image(shapes, folder, image_id):
+    """Draw one image, write it, and return its records. Its random numbers depend on the split and its id alone."""
     picture, owner, category_ids = _draw(shapes, np.random.default_rng((*folder.name.encode(), image_id)))
     record = {"id": image_id, "file_name": f"{image_id:06}.jpg", "width": owner.shape[1], "height": owner.shape[0]}
     Image.fromarray(picture).save(folder / record["file_name"], quality=92, subsampling=0)
@@ -114,8 +115,8 @@ def _make_image(shapes: Shapes, folder: Path, image_id: int) -> tuple[dict, list
     return record, annotations
 
 
-def _draw(shapes: Shapes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[int | None]]:
-    """A picture [H W 3], the number of the thing that each pixel shows [H W], the category of each thing or None."""
+def _draw(shapes, rng):
+    """A picture [H W 3], which thing each pixel shows [H W], and the category id of each thing (None: no object)."""
     height, width = rng.integers(shapes.side[0], shapes.side[1] + 1, 2).tolist()
     waves = [Image.fromarray(grid.astype(np.float32)) for grid in rng.normal(0, 0.8, (3, 5, 5))]
     waves = [np.asarray(wave.resize((width, height), Image.Resampling.BICUBIC)) for wave in waves]
@@ -123,7 +124,7 @@ def _draw(shapes: Shapes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     canvas = colours[0] + shapes.texture * np.stack(waves, -1)  # [H W 3]
     owner = np.zeros((height, width), int)
     places, category_ids = [], [None]  # thing 0 is the background
-    visible, demanded = np.array([owner.size]), np.zeros(1)  # pixels of each thing, and the fewest that may stay
+    visible, demanded = np.array([owner.size]), np.zeros(1)  # pixels of each thing, and how many must stay visible
     objects = 0 if rng.random() < 0.03 else rng.integers(1, shapes.objects + 1)
     clutter = rng.integers(shapes.objects)
     for is_object in rng.permutation([True] * objects + [False] * clutter).astype(bool):
@@ -147,7 +148,7 @@ def _draw(shapes: Shapes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
         demanded = np.append(demanded, MIN_VISIBLE * hidden.sum() * is_object)
         places.append((centre, radius))
         category_ids.append(SHAPE_IDS[list(OUTLINES).index(name)] if is_object else None)
-        candidates = rng.uniform(20, 236, (4, 1, 3))  # the colour is the one least like those already there
+        candidates = rng.uniform(20, 236, (4, 1, 3))  # the colour least like those in use
         colours.append(candidates[np.linalg.norm(candidates - colours, axis=2).min(1).argmax(), 0])
         fill = colours[-1] + shapes.texture * _texture(rng, radius * x, radius * y)
         canvas[window] += np.clip(0.5 - distance, 0, 1)[..., None] * (fill - canvas[window])
@@ -156,7 +157,7 @@ def _draw(shapes: Shapes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
 
 
 def _turned(centre, radius, angle, height, width):
-    """The window of the image that a shape can touch, and its pixel centres in the shape's own turned coordinates."""
+    """The window of the image that a shape can touch, and the window's pixel centres in the shape's own coordinates."""
     low = np.floor(centre - radius - 1).clip(0).astype(int)
     high = np.ceil(centre + radius + 1).astype(int)
     window = slice(low[1], min(high[1], height)), slice(low[0], min(high[0], width))
@@ -166,7 +167,7 @@ def _turned(centre, radius, angle, height, width):
 
 
 def _texture(rng, x, y):
-    """Plain, waves, stripes or a checkerboard, tinted, in -1..1: [h w 3]."""
+    """A tinted plain, wavy, striped or checked texture in -1..1, [h w 3]."""
     angle, phase, period = rng.uniform(0, 2 * np.pi, 2).tolist() + [np.exp(rng.uniform(np.log(6), np.log(40)))]
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     wave, other = np.cos(2 * np.pi * along / period + phase), np.cos(2 * np.pi * across / period)

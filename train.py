@@ -1,12 +1,13 @@
 """Trains a DI-MaskDINO, on a CPU, a GPU or many.
 
-    python train.py --data shapes --preset tiny --out runs/demo      minutes on a CPU
+    python train.py                                                  a tiny model on synthetic shapes: minutes on a CPU
     python train.py --data coco --epochs 12 --gpus 4                 the paper's recipe
-    torchrun --nnodes 2 --nproc-per-node 8 ... train.py --data coco  joins the processes that torchrun made
+    torchrun --nnodes 2 --nproc-per-node 8 ... train.py --data coco  on several machines
 
 The run's folder gets log.jsonl, curves.png, pictures, predictions.json, and the checkpoints last.pt and best.pt.
-A run that was stopped, in whatever way, goes on where it was with --resume: on a CPU to the very bit, because each
-random number is a function of seed, step and process alone (of seed, epoch and image, for what happens to images).
+A run that was stopped, in whatever way, goes on from its last checkpoint with --resume. On a CPU it then ends with the
+same bits as if it had never stopped, because random numbers depend on the seed, the step and the process alone (those
+that augment an image on the seed, the epoch and the image).
 """
 
 import argparse
@@ -19,6 +20,7 @@ import signal
 import sys
 import time
 import typing
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -26,111 +28,46 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint as computed_twice
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 import data
 from dimaskdino import Config, DIMaskDINO
-from evaluate import autocast, evaluate, join, keep_working, rank_and_world, samples, spread
-from log import Log, introduce, say
+from evaluate import autocast, evaluate
+from geometry import AUGMENTATIONS, shortest_side
+from log import Log, describe, say
 from losses import Criterion, denoising_queries
-from recipe import AUGMENTATIONS, Recipe, parameter_groups
+from processes import (
+    Interruption,
+    any_rank,
+    gather,
+    join,
+    keep_working,
+    launch,
+    on_every_rank,
+    rank_and_world,
+    samples,
+    share_statistics,
+    stop,
+)
+from recipe import Recipe, parameter_groups
 from weights import load_weights, read_checkpoint
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 1000  # steps, beside the end of each epoch
 
 
-# ---- Processes and signals -------------------------------------------------------------------------------------------
-
-
-def launch(processes, arguments):
-    """This same command in as many processes, through torchrun's own launcher. Returns the exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
-    here = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": processes}
-    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "train", "max_restarts": 0}
-    try:
-        elastic_launch(LaunchConfig(**here, **rendezvous), sys.executable)(__file__, *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"process {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as error:
-        return 128 + error.sigval
-    return 0
-
-
-def gather(value):
-    """The values of all ranks, on all ranks."""
-    values = [value] * rank_and_world()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def any_rank(flag):
-    """Whether the flag is true on any rank. On the CPU, so that it passes through gloo and waits for no GPU."""
-    flag = torch.tensor(bool(flag), dtype=torch.uint8)
-    if dist.is_initialized():
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
-def stop(message, code):
-    """End all ranks, which must all come here, with one message."""
-    if rank_and_world()[0] == 0:
-        print(message, file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        dist.barrier()
-    sys.exit(code)
-
-
-def on_every_rank(action):
-    """The result of action(), done on rank 0 first, which may have to make or download files. What goes wrong through
-    the user's doing on one rank ends all of them, so that none waits for the others: message, exit code 2."""
-    result = None
-    for first in (True, False):
-        problem = None
-        if (rank_and_world()[0] == 0) == first:
-            try:
-                result = action()
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        if problems := list(filter(None, gather(problem))):
-            stop(problems[0], 2)
-    return result
-
-
-class Interruption:
-    """SIGTERM and SIGINT. In training they wait for the end of the step, whose state is then saved. In evaluation,
-    where all is saved, they end the program at once."""
-
-    def __init__(self):
-        self.number, self.saved = 0, False
-        signal.signal(signal.SIGTERM, self.catch)
-        signal.signal(signal.SIGINT, self.catch)
-
-    def catch(self, number, frame):
-        self.number = self.number or number
-        if self.saved:
-            sys.exit(128 + self.number)
-
-
 # ---- Building a run --------------------------------------------------------------------------------------------------
 
 
-# What --set may change; `epochs` and others of Recipe have a flag of their own.
+# What --set may change: every field of Config and Recipe that has no flag of its own.
 FLAGS = ("epochs", "batch_size", "lr", "augmentation", "image_size")
 SETTABLE = typing.get_type_hints(Config) | typing.get_type_hints(Recipe)
 SETTABLE = {name: kind for name, kind in SETTABLE.items() if name not in ("num_classes", *FLAGS)}
 
 
 def setting(text):
-    """FIELD=VALUE of --set -> (field, value)."""
+    """(field, value) of FIELD=VALUE, as --set takes it."""
     name, _, value = text.partition("=")
     if name not in SETTABLE:
         raise argparse.ArgumentTypeError(f"{name}: the fields are {', '.join(SETTABLE)}")
@@ -145,7 +82,7 @@ def setting(text):
 
 
 def with_settings(settings, args):
-    """A Config or Recipe with those --set overrides that are fields of it."""
+    """The Config or Recipe with the values of --set for its fields."""
     return dataclasses.replace(settings, **{name: value for name, value in args.set if hasattr(settings, name)})
 
 
@@ -166,10 +103,10 @@ def choose_config(args, num_classes):
 
 
 def open_data(args, recipe):
-    """The training and the validation set, checked."""
+    """The training and the validation set. Raises ValueError with all that is wrong with them."""
     augment = partial(AUGMENTATIONS[recipe.augmentation], recipe.image_size)
     train_set = data.open_dataset(args.data, args.data_root, "train", augment, training=True, seed=args.seed)
-    val_set = data.open_dataset(args.data, args.data_root, "val", data.shortest_side(*recipe.test_size), training=False)
+    val_set = data.open_dataset(args.data, args.data_root, "val", shortest_side(*recipe.test_size), training=False)
     for split, dataset in (("training", train_set), ("validation", val_set)):
         report = data.check(dataset, decode=args.check)
         if report.fatal or not len(dataset):
@@ -177,15 +114,18 @@ def open_data(args, recipe):
         if report.warnings:
             say(f"{split} images of {args.data}:\n{report}")
     if train_set.classes != val_set.classes:
-        raise ValueError(f"{args.data} has other classes for training ({', '.join(train_set.classes)}) than for "
-                         f"validation ({', '.join(val_set.classes)})")  # fmt: skip
+        train_classes, val_classes = (", ".join(dataset.classes) for dataset in (train_set, val_set))
+        raise ValueError(
+            f"{args.data} has other classes for training ({train_classes}) than for validation ({val_classes})"
+        )
     return train_set, val_set
 
 
 class Run:
-    """All that the steps of a run share: settings, data, model, optimiser, and how far it is.
+    """All that the steps of a run share: settings, data, model, optimiser, and how far it has come.
 
-    epoch: the one in work, counted from 0; step: optimiser steps so far; best: the highest mean of AP_box and AP_mask.
+    epoch: the current one, from 0 on; step: how many are done; best: the highest mean of AP_box and AP_mask so far.
+    Raises ValueError or OSError, with what to do, for wrong flags, faulty data and checkpoints that do not fit.
     """
 
     def __init__(self, args, device):
@@ -208,7 +148,7 @@ class Run:
         if args.checkpoint_activations:
             model = self.model
             for layer in (*model.backbone.stages, *model.encoder.layers, model.residual, *model.decoder):
-                layer.forward = partial(computed_twice, layer.forward, use_reentrant=False)
+                layer.forward = partial(recompute, layer.forward, use_reentrant=False)
         self.parallel = self.model  # or DDP around it
         self.criterion = Criterion(self.recipe)
         groups = parameter_groups(self.model, self.recipe)
@@ -220,17 +160,17 @@ class Run:
             self.epoch, self.step, self.best = (checkpoint[name] for name in ("epoch", "step", "best"))
 
     def settings(self):
-        """What must be the same for a checkpoint to go on."""
+        """What must be as in the checkpoint for a run to go on from it."""
         recipe = dataclasses.asdict(self.recipe)
         run = {"classes": self.train_set.classes, "training_images": len(self.train_set), "seed": self.args.seed}
         return {"config": dataclasses.asdict(self.config), "recipe": recipe, **run}
 
     def require_same_settings(self, checkpoint):
-        """Raises ValueError where the checkpoint was made with other settings. More epochs are welcome."""
+        """Raises ValueError if the checkpoint was made with other settings. The number of epochs may differ."""
 
         def flat(settings):
-            return {k: v for k, v in {**settings, **settings["config"], **settings["recipe"]}.items()
-                    if k not in ("config", "recipe", "epochs")}  # fmt: skip
+            every = {**settings, **settings["config"], **settings["recipe"]}
+            return {name: value for name, value in every.items() if name not in ("config", "recipe", "epochs")}
 
         path, now = self.args.out / "last.pt", self.settings()
         needed = (*now, "model", "optimizer", "scaler", "epoch", "step", "best")
@@ -239,11 +179,11 @@ class Run:
         then, now = flat({name: checkpoint[name] for name in now}), flat(now)
         changed = [f"{name} was {then.get(name)!r}, not {now[name]!r}" for name in now if then.get(name) != now[name]]
         if changed:
-            raise ValueError(f"{path} was made with other settings: {'; '.join(changed)}. Go on with those, or start "
-                             "a new run from its weights with --init and another --out")  # fmt: skip
+            way_out = "Go on with those, or start a new run from its weights with --init and another --out"
+            raise ValueError(f"{path} was made with other settings: {'; '.join(changed)}. {way_out}")
 
     def load(self, checkpoint):
-        """The weights to start from."""
+        """Fill the model with the weights to start from."""
         args = self.args
         if checkpoint:
             load_weights(self.model, checkpoint)
@@ -255,10 +195,11 @@ class Run:
 
 
 def imagenet(backbone):
-    """Torchvision's weights of a backbone trained on ImageNet-1k, downloaded once. Raises ValueError without them."""
+    """Torchvision's weights of a backbone trained on ImageNet-1k, downloaded on first use. Raises ValueError, with the
+    way out, where they cannot be had."""
     if backbone == "swin_l":
-        raise ValueError("torchvision has no Swin-L: give swin_large_patch4_window12_384_22k.pth of "
-                         "https://github.com/microsoft/Swin-Transformer with --backbone-weights")  # fmt: skip
+        source = "swin_large_patch4_window12_384_22k.pth of https://github.com/microsoft/Swin-Transformer"
+        raise ValueError(f"torchvision has no Swin-L: give {source} with --backbone-weights")
     import torchvision
 
     url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
@@ -273,10 +214,10 @@ def imagenet(backbone):
 
 
 def batches(run):
-    """Places in the training set for the rest of the epoch: a list for each part of a step that this process does.
+    """Places in the training set for the rest of the epoch, a list for each part of a batch that this process takes.
 
-    Processes and accumulated parts together make the same batches as one process does. A training set smaller than a
-    batch is repeated to fill it.
+    All processes and parts together make the batches of a single process. A training set that is smaller than a batch
+    is repeated until it fills one.
     """
     rank, world = rank_and_world()
     order = np.random.default_rng((run.args.seed, run.epoch)).permutation(len(run.train_set))
@@ -286,67 +227,94 @@ def batches(run):
 
 
 def loader_of(run):
-    """Parts of steps, (images [B 3 H W], targets), for the rest of the epoch."""
+    """Loads the parts of batches, (images [B 3 H W] uint8, targets), for the rest of the epoch."""
     run.train_set.epoch = run.epoch
     return DataLoader(
-        run.train_set, batch_sampler=batches(run), collate_fn=data.collate, num_workers=run.args.workers,
-        worker_init_fn=keep_working, pin_memory=run.device.type == "cuda",
-    )  # fmt: skip
+        run.train_set,
+        batch_sampler=batches(run),
+        collate_fn=data.collate,
+        num_workers=run.args.workers,
+        worker_init_fn=keep_working,
+        pin_memory=run.device.type == "cuda",
+    )
+
+
+def objects_per_process(parts):
+    """What every process divides its losses by: the number of objects in the whole batch over that of processes.
+
+    Then any number of processes and parts gives the gradient that one process gets from the whole batch.
+    """
+    objects = torch.tensor(float(sum(len(target["labels"]) for _, targets in parts for target in targets)))
+    world = rank_and_world()[1]
+    if world > 1:
+        dist.all_reduce(objects)
+    return max(objects.item(), 1.0) / world
 
 
 def gradients(run, parts):
-    """Adds up the gradients of one step over its parts; returns this process's share of each loss.
+    """Noise, forward, criterion and backward for each part of a batch: gradients add up in the parameters.
 
-    Every process divides by the same count, that of the objects of the whole batch over all, so that any number of
-    processes and parts gives the gradients of one process with the whole batch.
+    parts: a list of (images [B 3 H W] uint8, targets) of this process. Returns its share of each loss, {name: float}.
     """
-    world = rank_and_world()[1]
-    objects = torch.tensor(float(sum(len(target["labels"]) for _, targets in parts for target in targets)))
-    if world > 1:
-        dist.all_reduce(objects)
-    num_objects = max(objects.item(), 1.0) / world
-    totals = {}
+    num_objects, totals = objects_per_process(parts), Counter()
     for number, (images, targets) in enumerate(parts, 1):
-        targets = [{k: v.to(run.device) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
-        hold = world > 1 and number < len(parts)  # DDP averages when the last part is there
-        with run.parallel.no_sync() if hold else contextlib.nullcontext():
-            noised = denoising_queries(
-                targets, run.config.num_classes, run.recipe.denoising, label_noise=run.recipe.label_noise
-            )
+        images, targets = to_device(run.device, images, targets)
+        noised = denoising_queries(targets, run.config.num_classes, run.recipe.denoising, run.recipe.label_noise)
+        with contextlib.nullcontext() if number == len(parts) else not_yet_averaged(run):
             with autocast(run.device, run.args.amp):
-                outputs = run.parallel(images.to(run.device, non_blocking=True), noised)
-            try:
-                terms, trouble = run.criterion(outputs, targets, num_objects), ""
-            except FloatingPointError as error:
-                terms, trouble = {}, str(error)
-            values = dict(zip(terms, torch.stack([*terms.values()]).tolist() if terms else (), strict=True))
-            if not trouble and not all(map(math.isfinite, values.values())):
-                trouble = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            require_finite(run, trouble, [target["image_id"] for target in targets])
-            run.scaler.scale(sum(terms.values())).backward()
-        totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
+                outputs = run.parallel(images, noised)
+            with finite_or_stop(run, targets):
+                losses = run.criterion(outputs, targets, num_objects)
+                totals.update(finite_values(losses))
+            run.scaler.scale(sum(losses.values())).backward()
     return totals
 
 
 def update(run):
-    """The optimiser's step."""
+    """The optimiser's step, with the gradient of the whole model clipped to a norm."""
     rate = run.recipe.rate(run.step, run.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * rate
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
-    if not run.scaler.is_enabled():  # fp16's scaler leaves such a step out and scales less from then on
-        require_finite(run, "" if norm.isfinite() else f"the gradient's norm is {norm.item()}", [])
+    if not run.scaler.is_enabled():  # with fp16 the scaler skips such a step and lowers its scale
+        with finite_or_stop(run):
+            finite_values({"the gradient's norm": norm})
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
     run.step += 1
 
 
-def require_finite(run, trouble, image_ids):
-    """Ends all processes if any is in trouble, before a weight has changed."""
+def to_device(device, images, targets):
+    targets = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
+    return images.to(device, non_blocking=True), targets
+
+
+def not_yet_averaged(run):
+    """DistributedDataParallel averages gradients over the processes with the last part; until then it waits."""
+    return run.parallel.no_sync() if run.parallel is not run.model else contextlib.nullcontext()
+
+
+def finite_values(tensors):
+    """{name: float} of scalars. Raises FloatingPointError with all of them where one is not finite."""
+    values = dict(zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True))  # one wait for the device
+    if not all(map(math.isfinite, values.values())):
+        raise FloatingPointError(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    return values
+
+
+@contextlib.contextmanager
+def finite_or_stop(run, targets=()):
+    """If a FloatingPointError is raised inside, in any process, all of them end here, before a weight has changed."""
+    trouble = ""
+    try:
+        yield
+    except FloatingPointError as error:
+        trouble = str(error)
     if any_rank(trouble):
-        reports = gather(trouble and f"process {rank_and_world()[0]}, images {image_ids}: {trouble}")
+        images = [target["image_id"] for target in targets]
+        reports = gather(trouble and f"process {rank_and_world()[0]}, images {images}: {trouble}")
         rate = run.recipe.lr * run.recipe.rate(run.step, run.steps)
         head = f"the loss is not finite in step {run.step + 1} (epoch {run.epoch + 1}, lr {rate:.1e})"
         tail = f"{run.args.out / 'last.pt'} is untouched. A lower --lr or --amp off may help"
@@ -354,17 +322,16 @@ def require_finite(run, trouble, image_ids):
 
 
 def train_epoch(run, interruption, log):
-    """The rest of the epoch in work, or as far as a signal lets it go."""
+    """Train for the rest of the epoch, or until the end of the step in which a signal comes."""
     rank, world = rank_and_world()
     parts, last = samples(loader_of(run)), (run.epoch + 1) * run.steps_per_epoch
-    totals, steps, waited, since = {}, 0, 0.0, time.perf_counter()
+    totals, steps, waited, since = Counter(), 0, 0.0, time.perf_counter()
     while run.step < last and not any_rank(interruption.number):
         begin = time.perf_counter()
-        step_parts = [next(parts) for _ in range(run.args.accumulate)]
+        batch = [next(parts) for _ in range(run.args.accumulate)]
         waited += time.perf_counter() - begin
         torch.manual_seed(np.random.SeedSequence((run.args.seed, run.step, rank)).generate_state(1).item())
-        for name, value in gradients(run, step_parts).items():
-            totals[name] = totals.get(name, 0.0) + value
+        totals.update(gradients(run, batch))
         update(run)
         steps += 1
         if run.step % LOG_EVERY == 0 or run.step in (1, last):
@@ -373,20 +340,14 @@ def train_epoch(run, interruption, log):
                 dist.all_reduce(means)
             seconds = time.perf_counter() - since
             log.training(run, dict(zip(totals, means.tolist(), strict=True)), seconds / steps, waited / seconds)
-            totals, steps, waited, since = {}, 0, 0.0, time.perf_counter()
+            totals, steps, waited, since = Counter(), 0, 0.0, time.perf_counter()
         if run.step % SAVE_EVERY == 0:
             save(run, "last.pt")
 
 
-def share_statistics(model):
-    """Every process evaluates with the batch statistics of rank 0, which are those that the checkpoint holds."""
-    for buffer in model.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)
-
-
 def save(run, name):
-    """Write a checkpoint beside the old one and put it in its place, so that there is a whole one at every moment.
-    A full disk costs a warning and leaves the old one."""
+    """Write a checkpoint, in process 0. It replaces the one before it only once it is whole; where the disk is full,
+    that one stays and a warning is printed."""
     if rank_and_world()[0] != 0:
         return
     state = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
@@ -399,7 +360,7 @@ def save(run, name):
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns some of the system's errors into its own
+    except (OSError, RuntimeError) as error:  # torch.save reports some of the system's errors as RuntimeError
         unfinished.unlink(missing_ok=True)
         print(f"warning: {path} was not written, the one before it stays ({error})", file=sys.stderr)
 
@@ -417,41 +378,47 @@ def parse_arguments(arguments):
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, shapes-full, coco, bdd100k, or a folder in COCO layout (%(default)s)")
     add("--data-root", default="data", help="where the data sets lie (%(default)s)")
-    add("--preset", choices=["paper", "released", "maskdino", "tiny"], default="paper", help="model and recipe (paper)")
-    add("--set", action="append", type=setting, default=[], metavar="FIELD=VALUE", help="change a field of the model or "
-        f"of its training: {', '.join(SETTABLE)}")
-    add("--epochs", type=positive, help="(paper: 50)")
+    presets = ["paper", "released", "maskdino", "tiny"]
+    add("--preset", choices=presets, help="model and recipe (tiny for shapes, paper for all other data)")
+    fields = f"change a field of the model or of its training: {', '.join(SETTABLE)}"
+    add("--set", action="append", type=setting, default=[], metavar="FIELD=VALUE", help=fields)
+    add("--epochs", type=positive, help="(paper: 50; tiny: 6)")
     add("--gpus", type=positive, default=1, help="processes to start on this machine (%(default)s)")
-    add("--batch-size", type=positive, help="of all processes together (paper: 16)")
+    add("--batch-size", type=positive, help="of all processes together (paper: 16; tiny: 8)")
     add("--accumulate", type=positive, default=1, help="parts to do each batch in, to save memory (%(default)s)")
-    add("--checkpoint-activations", action="store_true", help="compute activations twice, to save memory")
-    add("--lr", type=float, help="learning rate (paper: 1e-4)")
-    add("--image-size", type=positive, help="side of training images; test images change alike (paper: 1024)")
-    add("--augmentation", choices=[*AUGMENTATIONS], help="(paper: jitter)")
+    add("--checkpoint-activations", action="store_true", help="recompute activations, to save memory")
+    add("--lr", type=float, help="learning rate (paper: 1e-4; tiny: 2e-3)")
+    add(
+        "--image-size",
+        type=positive,
+        help="side of training images in px; test images change alike (paper: 1024; tiny: 128)",
+    )
+    add("--augmentation", choices=[*AUGMENTATIONS], help="(paper: jitter; tiny: flips)")
     add("--amp", choices=["bf16", "fp16", "off"], help="autocast (bf16 on a GPU, off on a CPU)")
     add("--device", choices=["cpu", "cuda"], help="(a GPU where there is one)")
     add("--workers", type=int, help="processes that load images, for each training process (4 for a GPU, 0 for a CPU)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--out", type=Path, help="the run's folder (runs/DATA)")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    add("--init", metavar="CKPT", help="start from all weights that fit of a checkpoint, ours or the authors'")
+    add("--init", metavar="CKPT", help="start from those weights of a checkpoint, ours or the authors', that fit")
     add("--backbone-weights", metavar="PATH", help="(torchvision's, of ImageNet-1k); none: start from scratch")
     add("--check", action="store_true", help="only check the data: decode every image, measure the loading")
     args = parser.parse_args(arguments)
+    args.preset = args.preset or ("tiny" if args.data == "shapes" else "paper")
     args.out = args.out or Path("runs") / Path(args.data).name
     return args
 
 
 def check_data(args):
-    """--check: every image decoded, and how fast training images come."""
+    """For --check: read every image, and measure how fast training images load."""
     recipe = choose_recipe(args)
     train_set, val_set = open_data(args, recipe)
-    sample = torch.utils.data.Subset(train_set, spread(64, len(train_set)))
+    sample = torch.utils.data.Subset(train_set, data.evenly_spaced(64, len(train_set)))
     begin = time.perf_counter()
     count = sum(1 for _ in DataLoader(sample, batch_size=None, num_workers=args.workers))
     rate = count / (time.perf_counter() - begin)
-    say(f"{args.data} is sound: {len(train_set):,} training and {len(val_set):,} validation images. Training images of "
-        f"{recipe.image_size} px: {rate:.1f} a second with {args.workers} workers")  # fmt: skip
+    say(f"{args.data} is sound: {len(train_set):,} training and {len(val_set):,} validation images")
+    say(f"training images of {recipe.image_size} px load at {rate:.1f} a second with {args.workers} workers")
 
 
 def train(args):
@@ -466,7 +433,7 @@ def train(args):
         return on_every_rank(partial(check_data, args))
     run = on_every_rank(partial(Run, args, device))
     args.out.mkdir(parents=True, exist_ok=True)
-    introduce(run)
+    describe(run)
     if dist.is_initialized():
         run.parallel = nn.parallel.DistributedDataParallel(run.model, device_ids=[device] if on_gpu else None)
     log, interruption = Log(run), Interruption()
@@ -498,7 +465,7 @@ def main(arguments=None):
     if args.gpus > 1 and "RANK" not in os.environ:
         if args.device != "cpu" and args.gpus > torch.cuda.device_count():
             stop(f"this machine has {torch.cuda.device_count()} GPUs, not {args.gpus}; --device cpu goes without", 2)
-        sys.exit(launch(args.gpus, arguments))
+        sys.exit(launch(__file__, arguments, args.gpus))
     try:
         train(args)
     except torch.OutOfMemoryError as error:

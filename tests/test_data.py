@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 import data
 import shapes
-from data import Geometry, collate, identity, open_dataset, shortest_side
+from data import collate, open_dataset
+from geometry import Geometry, identity
 
 COCO_MINI = Path(__file__).parents[2] / "shared" / "coco_mini"
 needs_coco_mini = pytest.mark.skipif(not COCO_MINI.is_dir(), reason="needs the 96 COCO images of ../shared/coco_mini")
@@ -63,96 +62,7 @@ def opened(folder, geometry=identity, training=False):
     return open_dataset(str(folder), "unused", "val", geometry, training)
 
 
-# ---- Geometry
-
-
-@st.composite
-def geometries(draw, height, width, largest=2):
-    """Any transposition, flip, whole-number enlargement, crop and padding."""
-    transpose, horizontal, vertical = draw(st.tuples(*[st.booleans()] * 3))
-    size = (width, height) if transpose else (height, width)
-    size = tuple(side * draw(st.integers(1, largest)) for side in size)
-    offset = tuple(draw(st.integers(0, side - 1)) for side in size)
-    output = tuple(draw(st.integers(1, side + 20)) for side in size)
-    return Geometry(size, output, offset, transpose, horizontal, vertical)
-
-
-@st.composite
-def rectangles(draw, height, width):
-    """(x0, y0, x1, y1), whole numbers, inside."""
-    x0, y0 = draw(st.integers(0, width - 2)), draw(st.integers(0, height - 2))
-    return x0, y0, draw(st.integers(x0 + 1, width)), draw(st.integers(y0 + 1, height))
-
-
-def filled(rectangle, height, width):
-    x0, y0, x1, y1 = rectangle
-    mask = np.zeros((height, width), np.uint8)
-    mask[y0:y1, x0:x1] = 1
-    return mask
-
-
-@given(st.data(), st.integers(2, 40), st.integers(2, 40))
-@settings(deadline=None, max_examples=200)
-def test_polygons_and_bitmasks_of_one_region_stay_one_region(source, height, width):
-    x0, y0, x1, y1 = rectangle = source.draw(rectangles(height, width))
-    geometry = source.draw(geometries(height, width, largest=4))
-    polygon = geometry.polygons([[x0, y0, x1, y0, x1, y1, x0, y1]], height, width)
-    assert np.array_equal(polygon, geometry.bitmask(filled(rectangle, height, width)))
-
-
-@given(st.data(), st.integers(2, 40), st.integers(2, 40))
-@settings(deadline=None, max_examples=200)
-def test_pixels_move_exactly_as_masks_do(source, height, width):
-    mask = filled(source.draw(rectangles(height, width)), height, width)
-    geometry = source.draw(geometries(height, width))
-    image = geometry.image(Image.fromarray(mask * 255).convert("RGB"))
-    # Enlarged twice, a white corner keeps 9/16 of its brightness, 143, above the padding's 128 and what spills, 112.
-    assert np.array_equal(np.asarray(image)[..., 0] > 140, geometry.bitmask(mask) == 1)
-
-
-@given(st.data(), st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(1, 60))
-@settings(deadline=None, max_examples=100)
-def test_a_crop_is_a_part_of_the_whole(source, height, width, new_height, new_width):
-    random = np.random.default_rng(source.draw(st.integers(0, 99)))
-    mask = random.integers(0, 2, (height, width)).astype(np.uint8)
-    top, left = source.draw(st.integers(0, new_height - 1)), source.draw(st.integers(0, new_width - 1))
-    whole = Geometry((new_height, new_width), (new_height, new_width))
-    crop = whole._replace(offset=(top, left), output=(new_height - top, new_width - left))
-    assert np.array_equal(crop.bitmask(mask), whole.bitmask(mask)[top:, left:])
-    picture = Image.fromarray(random.integers(0, 256, (height, width, 3)).astype(np.uint8))
-    part, image = (np.asarray(g.image(picture)).astype(int) for g in (crop, whole))
-    assert abs(part - image[top:, left:]).max() <= 2  # Pillow resizes in two passes, each rounded to whole grey values
-
-
-def test_a_bitmask_is_read_at_the_centres_of_the_pixels():
-    mask = np.tile(np.array([0, 1, 0], np.uint8), (3, 3))
-    assert Geometry((1, 3), (1, 3)).bitmask(mask).tolist() == [[1, 1, 1]]
-    assert Geometry((3, 3), (2, 2), (1, 1), transpose=True).bitmask(mask).tolist() == [[1, 1], [1, 1]]
-
-
-def test_what_lies_beyond_the_image_is_grey_and_in_no_mask():
-    geometry = Geometry((60, 80), (64, 100))
-    assert (np.asarray(geometry.image(Image.new("RGB", (80, 60), "white")))[60:] == 128).all()
-    assert (np.asarray(geometry.image(Image.new("RGB", (80, 60), "white")))[:, 80:] == 128).all()
-    assert geometry.polygons([[-9, -9, 99, -9, 99, 99, -9, 99]], 60, 80).sum() == 60 * 80
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "size"),
-    [(640, 480, (800, 1067)), (480, 640, (1067, 800)), (2000, 1000, (667, 1333)), (50, 5000, (1333, 13))],
-)
-def test_evaluation_resizes_to_a_shortest_side_of_800_and_a_longest_of_1333(width, height, size):
-    assert shortest_side(800, 1333)(np.random.default_rng(0), width, height) == Geometry(size, size)
-
-
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 99), st.floats(0, 1))
-@settings(deadline=None, max_examples=100)
-def test_run_lengths_decode_as_pycocotools_decodes_them(height, width, seed, share):
-    mask = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
-    assert np.array_equal(data.decode(rle.encode(np.asfortranarray(mask))), mask)
-
-
-# ---- COCO's own annotations
+# ---- COCO's own annotations ------------------------------------------------------------------------------------------
 
 
 @needs_coco_mini
@@ -207,7 +117,7 @@ def test_flips_and_transposes_undone_leave_a_coco_mask_within_its_outline():
         assert abs(back - plain).sum() <= 0.3 * edges
 
 
-# ---- Images
+# ---- Images ----------------------------------------------------------------------------------------------------------
 
 
 def image_file(path, mode):
@@ -253,7 +163,7 @@ def test_an_unreadable_image_is_named_and_no_other_is_affected(tmp_path, content
     assert "a.png" in str(data.check(dataset, decode=True))
 
 
-# ---- Targets
+# ---- Targets ---------------------------------------------------------------------------------------------------------
 
 TWO_PARTS = [[10, 20, 20, 20, 20, 40, 10, 40], [20, 20, 30, 20, 30, 40, 20, 40]]
 
@@ -345,7 +255,7 @@ def test_a_batch_is_of_one_size(tmp_path):
         collate([dataset[0], (torch.zeros(3, 32, 32, dtype=torch.uint8), {})])
 
 
-# ---- Check
+# ---- Check -----------------------------------------------------------------------------------------------------------
 
 
 def image(**changes):
@@ -439,7 +349,7 @@ def test_training_needs_an_object_somewhere(tmp_path):
     assert "no images with objects" in str(data.check(opened(write(tmp_path, []), training=True), decode=False))
 
 
-# ---- Layouts
+# ---- Layouts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -489,7 +399,7 @@ def test_two_jsons_for_one_split_are_refused(tmp_path):
         opened(tmp_path)
 
 
-# ---- BDD100K
+# ---- BDD100K ---------------------------------------------------------------------------------------------------------
 
 BDD100K_OBJECTS = [  # names as in the rles json, with attributes and what they must become: (category_id, iscrowd)
     ("car", {}, (3, 0)),
@@ -557,7 +467,7 @@ def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path, for
         assert np.array_equal(found[label], bdd100k_masks()[number] == 1)
 
 
-# ---- Shapes
+# ---- Shapes ----------------------------------------------------------------------------------------------------------
 
 
 def made(folder, name="shapes"):

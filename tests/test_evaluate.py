@@ -1,0 +1,245 @@
+"""What evaluate.py promises."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+
+import data
+import evaluate
+from geometry import identity
+from small_runs import exit_code, log_of, same, write_images
+from weights import load_model, read_checkpoint
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def predictions(truth, shift=0, score=0.9):
+    """Every object of a COCO dict as a result, its mask moved right by some pixels and its box by twice as many."""
+    index, results = evaluate.coco_index(json.loads(json.dumps(truth))), []
+    for annotation in truth["annotations"]:
+        mask = np.roll(index.annToMask(annotation), shift, 1)
+        code = rle.encode(np.asfortranarray(mask))
+        x, y, w, h = annotation["bbox"]
+        results.append(
+            {
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "score": score,
+                "bbox": [x + 2 * shift, y, w, h],
+                "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
+            }
+        )
+    return results
+
+
+def truth_of(folder):
+    return data.open_dataset(str(folder), ".", "val", identity, training=False).json
+
+
+def test_perfect_predictions_give_100_and_none_gives_0(folder):
+    perfect = evaluate.average_precision(truth_of(folder), predictions(truth_of(folder)))
+    nothing = evaluate.average_precision(truth_of(folder), [])
+    present = {name for name, value in perfect.items() if value is not None}
+    assert {"AP_box", "AP_mask", "AP_box_S"} <= present
+    for name in perfect:
+        assert perfect[name] == (pytest.approx(100) if name in present else None)
+        assert nothing[name] == (0 if name in present else None)
+
+
+def square(x, y, width, height):
+    """A mask of 160 x 160 pixels, run-length encoded."""
+    mask = np.zeros((160, 160), np.uint8, order="F")
+    mask[y : y + height, x : x + width] = 1
+    code = rle.encode(mask)
+    return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+def test_average_precision_of_a_small_set_is_what_one_works_out_by_hand():
+    medium, small, crowd = (10, 10, 40, 40), (60, 60, 20, 20), (110, 110, 50, 50)  # x, y, width, height
+    objects = [
+        {
+            "id": i,
+            "bbox": list(box),
+            "area": box[2] * box[3],
+            "segmentation": square(*box),
+            "iscrowd": int(box == crowd),
+        }
+        for i, box in enumerate((medium, small, crowd), 1)
+    ]
+    truth = {
+        "images": [{"id": 7, "file_name": "7.png", "width": 160, "height": 160}],
+        "categories": [{"id": 4, "name": "a"}],
+        "annotations": [{**one, "image_id": 7, "category_id": 4} for one in objects],
+    }
+    found = [  # score, box, mask
+        (0.9, (110, 110, 20, 20), square(110, 110, 20, 20)),  # on the crowd, so it counts neither for nor against
+        (0.8, medium, square(*medium)),  # perfect
+        (0.7, (0, 0, 100, 100), square(0, 140, 10, 10)),  # wrong: a large box with a small mask
+        (0.6, (60, 60, 20, 15.5), square(*small)),  # a perfect mask, but the IoU of the box is 15.5 / 20 = 0.775
+    ]
+    results = [
+        {"image_id": 7, "category_id": 4, "score": score, "bbox": list(box), "segmentation": mask}
+        for score, box, mask in found
+    ]
+    # AP is the mean, over the IoU thresholds 0.5, 0.55, ..., 0.95, of the precision at recall 0, 0.01, ..., 1.
+    # Where both objects count as found, the order is right, wrong, right: precision 1 up to a recall of 0.5, which is
+    # 51 of the 101 places, and 2/3 at the other 50. Where the small one does not, nothing is found beyond 0.5.
+    both, one = (51 + 50 * 2 / 3) / 101, 51 / 101
+    expected = {
+        "AP_box": (6 * both + 4 * one) / 10,  # thresholds 0.5 to 0.75 accept the small box, the other four do not
+        "AP_box_50": both,
+        "AP_box_S": 0.6,  # only what is small counts: the wrong box is large, the small object is found 6 times of 10
+        "AP_box_M": 1,
+        "AP_mask": both,
+        "AP_mask_50": both,
+        "AP_mask_S": 0.5,  # the wrong mask is small and comes first: precision 1/2 at every recall
+        "AP_mask_M": 1,
+    }
+    metrics = evaluate.average_precision(truth, results)
+    assert metrics == {name: pytest.approx(100 * value) for name, value in expected.items()} | {
+        "AP_box_L": None,
+        "AP_mask_L": None,
+    }
+
+
+def test_results_carry_pixels_of_the_original_image_and_category_ids():
+    masks = torch.zeros(1, 20, 30, dtype=torch.bool)
+    masks[0, 5:9, 11:13] = True
+    detections = {
+        "boxes": torch.tensor([[11.0, 5.0, 13.0, 9.0]]),
+        "labels": torch.tensor([1]),
+        "scores": torch.tensor([0.5]),
+        "masks": masks,
+    }
+    (result,) = evaluate.coco_results(detections, 42, [3, 17])
+    assert (result["image_id"], result["category_id"], result["bbox"], result["score"]) == (42, 17, [11, 5, 2, 4], 0.5)
+    assert np.array_equal(rle.decode(result["segmentation"]), masks[0].numpy())
+
+
+def test_the_table_has_the_papers_columns_and_a_dash_where_there_is_no_object():
+    metrics = {name + area: 12.345 for name in ("AP_box", "AP_mask") for area in ("", "_50", "_S", "_M", "_L")}
+    head, _, row = evaluate.table([("tiny", {**metrics, "AP_mask_L": None})]).splitlines()
+    assert head.replace("|", "").split() == ["AP_box", "S", "M", "L", "AP_mask", "S", "M", "L"]
+    assert row.replace("|", "").split() == ["tiny", *["12.3"] * 7, "-"]
+
+
+def test_evaluate_prints_the_ap_that_training_logged_and_every_layers(folder, trained, tmp_path, capsys):
+    flags = [
+        "--ckpt",
+        trained / "last.pt",
+        "--data",
+        folder,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--layers",
+        "--speed",
+        "--draw",
+        2,
+        "--json",
+        tmp_path / "metrics.json",
+    ]
+    assert exit_code(evaluate.main, [*map(str, flags)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| layer")]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(rows) == len(metrics["layers"]) == 1 + read_checkpoint(trained / "last.pt")["config"]["decoder_layers"]
+    logged = [record for record in log_of(trained) if "AP_box" in record][-1]
+    for name in ("AP_box", "AP_mask", "AP_box_S"):
+        assert metrics[name] == metrics["layers"][-1][name] == pytest.approx(logged[name], rel=1e-5)
+    assert metrics["FPS_without_postprocessing"] >= metrics["FPS"] > 0
+    assert len(list((tmp_path / "pictures").iterdir())) == 2 and (tmp_path / "predictions.json").exists()
+
+
+def test_evaluate_refuses_data_of_other_classes_and_names_both(trained, tmp_path, capsys):
+    write_images(tmp_path, "val", 1, classes=("box", "lid"))
+    assert exit_code(evaluate.main, ["--ckpt", str(trained / "last.pt"), "--data", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "box, plate, tile" in message and "box, lid" in message
+
+
+def test_own_images_get_pictures_and_only_what_reaches_the_score(folder, trained, tmp_path):
+    photo = tmp_path / "photo.jpg"
+    Image.new("RGB", (90, 70), "red").save(photo)
+    flags = ["--ckpt", trained / "last.pt", "--device", "cpu", "--out", tmp_path / "found", "--images", photo]
+    kept = []
+    for score in ("0", "0.02", "1"):
+        assert exit_code(evaluate.main, [*map(str, flags), "--score", score]) == 0
+        kept.append(json.loads((tmp_path / "found" / "predictions.json").read_text()))
+    assert len(kept[0]) == 18 and kept[2] == []
+    assert kept[1] == [result for result in kept[0] if result["score"] >= 0.02]
+    assert kept[0][0]["segmentation"]["size"] == [70, 90] and kept[0][0]["category"] in ("box", "plate", "tile")
+    assert (tmp_path / "found" / "photo_found.png").exists()
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return load_model(trained / "last.pt")
+
+
+def test_predict_takes_a_file_a_picture_an_array_or_a_tensor_and_finds_the_same(folder, model):
+    path = folder / "val" / "1.png"
+    picture = Image.open(path)
+    array = np.asarray(picture)
+    tensor = torch.tensor(array).permute(2, 0, 1)
+    expected = evaluate.predict(model, path)
+    for image in (str(path), picture, array, tensor):
+        found = evaluate.predict(model, image)
+        assert found.pop("names") == expected["names"]
+        assert same(found, {name: expected[name] for name in found})
+
+
+def test_predict_gives_what_reaches_the_score_best_first_in_pixels_of_the_image(folder, model):
+    path = folder / "val" / "1.png"  # 64 x 48
+    found = evaluate.predict(model, path)
+    scores = found["scores"].tolist()
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 2
+    assert found["names"] == [model.classes[label] for label in found["labels"]]
+    assert found["masks"].shape == (18, 48, 64) and found["masks"].dtype == torch.bool
+    assert (found["boxes"] >= 0).all() and (found["boxes"] <= torch.tensor([64, 48, 64, 48])).all()
+    for least in (scores[2], 1.1):
+        fewer = evaluate.predict(model, path, least)
+        assert fewer["scores"].tolist() == [score for score in scores if score >= least]
+        assert len(fewer["masks"]) == len(fewer["names"]) == len(fewer["scores"]) < 18
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3)),
+        torch.zeros(4, 4, 3).byte(),
+        torch.zeros(4, 4).byte(),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_predict_says_what_an_image_is_where_it_gets_something_else(model, image):
+    with pytest.raises(ValueError, match="uint8, as an array .H W 3. or a tensor .3 H W."):
+        evaluate.predict(model, image)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (200, 4), (3, 150), (33, 31)])
+def test_images_of_any_size_and_shape_give_boxes_inside_them_and_masks_of_their_size(trained, tmp_path, size):
+    Image.new("RGB", size, "blue").save(tmp_path / "image.png")
+    flags = ["--ckpt", trained / "last.pt", "--device", "cpu", "--out", tmp_path, "--score", "0"]
+    assert exit_code(evaluate.main, [*map(str, flags), "--images", str(tmp_path / "image.png")]) == 0
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    assert results
+    for x, y, w, h in (result["bbox"] for result in results):
+        assert x >= 0 and y >= 0 and x + w <= size[0] + 1e-3 and y + h <= size[1] + 1e-3  # sums of float32
+    assert {tuple(result["segmentation"]["size"]) for result in results} == {size[::-1]}
+
+
+def test_a_picture_shows_what_reaches_the_score_and_nothing_else(folder):
+    dataset = data.open_dataset(str(folder), ".", "val", identity, training=False)
+    image = data.read_record(dataset.folder, dataset.images[1])
+    names = dict(zip(dataset.category_ids, dataset.classes, strict=True))
+    found = [r for r in predictions(dataset.json) if r["image_id"] == 1]
+    found[0]["bbox"] = [-30, -5, 400, 0]  # boxes are not clipped to the image
+    plain, shown = evaluate.draw(image, found, names, score=0.95), evaluate.draw(image, found, names, score=0.5)
+    assert plain.shape == shown.shape == (3, 480, 640)
+    assert np.array_equal(plain.permute(1, 2, 0)[5::10, 5::10], np.asarray(image)) and not torch.equal(plain, shown)

@@ -1,0 +1,136 @@
+"""What processes.py promises, and that two processes compute what one does."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import evaluate
+import processes
+import train
+from small_runs import (
+    FOUR,
+    SMALL,
+    assert_same_gradient,
+    exit_code,
+    gradient_run,
+    gradients_of,
+    log_of,
+    new_run,
+    parts_of,
+    write_images,
+)
+from weights import read_checkpoint
+
+HERE = Path(__file__).parents[1]
+
+# ---- Many processes --------------------------------------------------------------------------------------------------
+
+
+def two_processes(rank, threads, folder, out):
+    """What each of two processes sees, saved for the tests below."""
+    torch.set_num_threads(threads)  # as many as in the process that compares: sums come out alike
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
+    dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
+    run = gradient_run(folder, out / "unused")
+    run.parallel = torch.nn.parallel.DistributedDataParallel(run.model)
+    mine = FOUR[2 * rank : 2 * rank + 2]
+    seen = {"shared": gradients_of(run, parts_of(run, mine))}
+    seen["in parts"] = gradients_of(run, parts_of(run, mine[:1], mine[1:]))
+    part = parts_of(run, FOUR[:2])
+    for target in part[0][1] if rank == 1 else ():
+        target.update({name: target[name][:0] for name in ("labels", "boxes", "masks")})
+    seen["one without objects"] = gradients_of(run, part)
+    metrics, results = evaluate.evaluate(run.model, run.val_set, run.device)
+    seen.update(metrics=metrics, results=results)
+    run.parallel.train()(part[0][0] // (rank + 1))
+    seen["own statistics"] = torch.cat([buffer.flatten() for buffer in run.model.buffers()])
+    processes.share_statistics(run.model)
+    seen["shared statistics"] = torch.cat([buffer.flatten() for buffer in run.model.buffers()])
+    criterion = run.criterion.forward
+    if rank == 1:
+        run.criterion.forward = lambda *args: {name: loss * math.nan for name, loss in criterion(*args).items()}
+    seen["end"] = exit_code(train.gradients, run, part)
+    torch.save(seen, out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def pair(folder, tmp_path_factory):
+    """(what rank 0 saw, what rank 1 saw)"""
+    out = tmp_path_factory.mktemp("pair")
+    torch.multiprocessing.spawn(two_processes, (torch.get_num_threads(), folder, out), nprocs=2)
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("how", ["shared", "in parts"])
+def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(folder, tmp_path, pair, how):
+    run = gradient_run(folder, tmp_path)
+    whole = gradients_of(run, parts_of(run, FOUR))
+    assert torch.equal(pair[0][how], pair[1][how])
+    assert_same_gradient(pair[0][how], whole)
+
+
+def test_a_process_without_objects_neither_hangs_nor_skews_the_gradient(folder, tmp_path, pair):
+    run = gradient_run(folder, tmp_path)
+    parts = parts_of(run, FOUR[:2], FOUR[:2])
+    for target in parts[1][1]:
+        target.update({name: target[name][:0] for name in ("labels", "boxes", "masks")})
+    # Two parts rather than one batch: an image without objects beside others takes part in their denoising groups.
+    assert_same_gradient(pair[0]["one without objects"], gradients_of(run, parts))
+
+
+def test_evaluation_shared_by_two_processes_equals_that_of_one_digit_for_digit(folder, tmp_path, pair):
+    run = gradient_run(folder, tmp_path)
+    metrics, results = evaluate.evaluate(run.model, run.val_set, run.device)
+    assert pair[0]["metrics"] == pair[1]["metrics"] == metrics
+    assert pair[0]["results"] == results and pair[1]["results"] is None
+    assert len(results) == 5 * 18
+
+
+def test_all_processes_evaluate_with_the_statistics_that_the_checkpoint_holds(pair):
+    assert not torch.equal(pair[0]["own statistics"], pair[1]["own statistics"])
+    for seen in pair:
+        assert torch.equal(seen["shared statistics"], pair[0]["own statistics"])
+
+
+def test_a_loss_that_is_not_finite_on_one_process_ends_all_together(pair):
+    assert [seen["end"] for seen in pair] == [1, 1]
+
+
+def start(folder, out, *more):
+    """train.py --gpus 2 on a machine whose host name has no address, once its first step is logged."""
+    (out / "log.jsonl").unlink(missing_ok=True)
+    program = "import socket, train; socket.getfqdn = lambda name='': 'no-such-host.invalid'; train.main()"
+    command = [sys.executable, "-c", program, *SMALL, "--data", folder, "--out", out, "--gpus", 2, *more]
+    process = subprocess.Popen([*map(str, command)], cwd=HERE, stdout=PIPE, stderr=PIPE, text=True)
+    while process.poll() is None and not ((out / "log.jsonl").exists() and log_of(out)):
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.slow
+def test_two_processes_train_end_with_the_death_of_one_and_save_on_a_signal(tmp_path):
+    folder, out = tmp_path / "data", tmp_path / "run"
+    write_images(folder, "train", 2000)  # an epoch of 500 steps, so that all of this happens in it
+    write_images(folder, "val", 1)
+    job = start(folder, out)
+    ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, errors = job.communicate(timeout=100)
+    assert job.returncode == 128 + signal.SIGKILL and "process 1 ended" in errors
+
+    job = start(folder, out, "--resume")
+    job.terminate()
+    output, _ = job.communicate(timeout=100)
+    stopped = read_checkpoint(out / "last.pt")["step"]
+    assert job.returncode == 143 and f"a signal ended this after step {stopped}" in output
+    assert new_run(folder, out, "--resume").step == stopped > 0  # one process may go on where two were
