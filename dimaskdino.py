@@ -543,7 +543,7 @@ class DetectionHead(nn.Module):
         self.classifier, self.box_mlp = nn.Linear(config.dim, config.num_classes), box_mlp(config.dim)
 
     def forward(self, x, Q_ref, box):
-        """Q_ref [... Q C], x: the same normed once more; box [... Q 4], refined here -> c [... Q K] logits, b [... Q 4]"""
+        """x: Q_ref normed once more [... Q C]; box: what is refined here [... Q 4] -> c [... Q K] (logits), b [... Q 4]"""
         return self.classes(x), refine(self.delta(Q_ref), box)
 
     def classes(self, x):
