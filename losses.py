@@ -37,6 +37,9 @@ class Denoising(NamedTuple):
     boxes_logit: Tensor  # [B D 4]
     groups: int  # D = groups * the largest number of objects in an image
 
+    def to(self, device):
+        return Denoising(self.labels.to(device), self.boxes_logit.to(device), self.groups)
+
     def attention_mask(self, queries):
         """Who may not look at whom, [D+queries D+queries]: the groups at each other, the other queries at any group."""
         size = self.labels.shape[1] // max(self.groups, 1)
