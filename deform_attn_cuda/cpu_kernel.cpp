@@ -2,7 +2,7 @@
 //
 // Of one query and head, `locate` computes all points at once: the tokens of their four corners and what each corner
 // counts. Then the rows of those tokens, c channels in a row of memory, are read in vectors. A corner outside its
-// level counts nothing and reads some token inside, so there are no branches; a location that is not a number makes
+// level counts nothing and reads the level's first token, so there are no branches; a location that is not a number makes
 // every corner count NaN.
 #include "cpu_kernel.h"
 
@@ -125,16 +125,16 @@ struct Points {
     column += Whole(__builtin_convertvector(column, Real) > x);  // a true comparison is -1: truncation becomes floor
     line += Whole(__builtin_convertvector(line, Real) > y);
     const Real dx = x - __builtin_convertvector(column, Real), dy = y - __builtin_convertvector(line, Real);
-    const Real nan = (dx - dx) + (dy - dy);  // 0, or NaN where the location is
+    const Real nan_x = dx - dx, nan_y = dy - dy;  // 0, or NaN where the location is
     const Whole has_left = (column >= 0) & (column < W), has_right = (column >= -1) & (column + 1 < W);
     const Whole has_top = (line >= 0) & (line < H), has_bottom = (line >= -1) & (line + 1 < H);
-    const Real share_left = (has_left ? 1 - dx : zero) + nan, share_right = (has_right ? dx : zero) + nan;
-    const Real share_top = has_top ? 1 - dy : zero, share_bottom = has_bottom ? dy : zero;
-    const Whole token_top = origin + (has_top & (line * W)), token_bottom = origin + (has_bottom & (line * W + W));
-    store<GROUP>(token[0], token_top + (has_left & column));
-    store<GROUP>(token[1], token_top + (has_right & (column + 1)));
-    store<GROUP>(token[2], token_bottom + (has_left & column));
-    store<GROUP>(token[3], token_bottom + (has_right & (column + 1)));
+    const Real share_left = (has_left ? 1 - dx : zero) + nan_x, share_right = (has_right ? dx : zero) + nan_x;
+    const Real share_top = (has_top ? 1 - dy : zero) + nan_y, share_bottom = (has_bottom ? dy : zero) + nan_y;
+    const Whole token_top = line * W + column, token_bottom = token_top + W;
+    store<GROUP>(token[0], origin + (has_top & has_left & token_top));
+    store<GROUP>(token[1], origin + (has_top & has_right & (token_top + 1)));
+    store<GROUP>(token[2], origin + (has_bottom & has_left & token_bottom));
+    store<GROUP>(token[3], origin + (has_bottom & has_right & (token_bottom + 1)));
     store<GROUP>(corner[0], w * share_top * share_left);
     store<GROUP>(corner[1], w * share_top * share_right);
     store<GROUP>(corner[2], w * share_bottom * share_left);

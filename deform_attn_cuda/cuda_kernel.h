@@ -6,11 +6,12 @@
 
 namespace deform_attn {
 
-constexpr int MAX_LEVELS = 64;
+constexpr int MAX_LEVELS = 64, MAX_BLOCKS = 65535;  // MAX_BLOCKS: of a grid's second and third size
 
 // Shapes of one call, letters as in __init__.py. Goes to the GPU by value, with the launch.
 struct CudaProblem {
   int B, N, h, c, Q, L, P;
+  float levels_per_point;  // 1 / P
   int height[MAX_LEVELS], width[MAX_LEVELS], start[MAX_LEVELS];  // start: first token of the level
 };
 

@@ -24,10 +24,10 @@ CudaProblem problem_of(const Tensor& value, IntArrayRef level_shapes, const Tens
   const int64_t B = value.size(0), N = value.size(1), h = value.size(2), c = value.size(3);
   const int64_t Q = locations.size(1), L = locations.size(3), P = locations.size(4);
   TORCH_CHECK_VALUE(L <= MAX_LEVELS, "deform_attn: level_shapes hold ", L, " levels, the CUDA kernel takes ", MAX_LEVELS);
-  for (const int64_t size : {h * c, L * P, Q, B * h * (Q + 1)})
-    TORCH_CHECK_VALUE(size < (1 << 30), "deform_attn: value ", value.sizes(), " with locations ", locations.sizes(),
-                      " is too large for the CUDA kernel");
-  CudaProblem problem = {int(B), int(N), int(h), int(c), int(Q), int(L), int(P)};
+  TORCH_CHECK_VALUE(B <= MAX_BLOCKS && h <= MAX_BLOCKS && h * c < 1 << 28 && P < 1 << 14 && B * h * (Q + 1) < 1 << 30,
+                    "deform_attn: value ", value.sizes(), " with locations ", locations.sizes(),
+                    " is too large for the CUDA kernel");
+  CudaProblem problem = {int(B), int(N), int(h), int(c), int(Q), int(L), int(P), 1.0f / P};
   int start = 0;
   for (int64_t level = 0; level < L; ++level) {
     problem.height[level] = int(level_shapes[2 * level]);

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deform_attn_cuda
-from deform_attn_cuda import build, deform_attn, deform_attn_pytorch, status
+from deform_attn_cuda import build, deform_attn, deform_attn_pytorch, sass, status
 from deform_attn_cuda.benchmark import grid_sample
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -46,11 +46,20 @@ def inputs(level_shapes=LEVELS, B=2, Q=7, h=3, c=5, P=2, dtype=torch.float64, de
             weights.to(device, precise).requires_grad_())
 
 
-def outputs(path, level_shapes, tensors):
+def upstream_of(output):
+    """The gradient that comes from above in all these tests."""
+    return torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
+
+
+def outputs(path, level_shapes, tensors, upstream_of=upstream_of):
     """The output of a path and its three gradients."""
     output = path(tensors[0], level_shapes, *tensors[1:])
-    upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
-    return output, *torch.autograd.grad(output, tensors, upstream)
+    return output, *torch.autograd.grad(output, tensors, upstream_of(output))
+
+
+def misaligned(tensor):
+    """The same, one element away from where 16 bytes begin."""
+    return torch.cat((tensor.new_zeros(1), tensor.detach().flatten()))[1:].view(tensor.shape).requires_grad_()
 
 
 def assert_close(actual, expected, tolerance):
@@ -65,7 +74,7 @@ def assert_close(actual, expected, tolerance):
 problems = st.fixed_dictionaries({
     "level_shapes": st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
     "B": st.integers(1, 3), "Q": st.integers(1, 9), "h": st.integers(1, 4), "P": st.integers(1, 18),
-    "c": st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 31, 32, 40, 64, 72]), "seed": st.integers(0, 1000)})
+    "c": st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 31, 32, 40, 64, 67, 72]), "seed": st.integers(0, 1000)})
 
 # ---- What is computed
 
@@ -92,6 +101,15 @@ def test_kernel_and_fallback_agree(device, dtype, problem):
     tensors = inputs(**problem, dtype=dtype, device=device)
     expected = outputs(deform_attn_pytorch, problem["level_shapes"], tensors)
     assert_close(outputs(deform_attn, problem["level_shapes"], tensors), expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_many_queries_and_a_value_that_begins_anywhere(device, dtype):
+    needs_kernel(device, dtype)
+    value, *others = inputs(Q=300, c=32, P=4, dtype=dtype, device=device)
+    tensors = misaligned(value), *others
+    assert_close(outputs(deform_attn, LEVELS, tensors), outputs(deform_attn_pytorch, LEVELS, tensors), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -149,7 +167,7 @@ def test_the_same_bits_come_out_of_any_number_of_threads():
 def test_older_processors_get_the_same_results(capability):
     """A process for each set of instructions, as PyTorch chooses once."""
     needs_kernel("cpu")
-    code = ("import torch; from test_deform_attn import *\n"
+    code = ("import torch; from tests.test_deform_attn import *\n"
             "for dtype in deform_attn_cuda.KERNEL_TYPES['cpu']:\n"
             "    for c in (7, 32):\n"
             "        tensors = inputs(c=c, P=5, dtype=dtype)\n"
@@ -261,19 +279,19 @@ def nvcc():
     return path
 
 
-@pytest.fixture(scope="module")
-def cuda_on_cpu(nvcc, tmp_path_factory):
-    """The CUDA kernels compiled for this CPU, as a path."""
+@pytest.fixture(scope="module", params=["false", "true"], ids=["sm_80", "sm_90"])
+def cuda_on_cpu(nvcc, request, tmp_path_factory):
+    """The CUDA kernels compiled for this CPU, as a path: as for sm_80, and with sm_90's additions of four at once."""
     library = tmp_path_factory.mktemp("cuda_on_cpu") / "library.so"
-    subprocess.run([nvcc, "-O1", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-w", "-o", library,
-                    deform_attn_cuda.HERE / "cuda_on_cpu.cpp"], check=True)
+    subprocess.run([nvcc, "-O1", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-w", f"-DVECTOR_REDUCTION={request.param}",
+                    "-o", library, deform_attn_cuda.HERE / "cuda_on_cpu.cpp"], check=True)
     run = ctypes.CDLL(str(library)).forward_and_backward
 
-    def path(level_shapes, tensors):
+    def path(level_shapes, tensors, upstream_of=upstream_of):
         value, locations, weights = (tensor.detach() for tensor in tensors)
         (B, N, h, c), (Q, L, P) = value.shape, (weights.shape[dim] for dim in (1, 3, 4))
         output = torch.full((B, Q, h * c), torch.nan, dtype=value.dtype)  # all but grad_value is to be written whole
-        upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+        upstream = upstream_of(output)
         grads = [torch.zeros_like(value, dtype=weights.dtype), *(torch.full_like(t, torch.nan) for t in tensors[1:])]
         sizes = [B, N, h, c, Q, L, P, *(size for shape in level_shapes for size in shape)]
         data = [tensor.data_ptr() for tensor in (value, locations, weights, output, upstream, *grads)]
@@ -301,28 +319,64 @@ def test_the_cuda_source_shows_what_is_not_a_number_where_the_fallback_does(cuda
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("broken", ["value", "locations", "weights", "upstream"])
+@pytest.mark.parametrize("what", [torch.nan, torch.inf], ids=str)
+def test_the_cuda_source_and_the_cpu_kernel_show_what_is_not_finite_in_the_same_gradients(cuda_on_cpu, broken, what):
+    needs_kernel("cpu")
+    tensors = dict(zip(("value", "locations", "weights"), inputs(P=4, Q=40, c=8, dtype=torch.float32), strict=True))
+    tensors["locations"].data[:, ::3] += 3  # all outside
+    upstream = upstream_of(torch.empty(2, 40, 24)).clone()
+    (tensors | {"upstream": upstream})[broken].data.view(-1)[::41] = what
+    expected = outputs(deform_attn, LEVELS, tuple(tensors.values()), lambda _: upstream)
+    for a, b in zip(cuda_on_cpu(LEVELS, tuple(tensors.values()), lambda _: upstream), expected, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("c, shift", [(32, False), (32, True), (33, False), (72, True)], ids=str)
+def test_the_cuda_source_takes_many_blocks_of_queries_and_values_of_any_alignment(cuda_on_cpu, dtype, c, shift):
+    tensors = inputs(Q=150, c=c, P=3, dtype=dtype)
+    if shift:
+        tensors = misaligned(tensors[0]), *tensors[1:]
+    assert_close(cuda_on_cpu(LEVELS, tensors), outputs(deform_attn_pytorch, LEVELS, tensors), TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("c", [136, 264])
 def test_the_cuda_source_takes_more_channels_than_a_warp_holds_at_once(cuda_on_cpu, c):
     tensors = inputs(c=c, P=11, dtype=torch.float32)
     assert_close(cuda_on_cpu(LEVELS, tensors), outputs(deform_attn_pytorch, LEVELS, tensors), 1e-5)
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_cuda_kernels_compile_without_spills_and_move_16_bytes_at_once(nvcc, architecture, tmp_path):
-    command = [nvcc, "-O3", "-std=c++17", f"-arch=sm_{architecture}", deform_attn_cuda.HERE / "cuda_kernel.cu"]
-    report = subprocess.run([*command, "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"], capture_output=True,
-                            text=True, check=True).stderr
-    spills = re.findall(r"(\d+) bytes spill", report)
-    assert len(spills) == 2 * 16 and set(spills) == {"0"}  # stores and loads of 4 types, 2 widths, 2 directions
-    subprocess.run([*command, "-ptx", "-o", tmp_path / "ptx"], check=True)
-    functions = (tmp_path / "ptx").read_text().split(".entry ")[1:]
-    wide = [text for text in functions
-            if re.search("forwardI(ffLi4|ddLi2|6__halffLi8|13__nv_bfloat16fLi8)E", text.split("(")[0])]
-    assert len(wide) == 4
-    for text in wide:
-        assert re.search(r"ld\.global(\.nc)?\.v[24]\.", text) and re.search(r"st\.global\.v[24]\.", text)
-    vector_reductions = sum("red.relaxed.gpu.global.add.v4.f32" in text for text in functions)
-    assert vector_reductions == (3 if architecture >= 90 else 0)  # float32, float16 and bfloat16
+@pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
+def test_the_cuda_kernels_compile_without_spills(nvcc, architecture, tmp_path):
+    _, resources = sass.compile_kernels(nvcc, architecture, tmp_path)
+    assert len(resources) == 16  # 4 types, 2 widths, 2 directions
+    assert not any(spilled for registers, shared, spilled in resources.values())
+
+
+@pytest.fixture(scope="module")
+def machine_code(nvcc, tmp_path_factory):
+    """Kernel -> its instructions and loops, for sm_90."""
+    nvdisasm = sass.find_nvdisasm(nvcc)
+    if nvdisasm is None:
+        pytest.skip("no nvdisasm")
+    return sass.instructions_of_kernels(nvdisasm, sass.compile_kernels(nvcc, 90, tmp_path_factory.mktemp("sass"))[0])
+
+
+@pytest.mark.parametrize("direction, width, millions", [("forward", 16, 36), ("backward", 4, 120)])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_encoder_costs_few_instructions(machine_code, dtype, direction, width, millions):
+    width = width // sass.BYTES[dtype] if direction == "forward" else width
+    assert sass.warp_instructions(*machine_code[direction, dtype, width], width) <= 1e6 * millions
+
+
+@pytest.mark.parametrize("dtype", sass.BYTES)
+def test_the_cuda_kernels_move_16_bytes_at_once(machine_code, dtype):
+    instructions, _ = machine_code["forward", dtype, 16 // sass.BYTES[dtype]]
+    for move in ("LDG.E.128", "LDS.128", "STS.128", "STG.E.128"):
+        assert any(move in text for text in instructions), move
+    instructions, _ = machine_code["backward", dtype, 2 if dtype == "float64" else 4]
+    assert ("REDG.E.ADD.F32x4" in " ".join(instructions)) == (dtype != "float64")
 
 
 # ---- The CUDA kernels on a GPU
