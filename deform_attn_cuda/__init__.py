@@ -124,19 +124,30 @@ _paths, _said = {}, set()
 
 
 def sources_digest():
-    sources = sorted(path for path in HERE.iterdir() if path.suffix in (".cpp", ".cu", ".h"))
+    """Of all that the library is made from; cuda_on_cpu.cpp is for the tests."""
+    sources = sorted(path for path in HERE.iterdir()
+                     if path.suffix in (".cpp", ".cu", ".h") and path.name != "cuda_on_cpu.cpp")
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
+def read_stamp():
+    """What build.py wrote, or nothing if that is not there or not whole."""
+    try:
+        stamp = json.loads(STAMP.read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
 
 
 def _load():
     """Load the compiled operator. Returns for each device why there is no kernel for it, or nothing."""
-    if not STAMP.exists():
+    stamp = read_stamp()
+    if not stamp:
         return dict.fromkeys(KERNEL_TYPES, "not built: run make build")
-    stamp = json.loads(STAMP.read_text())
-    if stamp["torch"] != torch.__version__:
-        reason = f"built for PyTorch {stamp['torch']}, this is {torch.__version__}: run make build"
+    if stamp.get("torch") != torch.__version__:
+        reason = f"built for PyTorch {stamp.get('torch')}, this is {torch.__version__}: run make build"
         return dict.fromkeys(KERNEL_TYPES, reason)
-    if stamp["sources"] != sources_digest():
+    if stamp.get("sources") != sources_digest():
         return dict.fromkeys(KERNEL_TYPES, "its sources have changed: run make build")
     try:
         torch.ops.load_library(STAMP.parent / stamp["library"])

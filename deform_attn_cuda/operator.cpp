@@ -20,6 +20,7 @@ extern const CpuKernels baseline;
 
 using at::IntArrayRef;
 using at::Tensor;
+using c10::SymIntArrayRef;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 void check(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations, const Tensor& weights,
@@ -147,47 +148,49 @@ Gradients backward_cpu(const Tensor& grad_output_, const Tensor& value_, IntArra
   return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
 }
 
-Tensor call_forward(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations, const Tensor& weights) {
+Tensor call_forward(const Tensor& value, SymIntArrayRef level_shapes, const Tensor& locations, const Tensor& weights) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deform_attn::forward", "")
-      .typed<Tensor(const Tensor&, IntArrayRef, const Tensor&, const Tensor&)>();
+      .typed<Tensor(const Tensor&, SymIntArrayRef, const Tensor&, const Tensor&)>();
   return op.call(value, level_shapes, locations, weights);
 }
 
-Gradients call_backward(const Tensor& grad_output, const Tensor& value, IntArrayRef level_shapes,
+Gradients call_backward(const Tensor& grad_output, const Tensor& value, SymIntArrayRef level_shapes,
                         const Tensor& locations, const Tensor& weights) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deform_attn::backward", "")
-      .typed<Gradients(const Tensor&, const Tensor&, IntArrayRef, const Tensor&, const Tensor&)>();
+      .typed<Gradients(const Tensor&, const Tensor&, SymIntArrayRef, const Tensor&, const Tensor&)>();
   return op.call(grad_output, value, level_shapes, locations, weights);
 }
 
+// Level shapes may be symbols here, while a graph is traced; kernels are given numbers by the dispatcher.
 struct Function : torch::autograd::Function<Function> {
-  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& value, IntArrayRef level_shapes,
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& value, SymIntArrayRef level_shapes,
                         const Tensor& locations, const Tensor& weights) {
     const at::AutoDispatchBelowADInplaceOrView below;
     context->save_for_backward({value, locations, weights});
-    context->saved_data["level_shapes"] = level_shapes.vec();
+    context->saved_data["level_shapes"] = level_shapes;
     return call_forward(value, level_shapes, locations, weights);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list grads) {
     const auto saved = context->get_saved_variables();
-    const auto level_shapes = context->saved_data["level_shapes"].toIntVector();
+    const auto level_shapes = context->saved_data["level_shapes"].toSymIntVector();
     auto [value, locations, weights] = call_backward(grads[0], saved[0], level_shapes, saved[1], saved[2]);
     return {value, Tensor(), locations, weights};
   }
 };
 
-Tensor forward_autograd(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations, const Tensor& weights) {
+Tensor forward_autograd(const Tensor& value, SymIntArrayRef level_shapes, const Tensor& locations,
+                        const Tensor& weights) {
   return Function::apply(value, level_shapes, locations, weights);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(deform_attn, m) {
-  m.def("forward(Tensor value, int[] level_shapes, Tensor locations, Tensor weights) -> Tensor",
+  m.def("forward(Tensor value, SymInt[] level_shapes, Tensor locations, Tensor weights) -> Tensor",
         {at::Tag::pt2_compliant_tag});
-  m.def("backward(Tensor grad_output, Tensor value, int[] level_shapes, Tensor locations, Tensor weights)"
+  m.def("backward(Tensor grad_output, Tensor value, SymInt[] level_shapes, Tensor locations, Tensor weights)"
         " -> (Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
 }
 

@@ -31,7 +31,7 @@ def kernel_of(name):
 
 
 def compile_kernels(nvcc, architecture, folder):
-    """Returns the machine code as a file, and for each kernel its (registers, bytes of shared memory, spilled bytes)."""
+    """Returns the file of machine code, and for each kernel its (registers, bytes of shared memory, spilled bytes)."""
     cubin = Path(folder) / f"sm_{architecture}.cubin"
     done = subprocess.run([nvcc, "-O3", "-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", "-o", cubin,
                            HERE / "cuda_kernel.cu"], capture_output=True, text=True, check=True)
@@ -93,7 +93,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         cubin, resources = compile_kernels(nvcc, architecture, folder)
         code = instructions_of_kernels(nvdisasm, cubin)
-    print(f"sm_{architecture}: {QUERIES} queries, {HEADS} heads, {CHANNELS} channels, {POINTS} points; bounds of an H100\n"
+    print(f"sm_{architecture}: {QUERIES} queries, {HEADS} heads, {CHANNELS} channels, {POINTS} points\n"
           f"{'kernel':26} {'registers':>9} {'shared B':>8} {'spilled B':>9} {'million instructions':>20} "
           f"{'issue us':>8} {'L1 us':>6}")
     for kernel in sorted(code, key=lambda kernel: (-kernel[2], kernel)):

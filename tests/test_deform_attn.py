@@ -3,6 +3,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,7 +110,8 @@ def test_many_queries_and_a_value_that_begins_anywhere(device, dtype):
     needs_kernel(device, dtype)
     value, *others = inputs(Q=300, c=32, P=4, dtype=dtype, device=device)
     tensors = misaligned(value), *others
-    assert_close(outputs(deform_attn, LEVELS, tensors), outputs(deform_attn_pytorch, LEVELS, tensors), TOLERANCES[dtype])
+    expected = outputs(deform_attn_pytorch, LEVELS, tensors)
+    assert_close(outputs(deform_attn, LEVELS, tensors), expected, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -229,6 +231,42 @@ def test_exported_programs_take_any_batch(path):
     program = torch.export.export(Sample(path), inputs(dtype=torch.float32), dynamic_shapes=(batch, batch, batch))
     tensors = inputs(B=5, dtype=torch.float32)
     torch.testing.assert_close(program.module()(*tensors), path(tensors[0], LEVELS, *tensors[1:]))
+
+
+class Pyramid(torch.nn.Module):
+    """Two levels whose sizes are those of an image, every token a query."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, image):
+        levels = [image, image[:, :, ::2, ::2]]
+        value = torch.cat([level.flatten(2) for level in levels], -1).transpose(1, 2)[:, :, None]
+        locations = value[..., None, None, :2].expand(-1, -1, -1, 2, -1, -1).sigmoid()
+        return self.path(value, [tuple(level.shape[-2:]) for level in levels], locations, locations[..., 0])
+
+
+@pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
+def test_one_compiled_graph_serves_images_of_all_sizes(path):
+    torch.compiler.reset()
+    compiled = torch.compile(Pyramid(path), dynamic=True, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for height, width in [(12, 10), (8, 14), (6, 20), (16, 18)]:
+            image = torch.randn(2, 8, height, width, requires_grad=True)
+            output, expected = compiled(image), Pyramid(path)(image)
+            torch.testing.assert_close(output, expected)
+            gradients = (torch.autograd.grad(result.sum(), image) for result in (output, expected))
+            torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
+def test_exported_programs_take_images_of_any_size(path):
+    sizes = {2: 2 * torch.export.Dim("H", min=2, max=50), 3: 2 * torch.export.Dim("W", min=2, max=50)}
+    program = torch.export.export(Pyramid(path), (torch.randn(2, 8, 12, 10),), dynamic_shapes=(sizes,)).module()
+    for height, width in [(8, 14), (30, 20)]:
+        image = torch.randn(2, 8, height, width)
+        torch.testing.assert_close(program(image), Pyramid(path)(image))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -513,6 +551,98 @@ def test_a_build_that_fails_leaves_what_was_there(capsys, monkeypatch):
     assert build.main() == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no-such-flag" in error and built_files() == before
+
+
+@pytest.mark.parametrize("text", ["", '{"library": "deform', "null", "{}"])
+def test_a_stamp_that_is_not_whole_is_as_good_as_none(text, tmp_path, monkeypatch):
+    (tmp_path / "stamp.json").write_text(text)
+    monkeypatch.setattr(deform_attn_cuda, "STAMP", tmp_path / "stamp.json")
+    assert set(deform_attn_cuda._load().values()) == {"not built: run make build"}
+
+
+def test_the_sources_of_tests_do_not_age_the_library(tmp_path, monkeypatch):
+    for path in deform_attn_cuda.HERE.glob("*.[ch]*"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(deform_attn_cuda, "HERE", tmp_path)
+    before = deform_attn_cuda.sources_digest()
+    (tmp_path / "cuda_on_cpu.cpp").write_text("")
+    assert deform_attn_cuda.sources_digest() == before
+    (tmp_path / "operator.cpp").write_text("")
+    assert deform_attn_cuda.sources_digest() != before
+
+
+@pytest.fixture
+def toolchain(tmp_path):
+    """Starts builds of a copy of the package by a compiler and an nvcc that only take their time."""
+    without = shutil.ignore_patterns("build", "__pycache__")
+    shutil.copytree(deform_attn_cuda.HERE, tmp_path / "deform_attn_cuda", ignore=without)
+    (tmp_path / "bin").mkdir()
+    for name in ("c++", "nvcc"):
+        (tmp_path / "bin" / name).write_text(
+            f"#!/bin/sh\ncase $1 in --*) echo {name} release {torch.version.cuda}; exit;; esac\n"
+            "sleep 0.5; for output; do :; done; echo \"$*\" > \"$output\"\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def start(**environment):
+        environment = {"CXX": str(tmp_path / "bin/c++"), "CUDA_HOME": str(tmp_path)} | environment
+        return subprocess.Popen([sys.executable, "-m", "deform_attn_cuda.build"], cwd=tmp_path, text=True,
+                                env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return start
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+def test_two_builds_at_once_in_one_folder_both_end_well_and_keep_gpu_support(toolchain, tmp_path):
+    builds = [toolchain(CXXFLAGS=flags) for flags in ("-DFIRST", "-DSECOND")]
+    for process in builds:
+        assert "built the CPU and CUDA kernels" in process.communicate()[0] and process.returncode == 0
+    folder = tmp_path / "deform_attn_cuda/build"
+    stamp = json.loads((folder / "stamp.json").read_text())
+    assert stamp["cuda"] == "" and (folder / stamp["library"]).exists()
+    assert len(list(folder.glob("*.so"))) == 2 and not [path for path in folder.iterdir() if path.is_dir()]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+def test_a_build_removes_what_is_older_than_a_day(toolchain, tmp_path):
+    old, recent = (tmp_path / f"deform_attn_cuda/build/{name}.o" for name in ("old", "recent"))
+    old.parent.mkdir()
+    for path in (old, recent):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    assert toolchain().wait() == 0
+    assert recent.exists() and not old.exists()
+
+
+@pytest.mark.parametrize("cxx", ["g++ -m64", "ccache g++ -m64", "/usr/bin/ccache /usr/bin/g++ -m64"])
+def test_cxx_may_hold_a_launcher_and_options(cxx):
+    plan, link, libraries = build.commands(cxx.split(), "nvcc")
+    assert " ".join(link).startswith(cxx) and not any(word.endswith(".o") for word in link)
+    assert plan["operator_cuda"][1:4] == ["-ccbin", cxx.split()[-2], "-Xcompiler=-m64"]
+
+
+def test_flags_of_distributions_keep_standard_speed_and_gpu_support(nvcc, monkeypatch, tmp_path):
+    compiler = build.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("CXXFLAGS", "-std=c++17 -march=nocona -O2 -Wp,-D_FORTIFY_SOURCE=2 -DA=1,2")
+    plan, *_ = build.commands(compiler, nvcc)
+    assert all("-std=c++17" not in command for stem, command in plan.items() if stem != "cuda_kernel")
+    for stem, command in plan.items():
+        if stem.startswith("cpu"):
+            assert command.index("-O2") < command.index("-O3")
+            assert [flag for flag in command if flag.startswith("-march")][1:] == build.INSTRUCTION_SETS[stem[4:]][:1]
+    (tmp_path / "empty.cpp").write_text("int numbers[] = {A};\n#ifndef _FORTIFY_SOURCE\n#error\n#endif\n")
+    flags = [word for word in plan["operator_cuda"] if word.startswith("-Xcompiler")]
+    build.run([nvcc, *flags, "-c", str(tmp_path / "empty.cpp")], tmp_path / "empty.o")
+
+
+def test_an_nvcc_of_the_working_directory_is_not_run(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").write_text("#!/bin/sh\ntouch ran\n")
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    build.find_nvcc()
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("release, says", [("12.9", "is of CUDA 12, PyTorch of CUDA"), (None, "no nvcc found")])
