@@ -22,17 +22,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as nnf
 
-from . import HERE, KERNEL_TYPES, deform_attn, deform_attn_pytorch, status
+from . import HERE, KERNEL_TYPES, deform_attn, deform_attn_pytorch, locate, status
 
 LEVELS = [(100, 152), (50, 76), (25, 38), (13, 19)]
 HEADS, CHANNELS, POINTS = 8, 32, 4
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def grid_sample(value, level_shapes, locations, weights):
+def grid_sample(value, level_shapes, reference, offsets, logits):
     """The classic formulation of DETR repositories: one `grid_sample` for each level, all samples kept."""
     B, _, h, c = value.shape
-    _, Q, _, L, P, _ = locations.shape
+    _, Q, _, L, P, _ = offsets.shape
+    locations, weights = locate(level_shapes, reference, offsets), logits.flatten(3).softmax(-1)
     sampled = []
     for level, tokens in enumerate(value.split([H * W for H, W in level_shapes], 1)):
         image = tokens.permute(0, 2, 3, 1).reshape(B * h, c, *level_shapes[level])
@@ -48,10 +49,11 @@ def shapes_and_starts(device):
     return shapes, shapes.prod(1).cumsum(0) - shapes.prod(1)
 
 
-def kernel_of_2020(value, level_shapes, locations, weights):
+def kernel_of_2020(value, level_shapes, reference, offsets, logits):
     """The kernel that came with Deformable DETR, as the package torch-ms-deform-attn distributes it."""
     from torch_ms_deform_attn import ms_deform_attn
     shapes, starts = shapes_and_starts(value.device)
+    locations, weights = locate(level_shapes, reference, offsets), logits.flatten(3).softmax(-1).view(logits.shape)
     return ms_deform_attn(value, shapes, starts, locations.to(value.dtype), weights.to(value.dtype))
 
 
@@ -62,15 +64,16 @@ def inputs(batch, queries, pattern, dtype, device):
     centres = torch.cat([torch.cartesian_prod((torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W).flip(-1)
                          for H, W in LEVELS]) if queries is None else torch.rand(queries, 2, generator=generator)
     shape = batch, len(centres), HEADS, len(LEVELS), POINTS
-    locations = torch.rand(*shape, 2, generator=generator)
     if pattern == "local":
         angle = torch.arange(HEADS) * 2 * math.pi / HEADS
         ring = torch.stack([angle.cos(), angle.sin()], -1)[:, None, None] * torch.arange(1, POINTS + 1)[:, None]
-        pixels = ring + torch.randn(*shape, 2, generator=generator)
-        locations = centres[:, None, None, None] + pixels / torch.tensor(LEVELS).flip(-1)[:, None]
+        offsets = ring + torch.randn(*shape, 2, generator=generator)
+    else:
+        locations = torch.rand(*shape, 2, generator=generator)
+        offsets = (locations - centres[:, None, None, None]) * torch.tensor(LEVELS).flip(-1)[:, None]
     value = torch.randn(batch, tokens, HEADS, CHANNELS, generator=generator)
-    weights = torch.randn(shape, generator=generator).flatten(3).softmax(-1).view(shape)
-    return value.to(device, dtype), locations.to(device), weights.to(device)
+    logits = torch.randn(shape, generator=generator)
+    return value.to(device, dtype), centres.to(device), offsets.to(device), logits.to(device)
 
 
 def compulsory_and_gathered(batch, queries, dtype):
@@ -147,21 +150,21 @@ def peak_megabytes(function, device):
 
 def measure(batch, queries, pattern, dtype, device, repeats):
     """Rows of the table for one case: one for each path."""
-    value, locations, weights = inputs(batch, queries, pattern, dtype, device)
+    value, centres, *others = inputs(batch, queries, pattern, dtype, device)
     paths = {"grid_sample": grid_sample, "PyTorch fallback": deform_attn_pytorch}
     if dtype in KERNEL_TYPES.get(device, ()) and "fallback" not in status(device, dtype):
         paths[f"{device.upper()} kernel"] = deform_attn
     if device == "cuda" and importlib.util.find_spec("torch_ms_deform_attn"):
         paths["kernel of 2020"] = kernel_of_2020
-    leaves = [tensor.clone().requires_grad_() for tensor in (value, locations, weights)]
-    grad = torch.randn_like(grid_sample(value, LEVELS, locations, weights))
+    leaves = [tensor.clone().requires_grad_() for tensor in (value, *others)]
+    grad = torch.randn_like(grid_sample(value, LEVELS, centres, *others))
 
     def forward(path):
         with torch.no_grad():
-            return path(value, LEVELS, locations, weights)
+            return path(value, LEVELS, centres, *others)
 
     def forward_backward(path):
-        output = path(leaves[0], LEVELS, *leaves[1:])
+        output = path(leaves[0], LEVELS, centres, *leaves[1:])
         return torch.autograd.grad(output, leaves, grad)
 
     calls = {(name, step): functools.partial(step, path) for name, path in paths.items()

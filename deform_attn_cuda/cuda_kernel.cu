@@ -5,15 +5,16 @@
 // head of one image, whose samples are often of the same rows, which are then found in L1. Blocks go head by head:
 // those that run at one time share one or two heads' rows of the value, which stay in L2.
 //
-// The L * P points of a pair are taken in steps of 2 * LANES. Each thread computes two of them, its items (`locate`),
-// and leaves the rows of their corners and what these count in shared memory. Then all threads of the pair go through
-// the points of the step, read the four rows of each, and sum in registers. A warp synchronises with itself alone.
+// First the threads of a pair find the sum that its softmax divides by. Then its L * P points are taken in steps of
+// 2 * LANES. Each thread computes two of them, its items (`locate`), and leaves the tokens of their corners and what
+// these count in shared memory, in a slot for each point of the step. Then all threads of the pair go through the
+// slots, read the four rows of each, and sum in registers. A warp synchronises with itself alone.
 //
-// What bounds it, for 20,197 queries of 8 heads, 32 channels and 16 points on an H100: instructions as much as bytes. It
-// issues 0.93 million warp instructions a microsecond, and the forward is 30 million of them in float32 and 34 million in
-// 16 bit, so 32 or 37 us, while its 1.3 (0.66) GB of rows leave L1 in 45 (22) us. Most instructions are those that a
-// point needs: for each corner a load, its address, WIDTH multiplications, and in 16 bit WIDTH conversions. The backward
-// is 100 million instructions, and adds up to 331 million float32 numbers to grad_value in L2.
+// What bounds it, for 20,197 queries of 8 heads, 32 channels and 16 points on an H100: instructions as much as bytes.
+// It issues 0.93 million warp instructions a microsecond, and the forward is 32 million of them in float32 and 37
+// million in 16 bit, so 35 or 39 us, while its 1.3 (0.66) GB of rows leave L1 in 45 (22) us. Most are those that a
+// point needs: for each corner a load, its address, WIDTH multiplications, and in 16 bit WIDTH conversions. The
+// backward is 104 to 117 million instructions, and adds up to 331 million float32 numbers to grad_value in L2.
 // `python -m deform_attn_cuda.sass` counts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,6 +30,22 @@
 #ifndef LAUNCH  // cuda_on_cpu.cpp has its own
 #define LAUNCH(kernel, blocks, stream, ...) kernel<<<blocks, THREADS, 0, stream>>>(__VA_ARGS__)
 
+// Keeps nvcc from computing x anew wherever it is used.
+__device__ __forceinline__ void keep(int64_t& x) { asm volatile("" : "+l"(x)); }
+
+__device__ __forceinline__ float power_of_2(float x) {
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+__device__ __forceinline__ float log_2(float x) {
+  asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1, x); }
+__device__ __forceinline__ double power_of_2(double x) { return exp2(x); }
+__device__ __forceinline__ double log_2(double x) { return log2(x); }
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+
 __device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(a),
                "f"(b), "f"(c), "f"(d) : "memory");
@@ -41,6 +58,7 @@ namespace {
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int CHANNELS = 32;  // of a pair, at a time
 constexpr unsigned ALL = 0xffffffff;
+constexpr double LOG2_E = 1.4426950408889634;
 
 // WIDTH neighbouring channels, moved by one instruction.
 template <typename V, int WIDTH>
@@ -72,45 +90,66 @@ template <> __device__ __forceinline__ __half narrow(float x) { return __float2h
 template <> __device__ __forceinline__ __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
 template <typename V> __device__ __forceinline__ V narrow(double x) { return x; }
 
-template <typename A>
-struct alignas(2 * sizeof(A)) Location { A x, y; };
 // Four numbers of a point, for its corners top left, top right, bottom left and bottom right.
 template <typename T>
 struct alignas(16) Corners { T corner[4]; };
 
 template <typename A>
-struct Point {
-  Corners<unsigned> tokens;
-  Corners<A> counts;  // weight * share of the line * share of the column
-  A weight, dx, dy;   // how far it lies right of and below the top left corner
-  int inside;         // bit k: corner k is inside of the level
-  int W, H;           // of the level
+struct Offset { A x, y; };
+
+// What turns a pair's offsets and logits into locations and weights.
+template <typename A>
+struct Pair {
+  const Offset<A>* offsets;
+  const A* logits;
+  A x, y;                  // its centre
+  A cells, width, height;  // an offset of 1 is so many cells, and so much of a level's W and H
+  A half;                  // 0.5 / P
+  A shift;                 // of the softmax
+
+  __device__ __forceinline__ A weight(int point) const { return power_of_2(logits[point] * A(LOG2_E) - shift); }
 };
 
-// Infinity is outside. A corner outside counts nothing and reads the level's first token, so that there are no branches;
-// what is not a number shows there as well. A location that is not a number has all corners outside and counts NaN.
 template <typename A>
-__device__ __forceinline__ Point<A> locate(const CudaProblem& problem, int point, Location<A> location, A weight) {
+struct Point {
+  Corners<unsigned> tokens;
+  Corners<A> counts;   // weight * share of the line * share of the column
+  A weight, dx, dy;    // how far it lies right of and below the top left corner
+  A scale_x, scale_y;  // how many cells an offset of 1 is
+  int inside;          // bit k: corner k is inside of the level
+};
+
+__device__ __forceinline__ const Level& level_of(const CudaProblem& problem, int point) {
+  return problem.level[__umulhi(2 * point, problem.levels_per_point)];
+}
+
+// Infinity is outside. A corner outside counts nothing and reads the level's first token, so that there are no
+// branches; what is not a number shows there as well. A location that is not a number has all corners outside and
+// counts NaN.
+template <typename A>
+__device__ __forceinline__ Point<A> locate(const CudaProblem& problem, const Pair<A>& pair, int point) {
   Point<A> p;
-  const int level = int((point + 0.5f) * problem.levels_per_point), start = problem.start[level];
-  p.weight = weight;
-  p.W = problem.width[level];
-  p.H = problem.height[level];
-  const A x = location.x * p.W - A(0.5), y = location.y * p.H - A(0.5);
-  const A near_x = min(max(x, A(-2)), A(p.W)), near_y = min(max(y, A(-2)), A(p.H));  // -2 for NaN
+  const Level& level = level_of(problem, point);
+  const int W = level.W, H = level.H, start = level.start;
+  p.weight = pair.weight(point);
+  p.scale_x = pair.width * W + pair.cells;
+  p.scale_y = pair.height * H + pair.cells;
+  const A x = pair.offsets[point].x * p.scale_x + (pair.x * W - A(0.5));
+  const A y = pair.offsets[point].y * p.scale_y + (pair.y * H - A(0.5));
+  const A near_x = min(max(x, A(-2)), A(W)), near_y = min(max(y, A(-2)), A(H));  // -2 for NaN
   const int column = int(floor(near_x)), line = int(floor(near_y));
   p.dx = x == x ? near_x - column : x;
   p.dy = y == y ? near_y - line : y;
-  const bool in_column[2] = {unsigned(column) < unsigned(p.W), unsigned(column + 1) < unsigned(p.W)};
-  const bool in_line[2] = {unsigned(line) < unsigned(p.H), unsigned(line + 1) < unsigned(p.H)};
-  const A share_x[2] = {1 - p.dx, p.dx}, share_y[2] = {weight * (1 - p.dy), weight * p.dy};
-  const int token = start + line * p.W + column;
+  const bool in_column[2] = {unsigned(column) < unsigned(W), unsigned(column + 1) < unsigned(W)};
+  const bool in_line[2] = {unsigned(line) < unsigned(H), unsigned(line + 1) < unsigned(H)};
+  const A share_x[2] = {1 - p.dx, p.dx}, share_y[2] = {p.weight * (1 - p.dy), p.weight * p.dy};
+  const int token = start + line * W + column;
   p.inside = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const bool inside = in_line[k / 2] && in_column[k % 2];
     const A count = share_y[k / 2] * share_x[k % 2];
-    p.tokens.corner[k] = inside ? token + k / 2 * p.W + k % 2 : start;
+    p.tokens.corner[k] = inside ? token + k / 2 * W + k % 2 : start;
     p.counts.corner[k] = inside ? count : A(0) * count;
     p.inside |= inside << k;
   }
@@ -124,6 +163,7 @@ struct Place {
   int warp, pair, lane;  // number of its warp in the block, of its pair in the warp, and of itself in the pair
   bool asks;             // false beyond the last query; such a thread computes what the last one's does, for nothing
   int row;               // number of its pair in [B Q h]
+  int reference;         // first element of its query in the reference
   int64_t slice;         // first element of its image and head in the value
 
   __device__ __forceinline__ Place(const CudaProblem& problem) {
@@ -132,11 +172,11 @@ struct Place {
     lane = threadIdx.x % LANES;
     const int query = (blockIdx.x * WARPS + warp) * PAIRS + pair, head = blockIdx.y, image = blockIdx.z;
     asks = query < problem.Q;
-    row = (image * problem.Q + min(query, problem.Q - 1)) * problem.h + head;
-    slice = (int64_t(image) * problem.N * problem.h + head) * problem.c;
-#ifdef __CUDA_ARCH__
-    asm volatile("" : "+l"(slice));  // or nvcc computes it anew for every point
-#endif
+    const int asked = min(query, problem.Q - 1), asked_of_all = image * problem.Q + asked;
+    reference = problem.boxes ? 4 * asked_of_all : 2 * asked;
+    row = asked_of_all * problem.h + head;
+    slice = int64_t(image * problem.N * problem.h + head) * problem.c;
+    keep(slice);
   }
 };
 
@@ -150,10 +190,41 @@ struct Table {
   }
 };
 
+// The sum of x over the threads of a pair, for each of them.
+template <int LANES, typename A>
+__device__ __forceinline__ A sum_of_pair(A x) {
+#pragma unroll
+  for (int distance = 1; distance < LANES; distance *= 2) x += __shfl_xor_sync(ALL, x, distance);
+  return x;
+}
+
+template <int WIDTH, typename A>
+__device__ __forceinline__ Pair<A> pair_of(const CudaProblem& problem, const Place<WIDTH>& at, const A* reference,
+                                           const Offset<A>* offsets, const A* logits) {
+  constexpr int LANES = Place<WIDTH>::LANES;
+  const int points = problem.L * problem.P;
+  reference += at.reference;
+  const A half = A(0.5) * reciprocal(A(problem.P));
+  int64_t first = int64_t(at.row) * points;
+  keep(first);
+  Pair<A> pair = {offsets + first, logits + first, reference[0], reference[1], A(!problem.boxes),
+                  problem.boxes ? reference[2] * half : 0, problem.boxes ? reference[3] * half : 0, half};
+  A top = pair.logits[0], sum = 0;
+#pragma unroll 1
+  for (int point = at.lane; point < points; point += LANES) top = max(top, pair.logits[point]);
+#pragma unroll
+  for (int distance = 1; distance < LANES; distance *= 2) top = max(top, __shfl_xor_sync(ALL, top, distance));
+  pair.shift = top * A(LOG2_E);
+#pragma unroll 1
+  for (int point = at.lane; point < points; point += LANES) sum += pair.weight(point);
+  pair.shift += log_2(sum_of_pair<LANES>(sum));
+  return pair;
+}
+
 template <typename V, typename A, int WIDTH>
-__global__ void __launch_bounds__(THREADS, 4)
-forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value,
-        const Location<A>* __restrict__ locations, const A* __restrict__ weights, V* __restrict__ output) {
+__global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 3 : 4)
+forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value, const A* __restrict__ reference,
+        const Offset<A>* __restrict__ offsets, const A* __restrict__ logits, V* __restrict__ output) {
   using At = Place<WIDTH>;
   const At at(problem);
   struct Step {  // one slot more than points, against bank conflicts
@@ -162,9 +233,8 @@ forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value
   };
   __shared__ Step steps[WARPS];
   Step& step = steps[at.warp];
+  const Pair<A> pair = pair_of(problem, at, reference, offsets, logits);
   const int points = problem.L * problem.P;
-  locations += int64_t(at.row) * points;
-  weights += int64_t(at.row) * points;
 
   for (int begin = 0; begin < problem.c; begin += CHANNELS) {
     const int channel = begin + at.lane * WIDTH;
@@ -177,7 +247,7 @@ forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value
 #pragma unroll
       for (int item = 0; item < 2; ++item) {
         const int slot = item * At::LANES + at.lane, point = min(first + slot, points - 1);
-        const Point<A> p = locate(problem, point, locations[point], weights[point]);
+        const Point<A> p = locate(problem, pair, point);
         step.tokens[at.pair][slot] = p.tokens;
         step.counts[at.pair][slot] = p.counts;
       }
@@ -235,11 +305,13 @@ __device__ __forceinline__ A sum_of_lanes(const A (&d)[4], int lane) {
 
 // With d[k] the product of grad_output and the row of corner k, summed over channels, the gradients of a point are sums
 // of d by shares, and of their differences. Threads of a pair sum d; the thread whose item the point is does the rest.
+// grad_reference may be null.
 template <typename V, typename A, int WIDTH>
 __global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 2 : 3)
 backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad_output, const V* __restrict__ value,
-         const Location<A>* __restrict__ locations, const A* __restrict__ weights, A* __restrict__ grad_value,
-         Location<A>* __restrict__ grad_locations, A* __restrict__ grad_weights) {
+         const A* __restrict__ reference, const Offset<A>* __restrict__ offsets, const A* __restrict__ logits,
+         A* __restrict__ grad_value, A* __restrict__ grad_reference, Offset<A>* __restrict__ grad_offsets,
+         A* __restrict__ grad_logits) {
   using At = Place<WIDTH>;
   const At at(problem);
   struct Step {
@@ -248,12 +320,11 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
   };
   __shared__ Step steps[WARPS];
   Step& step = steps[at.warp];
+  const Pair<A> pair = pair_of(problem, at, reference, offsets, logits);
   const int points = problem.L * problem.P;
   grad_output += int64_t(at.row) * problem.c;
-  locations += int64_t(at.row) * points;
-  weights += int64_t(at.row) * points;
-  grad_locations += int64_t(at.row) * points;
-  grad_weights += int64_t(at.row) * points;
+  grad_offsets += int64_t(at.row) * points;
+  grad_logits += int64_t(at.row) * points;
 
   for (int begin = 0; begin < problem.c; begin += CHANNELS) {  // later rounds add to the gradients of the points
     const int channel = begin + at.lane * WIDTH;
@@ -276,15 +347,17 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
     }
     const unsigned row_of_value = problem.h * problem.c * unsigned(sizeof(V));
     const unsigned row_of_grad = problem.h * problem.c * unsigned(sizeof(A));
-    const Table<const Row<V, WIDTH>> table = {reinterpret_cast<const Row<V, WIDTH>*>(value + at.slice + channel), row_of_value};
+    const auto* const values = reinterpret_cast<const Row<V, WIDTH>*>(value + at.slice + channel);
+    const Table<const Row<V, WIDTH>> table = {values, row_of_value};
     const Table<A> grad_table = {grad_value + at.slice + added, row_of_grad};
+    A by_weight = 0;  // sum of weight * its gradient
 
     for (int first = 0; first < points; first += At::STEP) {
       Point<A> items[2];
 #pragma unroll
       for (int item = 0; item < 2; ++item) {
         const int slot = item * At::LANES + at.lane, point = min(first + slot, points - 1);
-        items[item] = locate(problem, point, locations[point], weights[point]);
+        items[item] = locate(problem, pair, point);
         step.tokens[at.pair][slot] = items[item].tokens;
         step.counts[at.pair][slot] = items[item].counts;
       }
@@ -324,20 +397,31 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
 #pragma unroll
           for (int k = 0; k < 4; ++k) d.corner[k] = p.inside >> k & 1 ? d.corner[k] : A(0) * d.corner[k];
           const A upper = d.corner[1] - d.corner[0], lower = d.corner[3] - d.corner[2];
-          A weight = (1 - p.dy) * (d.corner[0] + p.dx * upper) + p.dy * (d.corner[2] + p.dx * lower);
-          A x = p.weight * p.W * ((1 - p.dy) * upper + p.dy * lower);
-          A y = p.weight * p.H * ((1 - p.dx) * (d.corner[2] - d.corner[0]) + p.dx * (d.corner[3] - d.corner[1]));
-          if (begin > 0) {
-            weight += grad_weights[point];
-            x += grad_locations[point].x;
-            y += grad_locations[point].y;
+          A logit = p.weight * ((1 - p.dy) * (d.corner[0] + p.dx * upper) + p.dy * (d.corner[2] + p.dx * lower));
+          const A x = p.weight * ((1 - p.dy) * upper + p.dy * lower);  // by a move of one cell
+          const A y = p.weight * ((1 - p.dx) * (d.corner[2] - d.corner[0]) + p.dx * (d.corner[3] - d.corner[1]));
+          by_weight += logit;
+          grad_logits[point] = logit + (begin > 0 ? grad_logits[point] : 0);
+          grad_offsets[point].x = x * p.scale_x + (begin > 0 ? grad_offsets[point].x : 0);
+          grad_offsets[point].y = y * p.scale_y + (begin > 0 ? grad_offsets[point].y : 0);
+          if (grad_reference) {
+            const Level& level = level_of(problem, point);
+            A* const to = grad_reference + at.reference;
+            atomicAdd(to, x * level.W);
+            atomicAdd(to + 1, y * level.H);
+            if (problem.boxes) {
+              atomicAdd(to + 2, x * level.W * pair.offsets[point].x * pair.half);
+              atomicAdd(to + 3, y * level.H * pair.offsets[point].y * pair.half);
+            }
           }
-          grad_weights[point] = weight;
-          grad_locations[point] = {x, y};
         }
       }
       __syncwarp();
     }
+    by_weight = sum_of_pair<At::LANES>(by_weight);
+#pragma unroll 1
+    for (int point = at.lane; point < points && at.asks; point += At::LANES)
+      grad_logits[point] -= pair.weight(point) * by_weight;
   }
 }
 
@@ -348,49 +432,40 @@ dim3 grid(const CudaProblem& problem) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <int WIDTH, typename V, typename A>
-void forward_by(const CudaProblem& problem, const V* value, const A* locations, const A* weights, V* output,
-                cudaStream_t stream) {
-  const auto kernel = forward<V, A, WIDTH>;
-  LAUNCH(kernel, grid<WIDTH>(problem), stream, problem, value, reinterpret_cast<const Location<A>*>(locations),
-         weights, output);
-}
-
-template <int WIDTH, typename V, typename A>
-void backward_by(const CudaProblem& problem, const V* grad_output, const V* value, const A* locations, const A* weights,
-                 A* grad_value, A* grad_locations, A* grad_weights, cudaStream_t stream) {
-  const auto kernel = backward<V, A, WIDTH>;
-  LAUNCH(kernel, grid<WIDTH>(problem), stream, problem, grad_output, value,
-         reinterpret_cast<const Location<A>*>(locations), weights, grad_value,
-         reinterpret_cast<Location<A>*>(grad_locations), grad_weights);
-}
-
 }  // namespace
 
 template <typename V, typename A>
-void launch_forward(const CudaProblem& problem, const V* value, const A* locations, const A* weights, V* output,
-                    cudaStream_t stream) {
+void launch_forward(const CudaProblem& problem, const Inputs<V, A>& in, V* output, cudaStream_t stream) {
+  const auto start = [&](auto kernel, dim3 blocks) {
+    LAUNCH(kernel, blocks, stream, problem, in.value, in.reference, reinterpret_cast<const Offset<A>*>(in.offsets),
+           in.logits, output);
+  };
   constexpr int WIDTH = 16 / sizeof(V);
-  if (problem.c % WIDTH == 0 && aligned(value) && aligned(output))
-    forward_by<WIDTH>(problem, value, locations, weights, output, stream);
+  if (problem.c % WIDTH == 0 && aligned(in.value) && aligned(output))
+    start(forward<V, A, WIDTH>, grid<WIDTH>(problem));
   else
-    forward_by<1>(problem, value, locations, weights, output, stream);
+    start(forward<V, A, 1>, grid<1>(problem));
 }
 
 // A thread adds 16 bytes of grad_value, whose type is A, at once.
 template <typename V, typename A>
-void launch_backward(const CudaProblem& problem, const V* grad_output, const V* value, const A* locations,
-                     const A* weights, A* grad_value, A* grad_locations, A* grad_weights, cudaStream_t stream) {
+void launch_backward(const CudaProblem& problem, const V* grad_output, const Inputs<V, A>& in,
+                     const Gradients<A>& gradients, cudaStream_t stream) {
+  const auto start = [&](auto kernel, dim3 blocks) {
+    LAUNCH(kernel, blocks, stream, problem, grad_output, in.value, in.reference,
+           reinterpret_cast<const Offset<A>*>(in.offsets), in.logits, gradients.value, gradients.reference,
+           reinterpret_cast<Offset<A>*>(gradients.offsets), gradients.logits);
+  };
   constexpr int WIDTH = 16 / sizeof(A);
-  if (problem.c % WIDTH == 0 && aligned(value) && aligned(grad_output) && aligned(grad_value))
-    backward_by<WIDTH>(problem, grad_output, value, locations, weights, grad_value, grad_locations, grad_weights, stream);
+  if (problem.c % WIDTH == 0 && aligned(in.value) && aligned(grad_output) && aligned(gradients.value))
+    start(backward<V, A, WIDTH>, grid<WIDTH>(problem));
   else
-    backward_by<1>(problem, grad_output, value, locations, weights, grad_value, grad_locations, grad_weights, stream);
+    start(backward<V, A, 1>, grid<1>(problem));
 }
 
-#define INSTANTIATE(V, A)                                                                                       \
-  template void launch_forward(const CudaProblem&, const V*, const A*, const A*, V*, cudaStream_t);             \
-  template void launch_backward(const CudaProblem&, const V*, const V*, const A*, const A*, A*, A*, A*, cudaStream_t)
+#define INSTANTIATE(V, A)                                                                            \
+  template void launch_forward(const CudaProblem&, const Inputs<V, A>&, V*, cudaStream_t);           \
+  template void launch_backward(const CudaProblem&, const V*, const Inputs<V, A>&, const Gradients<A>&, cudaStream_t)
 INSTANTIATE(float, float);
 INSTANTIATE(double, double);
 INSTANTIATE(__half, float);

@@ -22,6 +22,12 @@ using std::floor;
 template <typename T> T max(T a, T b) { return a > b || b != b ? a : b; }  // of NaN and a number, the number
 template <typename T> T min(T a, T b) { return a < b || b != b ? a : b; }
 
+void keep(int64_t&) {}
+unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
+template <typename A> A power_of_2(A x) { return std::exp2(x); }
+template <typename A> A log_2(A x) { return std::log2(x); }
+template <typename A> A reciprocal(A x) { return 1 / x; }
+
 float __uint_as_float(unsigned bits) {
   float number;
   std::memcpy(&number, &bits, sizeof number);
@@ -94,24 +100,16 @@ namespace deform_attn {
 
 template <typename V, typename A>
 void both(const CudaProblem& problem, void** data) {
-  auto value = static_cast<const V*>(data[0]), grad_output = static_cast<const V*>(data[4]);
-  auto locations = static_cast<const A*>(data[1]), weights = static_cast<const A*>(data[2]);
-  launch_forward(problem, value, locations, weights, static_cast<V*>(data[3]), nullptr);
-  launch_backward(problem, grad_output, value, locations, weights, static_cast<A*>(data[5]), static_cast<A*>(data[6]),
-                  static_cast<A*>(data[7]), nullptr);
+  const auto as = [&](int i) { return static_cast<A*>(data[i]); };
+  const Inputs<V, A> inputs = {static_cast<const V*>(data[0]), as(1), as(2), as(3)};
+  launch_forward<V, A>(problem, inputs, static_cast<V*>(data[4]), nullptr);
+  launch_backward<V, A>(problem, static_cast<const V*>(data[5]), inputs, {as(6), as(7), as(8), as(9)}, nullptr);
 }
 
-// sizes: B N h c Q L P, then H and W of each level; data: value, locations, weights, output, grad_output, grad_value,
-// grad_locations, grad_weights.
+// sizes: B N h c Q L P, 1 for boxes, then H and W of each level; data: value, reference, offsets, logits, output,
+// grad_output, grad_value, grad_reference, grad_offsets, grad_logits.
 extern "C" void forward_and_backward(const char* type, const int* sizes, void** data) {
-  CudaProblem problem = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
-                         1.0f / sizes[6]};
-  for (int level = 0, start = 0; level < problem.L; ++level) {
-    problem.height[level] = sizes[7 + 2 * level];
-    problem.width[level] = sizes[8 + 2 * level];
-    problem.start[level] = start;
-    start += problem.height[level] * problem.width[level];
-  }
+  const CudaProblem problem = problem_of(sizes, sizes + 8);
   const std::string name = type;
   if (name == "torch.float32") both<float, float>(problem, data);
   if (name == "torch.float64") both<double, double>(problem, data);

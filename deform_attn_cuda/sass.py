@@ -64,17 +64,24 @@ def instructions_of_kernels(nvdisasm, cubin):
                 instructions.append(instruction[1])
         jumps = ((labels[jump[1]], i) for i, text in enumerate(instructions)
                  if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", text)))
-        kernels[kernel_of(part.split(":")[0])] = instructions, [(to, i) for to, i in jumps if to < i]
+        end = 1 + max(i for i, text in enumerate(instructions) if "EXIT" in text)  # what follows is padding
+        kernels[kernel_of(part.split(":")[0])] = instructions[:end], [(to, i) for to, i in jumps if to < i < end]
     return kernels
 
 
 def warp_instructions(instructions, loops, width):
     """How many instructions all warps issue. Code that a warp may jump over counts as if it did not."""
     def trips(loop):
-        """A loop's trips: the innermost goes through the points of a step, that around it through the steps."""
+        """One loop goes through the points of a step, that around it through the steps, and so on; the others, which
+        do not read the four rows of a point, go through the points of one thread."""
         first, last = loop
-        inside = sum(first <= other[0] and other[1] < last for other in loops)
-        return (min(step, POINTS), math.ceil(POINTS / step), math.ceil(CHANNELS / 32))[inside]
+        inside = [other for other in loops if first <= other[0] and other[1] < last and reads_rows(other)]
+        if not reads_rows(loop):
+            return math.ceil(POINTS * width / 32)
+        return (min(step, POINTS), math.ceil(POINTS / step), math.ceil(CHANNELS / 32))[len(inside)]
+
+    def reads_rows(loop):
+        return sum("LDG" in text for text in instructions[loop[0]:loop[1] + 1]) >= 4
 
     step, warps = 64 // width, HEADS * 8 * math.ceil(QUERIES / (8 * width))
     return warps * sum(math.prod(trips(loop) for loop in loops if loop[0] <= i <= loop[1])

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deform_attn_cuda
-from deform_attn_cuda import build, deform_attn, deform_attn_pytorch, sass, status
+from deform_attn_cuda import build, deform_attn, deform_attn_pytorch, locate, sass, status
 from deform_attn_cuda.benchmark import grid_sample
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 LEVELS = [(6, 9), (3, 5), (1, 1)]
+INPUTS = "value", "reference", "offsets", "logits"
 
 
 def needs_kernel(device, dtype=torch.float32):
@@ -26,25 +27,32 @@ def needs_kernel(device, dtype=torch.float32):
         pytest.skip(status(device, dtype))
 
 
-def inputs(level_shapes=LEVELS, B=2, Q=7, h=3, c=5, P=2, dtype=torch.float64, device="cpu", seed=0):
-    """Locations on a grid of 1/8 pixel, up to two pixels outside, so on borders and pixel centres as well.
+def inputs(level_shapes=LEVELS, B=2, Q=7, h=3, c=5, P=2, boxes=False, dtype=torch.float64, device="cpu", seed=0):
+    """Value, reference, offsets and logits. Points lie on a grid of 1/8 cell, up to two cells outside of the level, so
+    on borders and centres of cells as well.
 
-    There the gradient by the location jumps, and one rounding more or less decides for one side or the other. So
-    sizes that are no power of two, whose locations are rounded, keep 1/16 pixel away.
+    There the gradient by the offset jumps, and one rounding more or less decides for one side or the other. So where
+    locations are rounded, in sizes that are no power of two and in boxes, points keep 1/16 cell away.
     """
     random = torch.Generator().manual_seed(seed)
-    locations = []
+    reference = (torch.rand(*((B, Q, 4) if boxes else (Q, 2)), generator=random).double() * 32).floor() / 32
+    offsets = []
     for H, W in level_shapes:
         size = torch.tensor([W, H])
         steps = (torch.rand(B, Q, h, P, 2, generator=random) * (8 * (size + 4))).floor() - 16
-        pixels = steps / 8 + torch.where(size & (size - 1) == 0, 0, 1 / 16)
-        locations.append((pixels.double() + 0.5) / size)
+        cells = steps.double() / 8 + torch.where((size & (size - 1) == 0) & (not boxes), 0, 1 / 16)
+        unit = 1 / size
+        if boxes:
+            reference[..., 2:].clamp_(min=1 / 32)
+            unit = reference[:, :, None, None, 2:] * 0.5 / P
+        centre = reference[:, :, None, None, :2] if boxes else reference[:, None, None]
+        offsets.append(((cells + 0.5) / size - centre) / unit)
     tokens = sum(H * W for H, W in level_shapes)
     value = torch.randn(B, tokens, h, c, generator=random)
-    weights = torch.randn(B, Q, h, len(level_shapes), P, generator=random)
+    logits = torch.randn(B, Q, h, len(level_shapes), P, generator=random)
     precise = torch.promote_types(dtype, torch.float32)
-    return (value.to(device, dtype).requires_grad_(), torch.stack(locations, 3).to(device, precise).requires_grad_(),
-            weights.to(device, precise).requires_grad_())
+    return (value.to(device, dtype).requires_grad_(), reference.to(device, precise).requires_grad_(),
+            torch.stack(offsets, 3).to(device, precise).requires_grad_(), logits.to(device, precise).requires_grad_())
 
 
 def upstream_of(output):
@@ -53,7 +61,7 @@ def upstream_of(output):
 
 
 def outputs(path, level_shapes, tensors, upstream_of=upstream_of):
-    """The output of a path and its three gradients."""
+    """The output of a path and its four gradients."""
     output = path(tensors[0], level_shapes, *tensors[1:])
     return output, *torch.autograd.grad(output, tensors, upstream_of(output))
 
@@ -65,7 +73,8 @@ def misaligned(tensor):
 
 def assert_close(actual, expected, tolerance):
     """Relative to the largest element, as sums of terms of either sign have no relative accuracy of their own."""
-    for name, a, b in zip(("output", "grad_value", "grad_locations", "grad_weights"), actual, expected, strict=True):
+    names = "output", "grad_value", "grad_reference", "grad_offsets", "grad_logits"
+    for name, a, b in zip(names, actual, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape, name
         scale = b.abs().max().item() if b.numel() else 0
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(scale, 1), msg=lambda text, name=name:
@@ -75,9 +84,21 @@ def assert_close(actual, expected, tolerance):
 problems = st.fixed_dictionaries({
     "level_shapes": st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
     "B": st.integers(1, 3), "Q": st.integers(1, 9), "h": st.integers(1, 4), "P": st.integers(1, 18),
-    "c": st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 31, 32, 40, 64, 67, 72]), "seed": st.integers(0, 1000)})
+    "boxes": st.booleans(), "c": st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 31, 32, 40, 64, 67, 72]),
+    "seed": st.integers(0, 1000)})
 
 # ---- What is computed
+
+
+def test_an_offset_is_in_cells_of_its_level_from_a_centre():
+    centre, offsets = torch.tensor([[0.5, 0.25]]), torch.tensor([[1.0, -2.0], [1.0, -2.0]]).view(1, 1, 1, 2, 1, 2)
+    locations = locate([(8, 10), (4, 5)], centre, offsets).view(2, 2)
+    torch.testing.assert_close(locations, torch.tensor([[0.5 + 1 / 10, 0.25 - 2 / 8], [0.5 + 1 / 5, 0.25 - 2 / 4]]))
+
+
+def test_an_offset_of_as_many_as_there_are_points_reaches_the_border_of_a_box():
+    box, offsets = torch.tensor([[[0.5, 0.25, 0.4, 0.2]]]), torch.tensor([[3.0, -3.0]]).expand(1, 1, 1, 1, 3, 2)
+    torch.testing.assert_close(locate([(8, 10)], box, offsets)[..., 0, :].flatten(), torch.tensor([0.7, 0.15]))
 
 
 @settings(deadline=None, max_examples=30)
@@ -89,7 +110,7 @@ def test_the_fallback_is_the_classic_formulation_with_grid_sample(problem):
 
 
 # Rounding of sums of up to 300 terms: 2^-53 and 2^-24 times some tens. Sixteen-bit results are rounded to 8 (11) bits
-# once, from sums in float32 that may fall to either side; gradients of locations multiply by sizes of up to 9 pixels.
+# once, from sums in float32 that may fall to either side; gradients of references multiply by sizes of up to 9 cells.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -106,37 +127,48 @@ def test_kernel_and_fallback_agree(device, dtype, problem):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_many_queries_and_a_value_that_begins_anywhere(device, dtype):
+def test_many_queries_and_tensors_that_begin_anywhere(device, dtype):
     needs_kernel(device, dtype)
-    value, *others = inputs(Q=300, c=32, P=4, dtype=dtype, device=device)
-    tensors = misaligned(value), *others
+    tensors = [misaligned(tensor) for tensor in inputs(Q=300, c=32, P=4, dtype=dtype, device=device)]
     expected = outputs(deform_attn_pytorch, LEVELS, tensors)
     assert_close(outputs(deform_attn, LEVELS, tensors), expected, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
-def test_gradients_are_those_of_finite_differences(path, device):
-    tensors = inputs([(3, 5), (3, 3)], B=1, Q=2, h=2, c=3, device=device)
+@pytest.mark.parametrize("boxes", [False, True])
+def test_gradients_are_those_of_finite_differences(boxes, path, device):
+    tensors = inputs([(3, 5), (3, 3)], B=2, Q=2, h=2, c=3, boxes=boxes, device=device)
     assert torch.autograd.gradcheck(lambda value, *rest: path(value, [(3, 5), (3, 3)], *rest), tensors)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
-def test_infinity_is_outside_and_not_a_number_stays_visible(path, device):
-    value, locations, weights = (t.detach() for t in inputs([(3, 4)], B=1, Q=4, h=1, c=8, P=1, device=device))
+@pytest.mark.parametrize("boxes", [False, True])
+def test_infinity_is_outside_and_not_a_number_stays_visible(boxes, path, device):
+    value, reference, offsets, logits = (
+        t.detach() for t in inputs([(3, 4)], B=1, Q=4, h=1, c=8, P=1, boxes=boxes, device=device))
     for query, place in enumerate([float("inf"), float("-inf"), 1e30, float("nan")]):
-        locations[0, query, ..., 0] = place
-    output = path(value, [(3, 4)], locations, weights)
+        offsets[0, query, ..., 0] = place
+    output = path(value, [(3, 4)], reference, offsets, logits)
     assert (output[0, :3] == 0).all() and output[0, 3].isnan().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
-def test_a_weight_that_is_not_finite_stays_visible_outside_too(path, device):
-    value, locations, weights = inputs([(3, 4)], B=1, Q=2, h=1, c=8, P=1, dtype=torch.float32, device=device)
-    weights.data[0, :, 0, 0, 0] = torch.tensor([float("nan"), float("inf")])
-    assert path(value, [(3, 4)], locations + 5, weights).isnan().all()
+def test_a_logit_that_is_not_finite_stays_visible_outside_too(path, device):
+    value, reference, offsets, logits = inputs([(3, 4)], B=1, Q=2, h=1, c=8, P=2, dtype=torch.float32, device=device)
+    logits.data[0, :, 0, 0, 0] = torch.tensor([float("nan"), float("inf")])
+    assert path(value, [(3, 4)], reference + 5, offsets, logits).isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
+def test_a_logit_of_minus_infinity_leaves_its_sample_out(path, device):
+    value, reference, offsets, logits = inputs([(4, 4)], B=1, P=4, dtype=torch.float32, device=device)
+    logits.data[..., 1:3] = -float("inf")
+    expected = path(value, [(4, 4)], reference, offsets[..., ::3, :], logits[..., ::3])
+    torch.testing.assert_close(path(value, [(4, 4)], reference, offsets, logits), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -184,24 +216,27 @@ def test_older_processors_get_the_same_results(capability):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["dense", "permuted", "empty"])
-def test_the_operators_pass_opcheck(kind, device):
+@pytest.mark.parametrize("boxes", [False, True])
+def test_the_operators_pass_opcheck(boxes, kind, device):
     needs_kernel(device)
-    value, locations, weights = inputs(Q=0 if kind == "empty" else 7, dtype=torch.float32, device=device)
+    value, *others = inputs(Q=0 if kind == "empty" else 7, boxes=boxes, dtype=torch.float32, device=device)
     if kind == "permuted":
         value = value.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_()
-        locations = locations.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        others = [t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in others]
     sizes = [size for shape in LEVELS for size in shape]
-    torch.library.opcheck(torch.ops.deform_attn.forward.default, (value, sizes, locations, weights))
-    grad = torch.ones(2, locations.shape[1], 15, device=device)
-    plain = [t.detach() for t in (value, locations, weights)]
-    torch.library.opcheck(torch.ops.deform_attn.backward.default, (grad, plain[0], sizes, *plain[1:]))
+    torch.library.opcheck(torch.ops.deform_attn.forward.default, (value, sizes, *others))
+    grad = torch.ones(2, others[1].shape[1], 15, device=device)
+    plain = [t.detach() for t in (value, *others)]
+    for reference_asks in (False, True):
+        arguments = grad, plain[0], sizes, *plain[1:], reference_asks
+        torch.library.opcheck(torch.ops.deform_attn.backward.default, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_second_derivatives_are_an_error_and_not_zero(device):
     needs_kernel(device)
-    value, locations, weights = inputs(dtype=torch.float32, device=device)
-    output = deform_attn(value, LEVELS, locations, weights)
+    value, *others = inputs(dtype=torch.float32, device=device)
+    output = deform_attn(value, LEVELS, *others)
     gradient, = torch.autograd.grad(output.sum(), value, create_graph=True)
     with pytest.raises(RuntimeError, match="deform_attn::backward is not implemented"):
         gradient.sum().backward()
@@ -212,8 +247,8 @@ class Sample(torch.nn.Module):
         super().__init__()
         self.path = path
 
-    def forward(self, value, locations, weights):
-        return self.path(value, LEVELS, locations, weights)
+    def forward(self, value, *others):
+        return self.path(value, LEVELS, *others)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -228,8 +263,9 @@ def test_compiled_graphs_hold_it_whole(path, device):
 @pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
 def test_exported_programs_take_any_batch(path):
     batch = {0: torch.export.Dim("B")}
-    program = torch.export.export(Sample(path), inputs(dtype=torch.float32), dynamic_shapes=(batch, batch, batch))
-    tensors = inputs(B=5, dtype=torch.float32)
+    tensors = inputs(boxes=True, dtype=torch.float32)
+    program = torch.export.export(Sample(path), tensors, dynamic_shapes=(batch, (batch, batch, batch)))
+    tensors = inputs(B=5, boxes=True, dtype=torch.float32)
     torch.testing.assert_close(program.module()(*tensors), path(tensors[0], LEVELS, *tensors[1:]))
 
 
@@ -243,8 +279,9 @@ class Pyramid(torch.nn.Module):
     def forward(self, image):
         levels = [image, image[:, :, ::2, ::2]]
         value = torch.cat([level.flatten(2) for level in levels], -1).transpose(1, 2)[:, :, None]
-        locations = value[..., None, None, :2].expand(-1, -1, -1, 2, -1, -1).sigmoid()
-        return self.path(value, [tuple(level.shape[-2:]) for level in levels], locations, locations[..., 0])
+        offsets = value[..., None, None, :2].expand(-1, -1, -1, 2, -1, -1)
+        boxes = value[:, :, 0, :4].sigmoid()
+        return self.path(value, [tuple(level.shape[-2:]) for level in levels], boxes, offsets, offsets[..., 0])
 
 
 @pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
@@ -271,10 +308,10 @@ def test_exported_programs_take_images_of_any_size(path):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_lowers_the_value_and_keeps_the_locations(device):
-    value, locations, weights = inputs(dtype=torch.float32, device=device)
+    value, reference, offsets, logits = inputs(dtype=torch.float32, device=device)
     with torch.autocast(device, torch.bfloat16):
-        output = deform_attn(value, LEVELS, locations, weights.bfloat16())
-    expected = deform_attn_pytorch(value.bfloat16(), LEVELS, locations, weights.bfloat16().float())
+        output = deform_attn(value, LEVELS, reference, offsets, logits.bfloat16())
+    expected = deform_attn_pytorch(value.bfloat16(), LEVELS, reference, offsets, logits.bfloat16().float())
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-8)  # one rounding to bfloat16, to either side
 
@@ -283,17 +320,18 @@ def test_autocast_lowers_the_value_and_keeps_the_locations(device):
     ({"value": torch.zeros(2, 70, 15)}, "value must be"),
     ({"value": torch.zeros(2, 71, 3, 5)}, "level_shapes"),
     ({"value": torch.zeros(2, 70, 3, 5, dtype=torch.int32)}, "value must be of a float type"),
-    ({"level_shapes": [(70, 1)]}, "locations must be"),
+    ({"level_shapes": [(70, 1)]}, "offsets must be"),
     ({"level_shapes": [(70, 1), (1, 0), (0, 1)]}, "level_shapes"),
-    ({"locations": torch.zeros(2, 7, 3, 3, 2)}, "locations must be"),
-    ({"locations": torch.zeros(3, 7, 3, 3, 2, 2)}, "locations must be"),
-    ({"weights": torch.zeros(2, 7, 3, 3, 1)}, "weights must be"),
-    ({"weights": torch.zeros(2, 7, 3, 3, 2, device="meta")}, "weights is on meta"),
-    ({"weights": torch.zeros(2, 7, 3, 3, 2, dtype=torch.int)}, "weights must be of a float type"),
+    ({"offsets": torch.zeros(2, 7, 3, 3, 2)}, "offsets must be"),
+    ({"offsets": torch.zeros(3, 7, 3, 3, 2, 2)}, "offsets must be"),
+    ({"logits": torch.zeros(2, 7, 3, 3, 1)}, "logits must be"),
+    ({"logits": torch.zeros(2, 7, 3, 3, 2, device="meta")}, "logits is on meta"),
+    ({"logits": torch.zeros(2, 7, 3, 3, 2, dtype=torch.int)}, "logits must be of a float type"),
+    ({"reference": torch.zeros(2, 7, 2)}, "reference must be"),
+    ({"reference": torch.zeros(7, 4)}, "reference must be"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_wrong_arguments_are_named(change, named):
-    value, locations, weights = inputs(dtype=torch.float32)
-    arguments = {"value": value, "level_shapes": LEVELS, "locations": locations, "weights": weights} | change
+    arguments = dict(zip(INPUTS, inputs(dtype=torch.float32), strict=True), level_shapes=LEVELS) | change
     with pytest.raises(ValueError, match=f"deform_attn: {named}"):
         deform_attn(**arguments)
 
@@ -301,9 +339,18 @@ def test_wrong_arguments_are_named(change, named):
 @pytest.mark.parametrize("sizes", [[6, 9, 3, 5], [6, 9, 3, 5, 1, 2], [6, 9, 3, 5, -1, -1]], ids=str)
 def test_the_operator_itself_refuses_what_it_could_not_read(sizes):
     needs_kernel("cpu")
-    value, locations, weights = inputs(dtype=torch.float32)
+    value, *others = inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match="level_shapes"):
-        torch.ops.deform_attn.forward(value, sizes, locations, weights)
+        torch.ops.deform_attn.forward(value, sizes, *others)
+
+
+@pytest.mark.parametrize("reference", [(7, 4), (2, 7, 2), (2, 6, 4), (1, 7, 4)], ids=str)
+def test_the_operator_itself_refuses_a_reference_that_it_could_not_read(reference):
+    needs_kernel("cpu")
+    value, _, *others = inputs(dtype=torch.float32)
+    sizes = [size for shape in LEVELS for size in shape]
+    with pytest.raises(ValueError, match="reference"):
+        torch.ops.deform_attn.forward(value, sizes, torch.zeros(reference), *others)
 
 
 # ---- The CUDA kernels without a GPU
@@ -326,14 +373,15 @@ def cuda_on_cpu(nvcc, request, tmp_path_factory):
     run = ctypes.CDLL(str(library)).forward_and_backward
 
     def path(level_shapes, tensors, upstream_of=upstream_of):
-        value, locations, weights = (tensor.detach() for tensor in tensors)
-        (B, N, h, c), (Q, L, P) = value.shape, (weights.shape[dim] for dim in (1, 3, 4))
-        output = torch.full((B, Q, h * c), torch.nan, dtype=value.dtype)  # all but grad_value is to be written whole
+        value, reference, offsets, logits = (tensor.detach() for tensor in tensors)
+        (B, N, h, c), (Q, L, P) = value.shape, (logits.shape[dim] for dim in (1, 3, 4))
+        output = torch.full((B, Q, h * c), torch.nan, dtype=value.dtype)  # what is to be written whole
         upstream = upstream_of(output)
-        grads = [torch.zeros_like(value, dtype=weights.dtype), *(torch.full_like(t, torch.nan) for t in tensors[1:])]
-        sizes = [B, N, h, c, Q, L, P, *(size for shape in level_shapes for size in shape)]
-        data = [tensor.data_ptr() for tensor in (value, locations, weights, output, upstream, *grads)]
-        run(str(value.dtype).encode(), (ctypes.c_int * len(sizes))(*sizes), (ctypes.c_void_p * 8)(*data))
+        grads = [torch.zeros_like(value, dtype=logits.dtype), torch.zeros_like(reference),
+                 torch.full_like(offsets, torch.nan), torch.full_like(logits, torch.nan)]
+        sizes = [B, N, h, c, Q, L, P, reference.dim() == 3, *(size for shape in level_shapes for size in shape)]
+        data = [tensor.data_ptr() for tensor in (value, reference, offsets, logits, output, upstream, *grads)]
+        run(str(value.dtype).encode(), (ctypes.c_int * len(sizes))(*sizes), (ctypes.c_void_p * len(data))(*data))
         return output, grads[0].to(value.dtype), *grads[1:]
     return path
 
@@ -347,22 +395,24 @@ def test_the_cuda_source_run_thread_by_thread_agrees_with_the_fallback(cuda_on_c
     assert_close(cuda_on_cpu(problem["level_shapes"], tensors), expected, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("broken", ["value", "locations", "weights"])
+@pytest.mark.parametrize("broken", INPUTS)
 def test_the_cuda_source_shows_what_is_not_a_number_where_the_fallback_does(cuda_on_cpu, broken):
-    tensors = dict(zip(("value", "locations", "weights"), inputs(P=4, dtype=torch.float32), strict=True))
+    tensors = dict(zip(INPUTS, inputs(P=4, dtype=torch.float32), strict=True))
     tensors[broken].data.view(-1)[::41] = torch.nan
-    expected = deform_attn_pytorch(tensors["value"], LEVELS, tensors["locations"], tensors["weights"])
+    expected = deform_attn_pytorch(tensors["value"], LEVELS, *list(tensors.values())[1:])
     assert 0 < expected.isnan().sum() < expected.numel()
     output, *_ = cuda_on_cpu(LEVELS, tuple(tensors.values()))
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("broken", ["value", "locations", "weights", "upstream"])
+@pytest.mark.parametrize("broken", [*INPUTS, "upstream"])
 @pytest.mark.parametrize("what", [torch.nan, torch.inf], ids=str)
-def test_the_cuda_source_and_the_cpu_kernel_show_what_is_not_finite_in_the_same_gradients(cuda_on_cpu, broken, what):
+@pytest.mark.parametrize("boxes", [False, True])
+def test_the_cuda_source_and_the_cpu_kernel_show_what_is_not_finite_in_the_same_gradients(
+        cuda_on_cpu, boxes, what, broken):
     needs_kernel("cpu")
-    tensors = dict(zip(("value", "locations", "weights"), inputs(P=4, Q=40, c=8, dtype=torch.float32), strict=True))
-    tensors["locations"].data[:, ::3] += 3  # all outside
+    tensors = dict(zip(INPUTS, inputs(P=4, Q=40, c=8, boxes=boxes, dtype=torch.float32), strict=True))
+    tensors["offsets"].data[:, ::3] += 1000  # all outside
     upstream = upstream_of(torch.empty(2, 40, 24)).clone()
     (tensors | {"upstream": upstream})[broken].data.view(-1)[::41] = what
     expected = outputs(deform_attn, LEVELS, tuple(tensors.values()), lambda _: upstream)
@@ -372,10 +422,10 @@ def test_the_cuda_source_and_the_cpu_kernel_show_what_is_not_finite_in_the_same_
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("c, shift", [(32, False), (32, True), (33, False), (72, True)], ids=str)
-def test_the_cuda_source_takes_many_blocks_of_queries_and_values_of_any_alignment(cuda_on_cpu, dtype, c, shift):
+def test_the_cuda_source_takes_many_blocks_of_queries_and_tensors_of_any_alignment(cuda_on_cpu, dtype, c, shift):
     tensors = inputs(Q=150, c=c, P=3, dtype=dtype)
     if shift:
-        tensors = misaligned(tensors[0]), *tensors[1:]
+        tensors = [misaligned(tensor) for tensor in tensors]
     assert_close(cuda_on_cpu(LEVELS, tensors), outputs(deform_attn_pytorch, LEVELS, tensors), TOLERANCES[dtype])
 
 
@@ -401,10 +451,10 @@ def machine_code(nvcc, tmp_path_factory):
     return sass.instructions_of_kernels(nvdisasm, sass.compile_kernels(nvcc, 90, tmp_path_factory.mktemp("sass"))[0])
 
 
-@pytest.mark.parametrize("direction, width, millions", [("forward", 16, 36), ("backward", 4, 120)])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_encoder_costs_few_instructions(machine_code, dtype, direction, width, millions):
-    width = width // sass.BYTES[dtype] if direction == "forward" else width
+@pytest.mark.parametrize("direction, dtype, width, millions", [
+    ("forward", "float32", 4, 36), ("forward", "float16", 8, 37), ("forward", "bfloat16", 8, 37),
+    ("backward", "float32", 4, 120), ("backward", "float16", 4, 120), ("backward", "bfloat16", 4, 120)])
+def test_the_encoder_costs_few_instructions(machine_code, direction, dtype, width, millions):
     assert sass.warp_instructions(*machine_code[direction, dtype, width], width) <= 1e6 * millions
 
 
@@ -442,15 +492,15 @@ def test_a_cuda_graph_replays_it_on_new_inputs():
 @needs_gpu
 def test_it_runs_on_the_current_stream():
     needs_kernel("cuda")
-    value, locations, weights = (tensor.detach() for tensor in inputs(dtype=torch.float32, device="cuda"))
-    expected = deform_attn(value, LEVELS, locations, weights)
+    value, *others = (tensor.detach() for tensor in inputs(dtype=torch.float32, device="cuda"))
+    expected = deform_attn(value, LEVELS, *others)
     late = torch.zeros_like(value)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # so that another stream would read zeros
         late.copy_(value)
-        output = deform_attn(late, LEVELS, locations, weights)
+        output = deform_attn(late, LEVELS, *others)
     stream.synchronize()
     assert torch.equal(output, expected)
 
@@ -469,10 +519,10 @@ def test_more_than_2_to_the_31_elements_are_addressed():
         pytest.skip("less than 30 GB of GPU memory are free")
     B, shapes = 2100, [(64, 64)]  # 2100 * 4096 * 8 * 32 = 2.2e9 elements
     value = torch.zeros(B, 4096, 8, 32, dtype=torch.bfloat16, device="cuda").requires_grad_()
-    locations = torch.full((B, 1, 8, 1, 1, 2), 63.5 / 64, device="cuda")
+    centre, offsets = torch.full((1, 2), 63.5 / 64, device="cuda"), torch.zeros(B, 1, 8, 1, 1, 2, device="cuda")
     with torch.no_grad():
         value[-1, -1] = 1
-    output = deform_attn(value, shapes, locations, torch.ones(B, 1, 8, 1, 1, device="cuda"))
+    output = deform_attn(value, shapes, centre, offsets, offsets[..., 0])
     assert (output[-1] == 1).all() and (output[:-1] == 0).all()
     output.backward(torch.ones_like(output))
     assert (value.grad[:, -1] == 1).all() and value.grad.sum(dtype=torch.float64) == B * 8 * 32
@@ -496,9 +546,9 @@ def test_deterministic_algorithms_are_asked_for_in_vain():
 def test_the_first_use_says_once_which_path_runs(capsys, monkeypatch):
     monkeypatch.setattr(deform_attn_cuda, "_paths", {})
     monkeypatch.setattr(deform_attn_cuda, "_said", set())
-    value, locations, weights = inputs(dtype=torch.float32)
+    value, *others = inputs(dtype=torch.float32)
     for _ in range(2):
-        deform_attn(value, LEVELS, locations, weights)
+        deform_attn(value, LEVELS, *others)
     assert capsys.readouterr().err == status("cpu") + "\n"
 
 
@@ -516,9 +566,9 @@ def test_a_library_that_cannot_serve_is_named_and_the_fallback_runs(stamp, reaso
     monkeypatch.setattr(deform_attn_cuda, "_missing", deform_attn_cuda._load())
     monkeypatch.setattr(deform_attn_cuda, "_paths", {})
     assert status("cpu").startswith(f"deform_attn: PyTorch fallback ({reason}")
-    value, locations, weights = inputs(dtype=torch.float32)
-    expected = deform_attn_pytorch(value, LEVELS, locations, weights)
-    assert torch.equal(deform_attn(value, LEVELS, locations, weights), expected)
+    value, *others = inputs(dtype=torch.float32)
+    expected = deform_attn_pytorch(value, LEVELS, *others)
+    assert torch.equal(deform_attn(value, LEVELS, *others), expected)
 
 
 def test_a_type_without_a_kernel_is_named():
