@@ -99,11 +99,11 @@ def sample_objects(masks, objects, points):
     """
     order = np.argsort(objects, kind="stable")
     present, values = np.unique(objects), []
-    together = points[numbers([order], points.device)].view(len(present), -1, 2)
+    together = points.index_select(0, numbers([order], points.device)).view(len(present), -1, 2)
     for some in np.array_split(np.arange(len(present)), math.ceil(len(present) * masks[0].numel() / LARGEST)):
-        chosen = masks[numbers([present[some]], masks.device)].float()
+        chosen = masks.index_select(0, numbers([present[some]], masks.device)).float()
         values.append(sample(chosen[:, None], together[some[0] : some[-1] + 1])[:, 0])
-    return torch.cat(values).view(points.shape[:2])[numbers([np.argsort(order)], points.device)]
+    return torch.cat(values).view(points.shape[:2]).index_select(0, numbers([np.argsort(order)], points.device))
 
 
 def giou(a, b):
@@ -132,7 +132,7 @@ def class_and_box_costs(logits, boxes, labels, wanted):
 def mask_costs(logits, inside):
     """Of masks, sampled logits [B Q P], for objects, sampled masks [B n P]: cross-entropy and dice, [B Q n]."""
     p, inside_T = logits.sigmoid(), inside.transpose(1, 2)
-    entropy = (nnf.softplus(logits).sum(-1, keepdim=True) - logits @ inside_T) / logits.shape[2]
+    entropy = -(nnf.logsigmoid(-logits).sum(-1, keepdim=True) + logits @ inside_T) / logits.shape[2]
     dice = 1 - (2 * p @ inside_T + 1) / (p.sum(-1, keepdim=True) + inside.sum(-1)[:, None] + 1)
     return WEIGHTS["mask"] * entropy + WEIGHTS["dice"] * dice
 
@@ -238,7 +238,7 @@ class Criterion(nn.Module):
         labels, boxes = (torch.cat([t[part] for t in targets])[objects] for part in ("labels", "boxes"))
         classes = torch.zeros_like(logits)
         classes[queries, labels] = 1
-        predicted = predicted[queries]
+        predicted = predicted.index_select(0, queries)
         overlap = giou(*(box_convert(x, "cxcywh", "xyxy") for x in (predicted, boxes)))
         return {
             "class": sums_of(sizes, sigmoid_focal_loss(logits, classes).sum(1)),
@@ -282,7 +282,7 @@ class Criterion(nn.Module):
             embedding = joint.embedding.gather(1, table[..., None].expand(-1, -1, joint.embedding.shape[2]))
             products = Masks(embedding, joint.pixels).all().flatten(0, 1)
             place = numbers([image * table.shape[1] + row], products.device)
-            found += products[place].float().split([*map(len, queries)])
+            found += products.index_select(0, place).float().split([*map(len, queries)])
         return found
 
     @torch.no_grad()
