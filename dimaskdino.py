@@ -80,10 +80,8 @@ class Config:
     @classmethod
     def tiny(cls):
         """All of DI-MaskDINO at 1.1 M parameters: learns the synthetic `shapes` on a CPU in minutes."""
-        return cls(
-            num_classes=8, backbone="tiny", dim=64, heads=4, ffn=128, encoder_layers=1, decoder_layers=3,
-            selection=(60, 30),
-        )  # fmt: skip
+        sizes = {"dim": 64, "heads": 4, "ffn": 128, "encoder_layers": 1, "decoder_layers": 3, "selection": (60, 30)}
+        return cls(num_classes=8, backbone="tiny", **sizes)
 
     def __post_init__(self):
         object.__setattr__(self, "selection", tuple(self.selection))
@@ -142,7 +140,6 @@ class Attention(nn.Module):
         self.mha, self.norm = nn.MultiheadAttention(dim, heads, batch_first=True), nn.LayerNorm(dim)
 
     def forward(self, x, query, key, value, blocked=None):
-        """blocked [Q Q]: True where a query may not look"""
         return self.norm(x + self.mha(query, key, value, attn_mask=blocked, need_weights=False)[0])
 
 
@@ -161,16 +158,11 @@ class DeformableAttention(nn.Module):
         """Each head looks one way, its point i at a distance of i, all with the same weight."""
         heads, levels, points = self.split.values()
         angle = torch.arange(heads) * (2 * math.pi / heads)
-        direction = torch.stack((angle.cos(), angle.sin()), -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
+        direction = nnf.normalize(torch.stack((angle.cos(), angle.sin()), -1), torch.inf)
         distance = torch.arange(1, points + 1)[None, None, :, None]
         with torch.no_grad():
             self.offsets.bias.copy_((direction[:, None, None] * distance).expand(-1, levels, -1, -1).flatten())
-        for zero in (
-            self.offsets.weight,
-            self.weights.weight,
-            *(x.bias for x in (self.weights, self.value, self.output)),
-        ):
+        for zero in (self.offsets.weight, *self.weights.parameters(), self.value.bias, self.output.bias):
             nn.init.zeros_(zero)
 
     def forward(self, x, position, reference, memory, level_shapes):
@@ -228,8 +220,8 @@ def cell_centers(level_shapes, device):
 def box_mlp(dim):
     """The change of a box in logit space, none at the start: [... C] -> [... 4]."""
     mlp = MLP(dim, dim, 4, 3)
-    nn.init.zeros_(mlp.layers[-1].weight)
-    nn.init.zeros_(mlp.layers[-1].bias)
+    for parameter in mlp.layers[-1].parameters():
+        nn.init.zeros_(parameter)
     return mlp
 
 
@@ -321,8 +313,7 @@ def mask_to_box(mask_logits):
     columns, rows = inside.any(-2), inside.any(-1)
     x0, x1 = columns.byte().argmax(-1), width - 1 - columns.flip(-1).byte().argmax(-1)
     y0, y1 = rows.byte().argmax(-1), height - 1 - rows.flip(-1).byte().argmax(-1)
-    box = torch.stack((x0 / width, y0 / height, x1 / width, y1 / height), -1)
-    box = box_convert(box, "xyxy", "cxcywh")
+    box = box_convert(torch.stack((x0 / width, y0 / height, x1 / width, y1 / height), -1), "xyxy", "cxcywh")
     nowhere = torch.tensor([1.0, 1.0, 0.0, 0.0], device=box.device)
     return torch.where(columns.any(-1)[..., None], box, nowhere).clamp(1e-5, 1 - 1e-5)
 
@@ -786,8 +777,7 @@ def main():
         ("T_g", "Eq. 7      T_g = T_g^mask + T_g^box", model.bato, "begin"),
         ("T_bal", "Eq. 8      T_bal = MHCA(T_i, T_g)", model.bato, "end"),
         ("Q_ref", "Eq. 9      Q_ref = N_de(Q_bal, T_bal)", model.det_head, "begin"),
-        ("c", "Eq. 10     c = N_det(Q_ref)", model.det_head, "end"),
-        ("b", "Eq. 10     b = N_det(Q_ref)", model.det_head, "end"),
+        ("b", "Eq. 10     {c, b} = N_det(Q_ref)", model.det_head, "end"),
         ("m", "Eq. 11     m = N_seg(Q_ref, T_i, F_cnn)", model, "end"),
     ]
     times = {}
