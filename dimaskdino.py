@@ -24,7 +24,6 @@ A tensor whose name ends in _logit has not met its sigmoid yet. Where this code 
 beyond the paper's text, a comment says "released code".
 """
 
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -32,12 +31,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
-import torchvision
 from einops import rearrange
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 from torchvision.ops import box_convert
 
+from backbones import RESNETS, SWINS, Backbone
 from deform_attn_cuda import deform_attn
 
 
@@ -249,73 +247,6 @@ def normed_conv(inputs, outputs, kernel, stride=1, bias=False):
 
 # ---- Feature Tokens Extractor (3.2.1) --------------------------------------------------------------------------------
 
-RESNETS = {"resnet18": (64, 128, 256, 512), "resnet50": (256, 512, 1024, 2048)}
-SWINS = {  # embedding, depths, heads, window, stochastic depth
-    "swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7, 0.2),
-    "swin_s": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7, 0.3),
-    "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32), 7, 0.5),
-    "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 0.3),
-}
-
-
-class Backbone(nn.Module):
-    """Image [B 3 H W], normalised -> features at strides 4, 8, 16, 32, fine to coarse."""
-
-    def __init__(self, name):
-        super().__init__()
-        if name in RESNETS:
-            self.channels = RESNETS[name]
-            net = getattr(torchvision.models, name)(weights=None)
-            stem = nn.Sequential()
-            for part in ("conv1", "bn1", "relu", "maxpool"):
-                stem.add_module(part, getattr(net, part))
-            self.stages = nn.ModuleList([stem, net.layer1, net.layer2, net.layer3, net.layer4])
-        elif name in SWINS:
-            width, depths, heads, window, drop = SWINS[name]
-            self.channels = tuple(width * 2**i for i in range(4))
-            net = torchvision.models.SwinTransformer(
-                [4, 4], width, list(depths), list(heads), [window] * 2, stochastic_depth_prob=drop
-            ).features
-            # A stage is the downsampling before it and its blocks; maps are channels last inside.
-            self.stages = nn.ModuleList([net[:2], net[2:4], net[4:6], net[6:8]])
-            self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
-        else:  # "tiny": ResNet's stem and basic blocks, narrow
-            self.channels = (32, 64, 128, 128)
-            stem = nn.Sequential(
-                nn.Conv2d(3, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-            )
-            self.stages = nn.ModuleList([stem])
-            for inputs, outputs, stride in zip((32, *self.channels), self.channels, (1, 2, 2, 2), strict=False):
-                shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-                self.stages.append(BasicBlock(inputs, outputs, stride, None if stride == 1 else shortcut))
-
-    def forward(self, x):
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        if hasattr(self, "norms"):
-            return [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, features, strict=True)]
-        return features[1:]  # without the stem
-
-    def freeze_norm(self):
-        """Pretrained batch statistics stay as they are (FrozenBatchNorm), because detection batches are small.
-
-        A frozen norm no longer counts its batches: in a checkpoint, it is the one without num_batches_tracked.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.num_batches_tracked = None
-                module.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode=True):
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.num_batches_tracked is None:
-                module.eval()
-        return self
-
 
 class EncoderLayer(nn.Module):
     def __init__(self, config):
@@ -363,7 +294,7 @@ class FeatureTokens(nn.Module):
 
 
 def select(scores, k, *tokens):
-    """T_s = S(T, k), the selection of De-Imbalance: in each image the k tokens with the best scores, best first.
+    """Eq. 1 and 3.  T_s = S(T, k): in each image the k tokens with the best scores, best first.
 
     scores [B N]: best class logit of each token; tokens: tensors [B N ...], gathered alike. Small images have fewer
     than k tokens: all are kept. Returns the k scores [B k], their index [B k], and the gathered tensors.
@@ -478,17 +409,12 @@ class MaskGuide(nn.Module):
         return Q_bal if self.network is None else self.mlp(Q_bal) if self.network == "own" else mask_mlp(Q_bal)
 
 
-class BoxGuide(nn.Module):
+class BoxGuide(MaskGuide):
     """Eq. 6.  T_g^box = N_box(Q_bal): where each query's object is, by a three-layer MLP.
 
     released code, guide_networks="heads": by the position token of the query's box, which is not trained through it.
     Table 6, without guiding token generation: nothing.
     """
-
-    def __init__(self, config):
-        super().__init__()
-        self.network = config.guide_networks if config.bato and config.gtg else None
-        self.mlp = MLP(config.dim, config.dim, config.dim, 3) if self.network == "own" else None
 
     def forward(self, Q_bal, box_bal, position):
         """[B G C], [B G 4] -> [B G C]"""
@@ -528,7 +454,7 @@ class DetectionHead(nn.Module):
         self.classifier, self.box_mlp = nn.Linear(config.dim, config.num_classes), box_mlp(config.dim)
 
     def forward(self, x, Q_ref, box):
-        """x: Q_ref normed once more [... Q C]; box [... Q 4], which it refines -> class logits [... Q K], boxes [... Q 4]"""
+        """x: Q_ref normed once more [... Q C]; box: to be refined [... Q 4] -> c [... Q K] (logits), b [... Q 4]"""
         return self.classes(x), refine(self.delta(Q_ref), box)
 
     def classes(self, x):
@@ -628,8 +554,10 @@ torch.utils._pytree.register_pytree_node(
 
 
 # What a trace holds: the paper's symbols, the boxes beside them, and the selections.
-TRACED = """F_cnn T_i T_s1 box_s1 scores_1 index_1 T_s1_sa box_s1_sa T_s2 box_s2 scores_2 index_2 Q_bal box_bal
-            T_g_mask T_g_box T_g T_bal Q_ref c b m""".split()
+TRACED = (
+    *("F_cnn", "T_i", "T_s1", "box_s1", "scores_1", "index_1", "T_s1_sa", "box_s1_sa", "T_s2", "box_s2", "scores_2"),
+    *("index_2", "Q_bal", "box_bal", "T_g_mask", "T_g_box", "T_g", "T_bal", "Q_ref", "c", "b", "m"),
+)
 
 
 # ---- The model (3.2) -------------------------------------------------------------------------------------------------
@@ -696,8 +624,8 @@ class DIMaskDINO(nn.Module):
         box_s2 = self.position_token(box_s2, of="T_s2")
 
         # Eq. 4  Q_bal = MHCA(T_s2, T_i); in training, D denoising queries go along in front, up to the heads
-        Q_s2, box_s2_all, blocked, D = self.with_denoising(denoising, T_s2, box_s2)
-        Q, box = self.decode(self.residual, Q_s2, box_s2_all, T_i, level_shapes, blocked)
+        Q_s2, box_Q, blocked, D = self.with_denoising(denoising, T_s2, box_s2)
+        Q, box = self.decode(self.residual, Q_s2, box_Q, T_i, level_shapes, blocked)
         Q_bal, box_bal = Q[:, D:], self.position_token(box[:, D:], of="Q_bal")  # [B k2 C]
         guide, box_guide = self.guides(T_s1=(T_s1, box_s1), T_s2=(T_s2, box_s2), Q_bal=(Q_bal, box_bal))
 
@@ -710,10 +638,10 @@ class DIMaskDINO(nn.Module):
         # Eq. 8  T_bal = MHCA(T_i, T_g)
         T_bal = self.bato(T_i, grid, T_g, T_g_mask)  # [B N C]
 
-        # Eq. 9  Q_ref = N_de(Q_bal, T_bal), of all layers, Eq. 4's first; released code: classes and masks see it normed twice
+        # Eq. 9  Q_ref = N_de(Q_bal, T_bal), of all layers, Eq. 4's first
         box = torch.cat((box[:, :D], box_bal), 1)
-        Q_ref, box_ref = self.N_de([Q], [box_s2_all, box], T_bal, level_shapes, blocked)  # [layers B D+k2 C]
-        normed = self.head_norm(Q_ref)
+        Q_ref, box_ref = self.N_de([Q], [box_Q, box], T_bal, level_shapes, blocked)  # [layers B D+k2 C]
+        normed = self.head_norm(Q_ref)  # released code: classes and masks see the norm twice
         # Eq. 10  {c, b} = N_det(Q_ref)
         c, b = self.det_head(normed, Q_ref, box_ref)  # [layers B D+k2 K], [layers B D+k2 4]
         # Eq. 11  m = N_seg(Q_ref, T_i, F_cnn)
@@ -721,7 +649,7 @@ class DIMaskDINO(nn.Module):
         m = self.seg_head(normed, [pixels] + [updated] * len(self.decoder))  # Masks [B D+k2 H/4 W/4] of each layer
 
         layers = [Prediction(logits=c, boxes=b, mask_product=m) for c, b, m in zip(c, b, m, strict=True)]
-        noised, layers = zip(*(x.split(D) for x in (self.predict(Q_s2, box_s2_all, pixels), *layers)), strict=True)
+        noised, layers = zip(*(x.split(D) for x in (self.predict(Q_s2, box_Q, pixels), *layers)), strict=True)
         outputs = Prediction(layers[-1], layers=list(layers), selection=selection, interaction=interaction)
         outputs["denoising"] = [] if denoising is None else list(noised)
         if trace:
@@ -760,7 +688,7 @@ class DIMaskDINO(nn.Module):
         return box
 
     def with_denoising(self, denoising, T_s2, box_s2):
-        """The D denoising queries (see losses.Denoising) and T_s2 as one: queries, boxes, who may not look at whom, D."""
+        """D denoising queries (see losses.Denoising) and T_s2 as one: queries, boxes, who may not look at whom, D."""
         if denoising is None:
             return T_s2, box_s2, None, 0
         used = denoising.labels >= 0  # a slot that an image with fewer objects leaves empty holds zeros

@@ -37,6 +37,9 @@ class Denoising(NamedTuple):
     boxes_logit: Tensor  # [B D 4]
     groups: int  # D = groups * the largest number of objects in an image
 
+    def to(self, device):
+        return Denoising(self.labels.to(device), self.boxes_logit.to(device), self.groups)
+
     def attention_mask(self, queries):
         """Who may not look at whom, [D+queries D+queries]: the groups at each other, the other queries at any group."""
         size = self.labels.shape[1] // max(self.groups, 1)
@@ -79,7 +82,7 @@ def numbers(lists, device="cpu"):
 
 def random_points(*shape, device):
     """Points [... 2] anywhere in [-1, 1]."""
-    return torch.rand(*shape, 2, device=device).mul_(2).sub_(1)
+    return torch.rand(*shape, 2, device=device).mul(2).sub_(1)
 
 
 def sample(maps, points):
@@ -285,7 +288,7 @@ class Criterion(nn.Module):
 
 
 def joined(masks):
-    """Consecutive Masks with the same pixels as one: (Masks [B, queries of all, H/4 W/4], the number of queries of each)."""
+    """Consecutive Masks with the same pixels as one, and how many queries each of them has."""
     for _, same in groupby(masks, lambda x: id(x.pixels)):
         embeddings, pixels = zip(*same, strict=True)
         yield Masks(torch.cat(embeddings, 1), pixels[0]), [x.shape[1] for x in embeddings]
