@@ -24,7 +24,6 @@ A tensor whose name ends in _logit has not met its sigmoid yet. Where this code 
 beyond the paper's text, a comment says "released code".
 """
 
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -258,6 +257,34 @@ SWINS = {  # embedding, depths, heads, window, stochastic depth
 }
 
 
+class Norm(nn.BatchNorm2d):
+    """Batch norm. Once it is frozen, it is a multiplication and an addition, which need not keep their input."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.register_load_state_dict_post_hook(lambda norm, _: norm.freeze() if norm.frozen else None)
+
+    @property
+    def frozen(self):
+        return self.num_batches_tracked is None
+
+    def freeze(self):
+        """It no longer counts its batches: in a checkpoint, a frozen norm is one without num_batches_tracked."""
+        self.num_batches_tracked = None
+        self.requires_grad_(False).eval()
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        self.register_buffer("shift", (self.bias - self.running_mean * scale)[:, None, None], persistent=False)
+
+    def train(self, mode=True):
+        return super().train(mode and not self.frozen)
+
+    def forward(self, x):
+        if not self.frozen:
+            return super().forward(x)
+        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
+
+
 class Backbone(nn.Module):
     """Image [B 3 H W], normalised -> features at strides 4, 8, 16, 32, fine to coarse."""
 
@@ -265,7 +292,7 @@ class Backbone(nn.Module):
         super().__init__()
         if name in RESNETS:
             self.channels = RESNETS[name]
-            net = getattr(torchvision.models, name)(weights=None)
+            net = getattr(torchvision.models, name)(weights=None, norm_layer=Norm)
             stem = nn.Sequential()
             for part in ("conv1", "bn1", "relu", "maxpool"):
                 stem.add_module(part, getattr(net, part))
@@ -281,13 +308,13 @@ class Backbone(nn.Module):
             self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
         else:  # "tiny": ResNet's stem and basic blocks, narrow
             self.channels = (32, 64, 128, 128)
-            stem = nn.Sequential(
-                nn.Conv2d(3, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-            )
+            stem = nn.Sequential(nn.Conv2d(3, 32, 5, 2, 2, bias=False), Norm(32), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
             self.stages = nn.ModuleList([stem])
             for inputs, outputs, stride in zip((32, *self.channels), self.channels, (1, 2, 2, 2), strict=False):
-                shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-                self.stages.append(BasicBlock(inputs, outputs, stride, None if stride == 1 else shortcut))
+                shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), Norm(outputs))
+                self.stages.append(
+                    BasicBlock(inputs, outputs, stride, None if stride == 1 else shortcut, norm_layer=Norm)
+                )
 
     def forward(self, x):
         features = []
@@ -299,22 +326,10 @@ class Backbone(nn.Module):
         return features[1:]  # without the stem
 
     def freeze_norm(self):
-        """Pretrained batch statistics stay as they are (FrozenBatchNorm), because detection batches are small.
-
-        A frozen norm no longer counts its batches: in a checkpoint, it is the one without num_batches_tracked.
-        """
+        """Pretrained batch statistics stay as they are (FrozenBatchNorm), because detection batches are small."""
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.num_batches_tracked = None
-                module.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode=True):
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.num_batches_tracked is None:
-                module.eval()
-        return self
+            if isinstance(module, Norm):
+                module.freeze()
 
 
 class EncoderLayer(nn.Module):
@@ -528,7 +543,7 @@ class DetectionHead(nn.Module):
         self.classifier, self.box_mlp = nn.Linear(config.dim, config.num_classes), box_mlp(config.dim)
 
     def forward(self, x, Q_ref, box):
-        """x: Q_ref normed once more [... Q C]; box [... Q 4], which it refines -> class logits [... Q K], boxes [... Q 4]"""
+        """x: Q_ref normed once more [... Q C]; box: what is refined here [... Q 4] -> c [... Q K] (logits), b [... Q 4]"""
         return self.classes(x), refine(self.delta(Q_ref), box)
 
     def classes(self, x):
@@ -628,8 +643,10 @@ torch.utils._pytree.register_pytree_node(
 
 
 # What a trace holds: the paper's symbols, the boxes beside them, and the selections.
-TRACED = """F_cnn T_i T_s1 box_s1 scores_1 index_1 T_s1_sa box_s1_sa T_s2 box_s2 scores_2 index_2 Q_bal box_bal
-            T_g_mask T_g_box T_g T_bal Q_ref c b m""".split()
+TRACED = (
+    *("F_cnn", "T_i", "T_s1", "box_s1", "scores_1", "index_1", "T_s1_sa", "box_s1_sa", "T_s2", "box_s2", "scores_2"),
+    *("index_2", "Q_bal", "box_bal", "T_g_mask", "T_g_box", "T_g", "T_bal", "Q_ref", "c", "b", "m"),
+)
 
 
 # ---- The model (3.2) -------------------------------------------------------------------------------------------------
@@ -710,10 +727,10 @@ class DIMaskDINO(nn.Module):
         # Eq. 8  T_bal = MHCA(T_i, T_g)
         T_bal = self.bato(T_i, grid, T_g, T_g_mask)  # [B N C]
 
-        # Eq. 9  Q_ref = N_de(Q_bal, T_bal), of all layers, Eq. 4's first; released code: classes and masks see it normed twice
+        # Eq. 9  Q_ref = N_de(Q_bal, T_bal), of all layers, Eq. 4's first
         box = torch.cat((box[:, :D], box_bal), 1)
         Q_ref, box_ref = self.N_de([Q], [box_s2_all, box], T_bal, level_shapes, blocked)  # [layers B D+k2 C]
-        normed = self.head_norm(Q_ref)
+        normed = self.head_norm(Q_ref)  # released code: classes and masks see the norm twice
         # Eq. 10  {c, b} = N_det(Q_ref)
         c, b = self.det_head(normed, Q_ref, box_ref)  # [layers B D+k2 K], [layers B D+k2 4]
         # Eq. 11  m = N_seg(Q_ref, T_i, F_cnn)
@@ -760,7 +777,7 @@ class DIMaskDINO(nn.Module):
         return box
 
     def with_denoising(self, denoising, T_s2, box_s2):
-        """The D denoising queries (see losses.Denoising) and T_s2 as one: queries, boxes, who may not look at whom, D."""
+        """D denoising queries (see losses.Denoising) and T_s2 as one: queries, boxes, who may not look at whom, D."""
         if denoising is None:
             return T_s2, box_s2, None, 0
         used = denoising.labels >= 0  # a slot that an image with fewer objects leaves empty holds zeros

@@ -79,7 +79,7 @@ def numbers(lists, device="cpu"):
 
 def random_points(*shape, device):
     """Points [... 2] anywhere in [-1, 1]."""
-    return torch.rand(*shape, 2, device=device).mul_(2).sub_(1)
+    return torch.rand(*shape, 2, device=device).mul(2).sub_(1)
 
 
 def sample(maps, points):
@@ -285,7 +285,7 @@ class Criterion(nn.Module):
 
 
 def joined(masks):
-    """Consecutive Masks with the same pixels as one: (Masks [B, queries of all, H/4 W/4], the number of queries of each)."""
+    """Consecutive Masks with the same pixels as one, and how many queries each of them has."""
     for _, same in groupby(masks, lambda x: id(x.pixels)):
         embeddings, pixels = zip(*same, strict=True)
         yield Masks(torch.cat(embeddings, 1), pixels[0]), [x.shape[1] for x in embeddings]
