@@ -1,6 +1,8 @@
 """What dimaskdino.py promises, in the paper's order. `pytest -v` reads as the list of promises."""
 
 import dataclasses
+import itertools
+import math
 
 import pytest
 import torch
@@ -8,8 +10,20 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.ops import StochasticDepth
 
-from dimaskdino import Backbone, Config, DIMaskDINO, mask_to_box, postprocess, select
+import dimaskdino
+from dimaskdino import (
+    Backbone,
+    Config,
+    DeformableAttention,
+    DIMaskDINO,
+    PositionToken,
+    mask_to_box,
+    postprocess,
+    select,
+    sine_of_grid,
+)
 from losses import denoising_queries
 from small_models import RELEASED, SMALL, TRAINING, build, close, law, objects, pictures, step
 from weights import load_weights
@@ -26,15 +40,51 @@ SWITCHES = [  # every switch of the paper, as it is set in its tables
 # ---- Config ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_config_is_the_paper():
-    c = Config()
-    assert (c.dim, c.ffn, c.encoder_layers, c.decoder_layers, c.selection) == (256, 2048, 6, 6, (600, 300))
-    assert c == Config.paper()
+PAPER = [  # field, value, where the paper says so
+    ("num_classes", 80, "4.1, COCO"),
+    ("backbone", "resnet50", "4.1"),
+    ("dim", 256, "appendix B"),
+    ("heads", 8, "as MaskDINO"),
+    ("levels", 4, "3.2.1, i = 3 to 6"),
+    ("points", 4, "as MaskDINO"),
+    ("ffn", 2048, "appendix B"),
+    ("encoder_layers", 6, "3.2.1, appendix B"),
+    ("decoder_layers", 6, "table 9"),
+    ("selection", (600, 300), "tables 7 and 8"),
+    ("interaction_layers", 2, "3.2.2, Eq. 2"),
+    ("bato", True, "table 4"),
+    ("guidance", "Q_bal", "table 5"),
+    ("gtg", True, "table 6"),
+    ("position_token", "learned", "table 3"),
+    ("guide_networks", "own", "Eq. 5 and 6"),
+    ("guiding_tokens", None, "Eq. 7"),
+    ("guide_value", "T_g", "Eq. 8"),
+    ("pixel_tokens", "T_i", "Eq. 11"),
+]
+PRESETS = {  # what differs from the paper
+    "paper": {},
+    "released": dict(guide_networks="heads", guiding_tokens=50, guide_value="T_g_mask", pixel_tokens="T_bal"),
+    "maskdino": dict(selection=(300,), bato=False, decoder_layers=9),
+    "tiny": dict(
+        num_classes=8, backbone="tiny", dim=64, heads=4, ffn=128, encoder_layers=1, decoder_layers=3, selection=(60, 30)
+    ),
+}
 
 
-def test_released_differs_from_the_paper_in_four_fields():
-    paper, released = dataclasses.asdict(Config.paper()), dataclasses.asdict(Config.released())
-    assert {name for name in paper if paper[name] != released[name]} == {*RELEASED, "guiding_tokens"}
+def test_every_default_is_the_papers():
+    assert dataclasses.asdict(Config()) == {field: value for field, value, _ in PAPER}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_differs_from_the_paper_in_these_fields_and_no_other(preset):
+    assert getattr(Config, preset)() == dataclasses.replace(Config(), **PRESETS[preset])
+
+
+@pytest.mark.parametrize("preset, parameters", [("paper", 52_143_768), ("tiny", 1_145_776)])
+def test_a_preset_has_so_many_parameters(preset, parameters):
+    with torch.device("meta"):
+        model = DIMaskDINO(getattr(Config, preset)())
+    assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("preset, parameters", [("released", 52_286_232), ("maskdino", 52_058_004)])
@@ -73,6 +123,21 @@ def test_backbones_give_features_at_strides_4_to_32(name):
     ]
 
 
+@pytest.mark.parametrize("name, drop", [("swin_t", 0.2), ("swin_s", 0.3), ("swin_b", 0.5)])
+def test_a_swin_backbone_has_the_shape_of_torchvisions_and_drops_as_many_blocks(name, drop):
+    with torch.device("meta"):
+        ours, theirs = Backbone(name), getattr(torchvision.models, name)().features
+    shapes = [sorted(tuple(p.shape) for p in x.parameters()) for x in (ours.stages, theirs)]
+    drops = [max(m.p for m in x.modules() if isinstance(m, StochasticDepth)) for x in (ours, theirs)]
+    assert shapes[0] == shapes[1] and drops == [drop, drop]
+
+
+def test_an_image_of_the_mean_colour_is_zero_and_one_deviation_brighter_is_one():
+    mean, deviation = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])  # of ImageNet, RGB
+    images = torch.stack((mean, mean + deviation))[..., None, None].expand(-1, -1, 32, 32)
+    close(build().normalize(images)[:, :, 0, 0], torch.tensor([[0.0] * 3, [1.0] * 3]), 1e-5)
+
+
 def test_pretrained_batch_norms_are_frozen_and_stay_so_in_training():
     backbone = Backbone("resnet18")
     backbone.freeze_norm()
@@ -93,6 +158,76 @@ def test_an_image_of_800x1216_becomes_20197_tokens_then_600_then_300():
         "T_bal": 20197,
         "Q_ref": 300,
     }
+
+
+@law
+@given(st.integers(1, 200), st.integers(1, 200))
+@torch.no_grad()
+def test_N_is_the_sum_over_i_from_3_to_6_and_no_more_are_selected_than_there_are(height, width):
+    trace = build(selection=(60, 30))(torch.zeros(1, 3, height, width), trace=True)["trace"]
+    height, width = (-(-side // 32) * 32 for side in (height, width))  # padded
+    N = sum(math.ceil(height / 2**i) * math.ceil(width / 2**i) for i in (3, 4, 5, 6))
+    assert [trace[name].shape[1] for name in ("T_i", "T_s1", "T_s2", "T_bal")] == [N, min(60, N), min(30, N), N]
+
+
+@torch.no_grad()
+def test_tokens_run_from_the_finest_level_to_the_coarsest_row_by_row():
+    model, maps = build(encoder_layers=0), []
+    for projection in model.encoder.projections:
+        projection.register_forward_hook(lambda _, inputs, output: maps.append(output))
+    T_i = model(pictures(1, 3, 64, 96), trace=True)["trace"]["T_i"]
+    assert [tuple(x.shape[2:]) for x in maps] == [(8, 12), (4, 6), (2, 3), (1, 2)]
+    assert torch.equal(T_i, torch.cat([x.flatten(2) for x in maps], 2).transpose(1, 2))
+
+
+def test_the_position_of_a_cell_counts_from_1_and_turns_once_over_a_side():
+    position = sine_of_grid([(4, 8)], 8, "cpu").view(4, 8, 8)  # sine, cosine, and a hundredth of the turn; y, then x
+    for place, channels, turns in [
+        ((0, 0), slice(0, 2), 1 / 4), ((1, 7), slice(0, 2), 2 / 4), ((3, 0), slice(2, 4), 1 / 100),
+        ((3, 0), slice(4, 6), 1 / 8), ((2, 5), slice(4, 6), 6 / 8), ((0, 3), slice(6, 8), 4 / 8 / 100),
+    ]:  # fmt: skip
+        close(position[place][channels], torch.tensor([math.sin(math.tau * turns), math.cos(math.tau * turns)]))
+
+
+def test_the_position_token_of_a_box_turns_with_cy_cx_w_and_h():
+    position, seen = PositionToken(8), []  # for each of the four: sine, cosine, and a hundredth of the turn
+    position.layers[0].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    position(torch.tensor([[[0.25, 0.5, 1.0, 0.75]]]))
+    turns = torch.tensor([0.5, 0.25, 1.0, 0.75])[:, None] / torch.tensor([1, 100])
+    close(seen[0][0, 0].view(4, 2, 2), torch.stack(((math.tau * turns).sin(), (math.tau * turns).cos()), -1))
+
+
+def sampling(reference, shapes, monkeypatch):
+    """Where, and with what weights, fresh deformable attention of eight heads samples [Q h L P 2], [Q h L P]."""
+    seen, config = [], dataclasses.replace(SMALL, heads=8)
+    monkeypatch.setattr(dimaskdino, "deform_attn", lambda value, *rest: seen.append(rest) or torch.zeros(1, 3, 32))
+    attention = DeformableAttention(config)
+    attention.start()
+    N = sum(height * width for height, width in shapes)
+    attention(torch.rand(1, 3, 32), torch.rand(1, 3, 32), reference, torch.rand(1, N, 32), shapes)
+    _, locations, weights = seen[0]
+    return locations[0], weights[0]
+
+
+DIRECTIONS = torch.tensor([[1, 0], [1, 1], [0, 1], [-1, 1], [-1, 0], [-1, -1], [0, -1], [1, -1]]).float()
+LEVELS = [(8, 16), (4, 8), (2, 4), (1, 2)]
+
+
+def test_the_encoder_starts_with_points_one_to_four_cells_away_in_eight_directions(monkeypatch):
+    centers = torch.rand(3, 2)
+    locations, weights = sampling(centers, LEVELS, monkeypatch)
+    cells = (locations - centers[:, None, None, None]) * torch.tensor([(w, h) for h, w in LEVELS])[:, None]
+    expected = DIRECTIONS[:, None, None] * torch.arange(1, 5)[:, None]
+    close(cells, expected.expand(3, -1, 4, -1, -1))
+    close(weights, torch.full_like(weights, 1 / 16))
+
+
+def test_the_decoder_starts_with_points_from_the_centre_to_the_edge_of_the_box(monkeypatch):
+    boxes = torch.rand(1, 3, 4) + 0.1
+    locations, _ = sampling(boxes, LEVELS, monkeypatch)
+    center, size = boxes[0, :, None, None, None].chunk(2, -1)
+    share = DIRECTIONS[:, None, None] * torch.tensor([1, 2, 3, 4])[:, None] / 8  # the fourth is half a box away
+    close((locations - center) / size, share.expand(3, -1, 4, -1, -1))
 
 
 @law
@@ -155,6 +290,30 @@ def test_a_selection_gathers_tokens_of_any_shape_by_the_same_index():
         assert torch.equal(picked[b], tokens[b][index[b]]) and torch.equal(picked_boxes[b], boxes[b][index[b]])
 
 
+def test_a_token_scores_as_its_best_class():
+    head, x = build().det_head, torch.rand(2, 7, 32)
+    assert torch.equal(head.scores(x), head.classes(x).max(-1).values)
+
+
+@torch.no_grad()
+def test_first_boxes_are_on_their_cell_and_double_from_the_coarsest_level_to_the_finest():
+    out = build(trained=False, selection=(340, 6))(pictures(1, 3, 128, 128), trace=True)  # fresh: nothing is refined
+    boxes = out["selection"]["boxes"][0, out["trace"]["index_1"][0].argsort()]
+    sizes = torch.cat([torch.full((n, 2), size) for n, size in ((256, 0.4), (64, 0.2), (16, 0.1), (4, 0.05))])
+    close(boxes[:, 2:], sizes, 1e-6)
+    close(boxes[[0, 1, 16, 339], :2], torch.tensor([[1, 1], [3, 1], [1, 3], [24, 24]]) / 32, 1e-6)
+
+
+@pytest.mark.parametrize("cells, border", [(48, False), (52, True)])
+def test_tokens_at_the_border_of_a_map_wider_than_50_cells_are_blank_and_have_no_box(cells, border):
+    tokens, anchors_logit = build().candidates(torch.rand(1, 2 * cells, 32), [(2, cells)])
+    without = torch.zeros(2, cells, dtype=torch.bool)
+    without[:, [0, -1]] = border
+    assert torch.equal(anchors_logit[0].isinf().all(-1), without.flatten())
+    blank = build().transform(torch.zeros(32))
+    assert torch.equal((tokens[0] == blank).all(-1), without.flatten())
+
+
 @torch.no_grad()
 def test_eq1_selects_no_token_that_scores_less_than_one_it_leaves_out():
     model = build()
@@ -184,6 +343,42 @@ def test_eq2_does_not_depend_on_the_order_of_the_tokens():
 
 
 @torch.no_grad()
+def test_eq2_every_token_hears_every_other():
+    interact, T, box = build().interactions[0], torch.rand(1, 8, 32), torch.rand(1, 8, 4)
+    before, _, _ = interact(T, box)
+    T[0, 3] += 1
+    assert (interact(T, box)[0] != before).any(-1).all()
+
+
+@torch.no_grad()
+def test_eq4_sees_tokens_that_no_selection_kept():
+    model, images = build(), pictures(1, 3, 64, 64)
+    before = model(images, trace=True)["trace"]
+    left_out = [token for token in range(64, 85) if token not in before["index_1"]]  # not of 1/8: pixels know those
+
+    def changed(_, inputs, output):
+        T_i = output[0].clone()
+        T_i[:, left_out] += 0.01 * torch.rand(32)
+        return T_i, *output[1:]
+
+    model.encoder.register_forward_hook(changed)
+    after = model(images, trace=True)["trace"]
+    assert torch.equal(before["index_1"], after["index_1"]) and torch.equal(before["T_s2"], after["T_s2"])
+    assert (before["Q_bal"] != after["Q_bal"]).any()
+
+
+@pytest.mark.parametrize("preset", [{}, {**RELEASED, "guiding_tokens": 3}], ids=["paper", "released"])
+@torch.no_grad()
+def test_eq4_attends_to_T_i_and_every_later_layer_to_T_bal(preset):
+    model, memories = build(**preset), []
+    for layer in (model.residual, *model.decoder):
+        layer.register_forward_hook(lambda _, inputs, output: memories.append(inputs[3]))
+    trace = model(pictures(1, 3, 64, 64), trace=True)["trace"]
+    for memory, expected in zip(memories, ("T_i", "T_bal", "T_bal"), strict=True):
+        assert torch.equal(memory, trace[expected])
+
+
+@torch.no_grad()
 def test_eq4_does_not_depend_on_the_order_of_the_queries():
     layer, Q, box, order = build().residual, torch.rand(1, 8, 32), torch.rand(1, 8, 4), torch.randperm(8)
     memory, shapes, position = torch.rand(1, 22, 32), [(4, 4), (2, 2), (1, 1), (1, 1)], torch.rand(1, 8, 32)
@@ -193,10 +388,56 @@ def test_eq4_does_not_depend_on_the_order_of_the_queries():
     )
 
 
-def test_T_s1_and_its_boxes_are_not_trained_through_what_follows():
-    trace = build()(pictures(1, 3, 64, 64), trace=True)["trace"]
-    assert not trace["T_s1"].requires_grad and not trace["box_s1"].requires_grad
-    assert trace["T_s2"].requires_grad and trace["box_s2"].requires_grad
+@pytest.mark.parametrize(
+    "symbol, part, trains",
+    [
+        ("T_i", "encoder.level_embed", True),
+        ("T_s1", "transform.0.weight", False),
+        ("box_s1", "seg_head.embed.weight", False),
+        ("T_s2", "transform.0.weight", False),
+        ("T_s2", "interactions.0.layers.0.ffn.linear1.weight", True),
+        ("T_s2", "interactions.0.box_mlp.layers.0.weight", False),
+        ("box_s2", "interactions.0.box_mlp.layers.0.weight", True),
+        ("box_s2", "interactions.0.layers.0.ffn.linear1.weight", True),
+        ("Q_bal", "interactions.0.layers.0.ffn.linear1.weight", True),
+        ("Q_bal", "interactions.0.box_mlp.layers.0.weight", True),
+        ("Q_bal", "encoder.level_embed", True),
+        ("Q_bal", "transform.0.weight", False),
+        ("T_g_mask", "residual.ffn.linear1.weight", True),
+        ("T_g_box", "residual.ffn.linear1.weight", True),
+        ("T_bal", "encoder.level_embed", True),
+        ("T_bal", "N_mask.mlp.layers.0.weight", True),
+        ("T_bal", "N_box.mlp.layers.0.weight", True),
+        ("Q_ref", "bato.ffn.linear1.weight", True),
+        ("Q_ref", "residual.ffn.linear1.weight", True),
+        ("Q_ref", "det_head.box_mlp.layers.0.weight", False),
+        ("m", "seg_head.embed.weight", True),
+        ("m", "encoder.lateral.0.weight", True),
+        ("m", "bato.ffn.linear1.weight", True),
+    ],
+)
+def test_a_symbol_trains_what_made_it_up_to_where_the_authors_cut_the_gradient(symbol, part, trains):
+    model = build()
+    value = model(pictures(1, 3, 64, 64), trace=True)["trace"][symbol].sin().sum()
+    weight = model.get_parameter(part)
+    (gradient,) = torch.autograd.grad(value, weight, allow_unused=True) if value.requires_grad else (None,)
+    assert (gradient is not None and gradient.any().item()) == trains
+
+
+def deltas(prediction, bias):
+    """Through how many changes a prediction's boxes train the last bias of the network that makes them."""
+    boxes = prediction["boxes"]
+    (gradient,) = torch.autograd.grad(boxes.logit().sum(), bias, allow_unused=True, retain_graph=True)
+    return 0 if gradient is None else round(gradient.mean().item() / boxes[..., 0].numel(), 3)
+
+
+def test_predicted_boxes_train_the_change_before_theirs_too_but_no_earlier_one():
+    model = build()
+    out = model(pictures(1, 3, 64, 64))
+    bias, interaction_bias = (x.box_mlp.layers[-1].bias for x in (model.det_head, model.interactions[0]))
+    assert deltas(out["selection"], bias) == 1
+    assert [deltas(x, interaction_bias) for x in out["interaction"]] == [2, 2]
+    assert [deltas(x, bias) for x in out["layers"]] == [0, 1, 2, 2]  # the initial prediction changes nothing
 
 
 @law
@@ -223,12 +464,69 @@ def test_eq7_the_guiding_tokens_are_the_sum_of_mask_and_box_guiding_tokens():
     assert trace["T_g_mask"].ne(trace["T_g_box"]).any()
 
 
+@pytest.mark.parametrize("network", ["N_mask", "N_box"])
+def test_eq5_and_eq6_are_three_layers_on_the_query_alone(network):
+    guide = getattr(build(), network)
+    layers = [(m.in_features, m.out_features) for m in guide.modules() if isinstance(m, nn.Linear)]
+    assert layers == [(32, 32)] * 3
+
+
 @torch.no_grad()
-def test_eq8_moves_every_token_of_T_i_and_does_not_depend_on_the_order_of_the_guiding_tokens():
-    bato, T_i, T_g, grid = build().bato, torch.rand(1, 20, 32), torch.rand(1, 5, 32), torch.rand(20, 32)
-    T_bal, order = bato(T_i, grid, T_g, T_g), torch.randperm(5)
-    assert T_bal.shape == T_i.shape and (T_bal != T_i).any(-1).all()
-    close(T_bal, bato(T_i, grid, T_g[:, order], T_g[:, order]))
+def test_eq5_and_eq6_make_each_guiding_token_of_its_own_query_and_of_no_box():
+    model, Q, box = build(), torch.rand(1, 5, 32), torch.rand(2, 1, 5, 4)
+    a = torch.cat((model.N_mask(Q, model.seg_head.mask_mlp), model.N_box(Q, box[0], model.position)))
+    Q[0, 2] += 1
+    b = torch.cat((model.N_mask(Q, model.seg_head.mask_mlp), model.N_box(Q, box[1], model.position)))
+    assert (a != b).any(-1).tolist() == [[False, False, True, False, False]] * 2
+
+
+@torch.no_grad()
+def test_eq8_does_not_depend_on_the_order_of_the_guiding_tokens():
+    bato, T_i, T_g, grid, order = (
+        build().bato,
+        torch.rand(1, 20, 32),
+        torch.rand(1, 5, 32),
+        torch.rand(20, 32),
+        [3, 1, 0, 4, 2],
+    )
+    close(bato(T_i, grid, T_g, T_g), bato(T_i, grid, T_g[:, order], T_g[:, order]))
+
+
+@torch.no_grad()
+def test_eq8_each_token_moves_by_itself():
+    bato, T_i, T_g, grid, order = (
+        build().bato,
+        torch.rand(1, 20, 32),
+        torch.rand(1, 5, 32),
+        torch.rand(20, 32),
+        torch.randperm(20),
+    )
+    T_bal = bato(T_i, grid, T_g, T_g)
+    close(T_bal[:, order], bato(T_i[:, order], grid[order], T_g, T_g))
+    T_i[0, 7] += torch.rand(32)
+    assert (bato(T_i, grid, T_g, T_g) != T_bal).any(-1)[0].nonzero()[:, 0].tolist() == [7]
+
+
+@torch.no_grad()
+def test_eq8_what_a_token_is_told_depends_on_what_it_is_and_on_where_it_is():
+    bato, T_g, told = build().bato, torch.rand(1, 5, 32), []
+    bato.attention.mha.register_forward_hook(lambda _, inputs, output: told.append(output[0][0]))
+    T_i, grid = torch.rand(1, 4, 32) * 3, torch.rand(4, 32) * 3
+    T_i[0, 1], grid[2] = T_i[0, 0], grid[0]  # token 1 is as token 0, token 2 is where token 0 is
+    bato(T_i, grid, T_g, T_g)
+    assert (told[0][0] != told[0][1]).any() and (told[0][0] != told[0][2]).any()
+
+
+@pytest.mark.parametrize("value, moves", [("T_g", (True, False)), ("T_g_mask", (True, True))])
+@torch.no_grad()
+def test_eq8_attends_to_T_g_with_T_g_as_value_or_as_released_with_T_g_mask(value, moves):
+    bato, T_i, grid = build(guide_value=value).bato, torch.rand(1, 4, 32), torch.rand(4, 32)
+    T_g, T_g_mask = torch.rand(2, 1, 5, 32)
+    T_bal = bato(T_i, grid, T_g, T_g_mask)
+    others = bato(T_i, grid, T_g + torch.rand(5, 32), T_g_mask), bato(T_i, grid, T_g, T_g_mask + torch.rand(5, 32))
+    assert tuple((other != T_bal).any().item() for other in others) == moves
+    key, same_value = bato(T_i, grid, T_g.flip(1), T_g_mask), bato(T_i, grid, T_g.flip(1), T_g_mask.flip(1))
+    assert torch.allclose(key, T_bal, atol=1e-5) == (value == "T_g") and torch.allclose(same_value, T_bal, atol=1e-5)
 
 
 def test_released_box_guiding_tokens_do_not_train_the_boxes_they_come_from():
@@ -247,6 +545,17 @@ def test_eq9_there_is_a_prediction_for_T_s2_and_for_every_decoder_layer_eq4_incl
     out = build(decoder_layers=layers)(pictures(1, 3, 64, 64))
     assert len(out["layers"]) == 1 + layers
     assert all(torch.equal(out[name], out["layers"][-1][name]) for name in ("logits", "boxes", "masks"))
+
+
+@torch.no_grad()
+def test_eq9_every_layer_starts_from_the_box_that_the_layer_before_refined():
+    model, boxes = build(), []
+    for layer in (model.residual, *model.decoder):
+        layer.register_forward_hook(lambda _, inputs, output: boxes.append((inputs[2], output)))
+    trace = model(pictures(1, 3, 64, 64), trace=True)["trace"]
+    assert torch.equal(boxes[0][0], trace["box_s2"]) and torch.equal(boxes[1][0], trace["box_bal"])
+    for (box, Q), (refined, _) in itertools.pairwise(boxes):
+        close(refined, (model.det_head.delta(Q) + box.logit(1e-5)).sigmoid(), 1e-6)
 
 
 @torch.no_grad()
@@ -271,6 +580,43 @@ def test_eq11_masks_are_products_of_query_and_pixel_embeddings():
     Q, pixels = torch.rand(2, 1, 3, 32), torch.rand(1, 32, 6, 5)
     for x, masks in zip(Q, head(Q, [pixels, pixels]), strict=True):
         close(masks.all()[0, :, 4, 2], head.mask_mlp(x)[0] @ pixels[0, :, 4, 2])
+
+
+def test_eq11_pixels_are_made_of_T_i_and_of_F_cnn():
+    out = build()(pictures(1, 3, 64, 64), trace=True)
+    pixels = out["mask_product"].pixels.sin().sum()
+    gradients = torch.autograd.grad(pixels, [out["trace"]["T_i"], out["trace"]["F_cnn"]])
+    assert all(gradient.any() for gradient in gradients)
+    assert gradients[0][0].any(-1).tolist() == [True] * 64 + [False] * 21  # of T_i, the level that is nearest in size
+
+
+def test_matrices_start_uniform_within_the_bound_of_xavier():
+    model = build(trained=False, dim=64)
+    for part in (model.encoder.layers, model.residual, model.decoder, model.position, model.bato):
+        for name, x in part.named_parameters():
+            if x.ndim > 1 and x.any():  # offsets and weights of deformable attention are zero
+                assert 0.9 < x.abs().max() / (6 / sum(x.shape)) ** 0.5 <= 1, name
+
+
+def test_convolutions_start_uniform_within_the_bound_of_xavier_or_kaiming_and_without_bias():
+    model = build(trained=False, dim=64)
+    for convs, bound in [
+        ([x[0] for x in model.encoder.projections], lambda inputs, outputs: 6 / (inputs + outputs)),
+        ([model.encoder.lateral[0], model.seg_head.fuse[0], model.seg_head.embed], lambda inputs, _: 3 / inputs),
+    ]:
+        for conv in convs:
+            inputs, outputs = conv.weight[0].numel(), conv.weight[:, 0].numel()
+            assert 0.9 < conv.weight.abs().max() / bound(inputs, outputs) ** 0.5 <= 1
+            assert conv.bias is None or not conv.bias.any()
+
+
+def test_a_fresh_model_refines_no_box():
+    out = build(trained=False)(pictures(1, 3, 64, 64), trace=True)
+    start = out["trace"]["box_s1"][
+        0, [out["trace"]["index_1"][0].tolist().index(i) for i in out["trace"]["index_2"][0]]
+    ]
+    for layer in out["layers"]:
+        close(layer["boxes"][0], start, 2e-5)
 
 
 # ---- Switches --------------------------------------------------------------------------------------------------------
@@ -434,6 +780,26 @@ def test_postprocess_gives_the_best_of_all_classes_best_first_at_any_output_size
     assert len(found["scores"]) == min(top, queries * 7)
     assert found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
     assert found["masks"].shape == (len(found["scores"]), height, width) and found["masks"].dtype == torch.bool
+
+
+def test_a_query_may_be_found_as_two_classes_before_another_query_is_found():
+    outputs = hand_made_outputs()
+    outputs["logits"][0, 1, 0] = 1.0
+    (found,) = postprocess(outputs, [(48, 64)], [(48, 64)], top=2)
+    assert found["labels"].tolist() == [2, 0] and torch.equal(found["boxes"][0], found["boxes"][1])
+
+
+def test_a_score_is_the_class_times_the_mean_of_the_mask_inside_the_mask():
+    outputs = hand_made_outputs()
+    outputs["masks"][0, 1] = 1.5
+    (found,) = postprocess(outputs, [(48, 64)], [(48, 64)], top=1)
+    expected = torch.tensor(2.0).sigmoid() * torch.tensor(1.5).sigmoid()
+    close(found["scores"][0], expected, 1e-5)
+
+
+def test_at_most_100_objects_are_found_unless_told_otherwise():
+    outputs = {"logits": torch.rand(1, 30, 5), "boxes": torch.rand(1, 30, 4), "masks": torch.rand(1, 30, 8, 8)}
+    assert len(postprocess(outputs, [(32, 32)], [(32, 32)])[0]["scores"]) == 100
 
 
 def test_an_empty_mask_scores_zero():

@@ -1,6 +1,7 @@
 """What losses.py promises: matching, every term of the loss, denoising queries (appendix B: as in MaskDINO)."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from losses import Criterion, Denoising, denoising_queries
+from recipe import Recipe
 from small_models import TRAINING, build, close, law, objects, pictures, step
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -42,6 +44,71 @@ def test_objects_of_no_size_and_objects_without_a_pixel_train():
     targets[1]["masks"][0] = False
     terms = step(build().train(), pictures(2, 3, 64, 64), targets)
     assert all(value.isfinite() for value in terms.values())
+
+
+def test_the_losses_have_the_weights_of_maskdino():
+    assert Criterion(Recipe()).weights == {"class": 4, "box": 5, "giou": 2, "mask": 5, "dice": 5}
+
+
+def losses_of(prediction, targets, num_objects=None, **others):
+    outputs = {**prediction, "layers": [prediction], "selection": prediction, "interaction": [], "denoising": []}
+    losses = Criterion(TRAINING)(outputs | others, targets, num_objects)
+    return {name: value.item() for name, value in losses.items()}
+
+
+def one_pair():
+    """A query that knows nothing, beside an object without a pixel."""
+    target = {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.7, 0.5, 0.2, 0.4]])}
+    target["masks"] = torch.zeros(1, 32, 32, dtype=torch.bool)
+    boxes = torch.tensor([[[0.3, 0.5, 0.2, 0.2]]])
+    return {"logits": torch.zeros(1, 1, 2), "boxes": boxes, "masks": torch.zeros(1, 1, 8, 8)}, [target]
+
+
+def test_every_term_of_one_pair_is_what_one_works_out_by_hand():
+    losses = losses_of(*one_pair())
+    # Focal: alpha 1/4 of the class that is there, 3/4 of the other, each times (1/2)^2 ln 2.
+    assert losses["class_0"] == pytest.approx(4 * (1 / 4 + 3 / 4) / 4 * math.log(2))
+    assert losses["box_0"] == pytest.approx(5 * (0.4 + 0.2))
+    # GIoU: boxes of 0.04 and 0.08 that do not meet, in a hull of 0.24.
+    assert losses["giou_0"] == pytest.approx(2 * (1 + (0.24 - 0.12) / 0.24), rel=1e-4)
+    assert losses["mask_0"] == pytest.approx(5 * math.log(2))
+    assert losses["dice_0"] == pytest.approx(5 * (1 - 1 / (TRAINING.mask_points / 2 + 1)))  # smoothed by 1
+
+
+@pytest.mark.parametrize("logit, present, absent", [(2.0, 1 / 4, 3 / 4), (-1.0, 1 / 4, 3 / 4)])
+def test_the_class_loss_is_focal_with_alpha_a_quarter_and_gamma_2(logit, present, absent):
+    prediction, targets = one_pair()
+    prediction["logits"] = torch.tensor([[[logit, logit]]])
+    p = 1 / (1 + math.exp(-logit))
+    focal = present * (1 - p) ** 2 * -math.log(p) + absent * p**2 * -math.log(1 - p)
+    assert losses_of(prediction, targets)["class_0"] == pytest.approx(4 * focal, rel=1e-5)
+
+
+def test_denoising_losses_are_divided_by_objects_and_groups_and_each_slot_learns_its_object():
+    prediction, targets = one_pair()
+    once, thrice = ({name: x.repeat(1, n, *[1] * (x.ndim - 2)) for name, x in prediction.items()} for n in (1, 3))
+    a, b = (losses_of(prediction, targets, denoising=[noised]) for noised in (once, thrice))
+    for term in ("class", "box", "giou", "mask", "dice"):
+        assert a[f"{term}_denoising_0"] == pytest.approx(b[f"{term}_denoising_0"]) == pytest.approx(a[f"{term}_0"])
+
+
+def test_mask_points_are_drawn_where_the_mask_is_least_certain():
+    ramp = torch.linspace(-1, 1, 256).expand(1, 64, 256)  # logits rise from left to right
+    x, y = Criterion(Recipe(mask_points=8000)).uncertain_points(ramp)[0].unbind(-1)
+    # Of 24,000 candidates the 6,000 nearest to the middle, within a quarter of it (a mask fades at the upper and the
+    # lower border, where a few more are), and 2,000 anywhere.
+    assert (x[:6000].abs() < 0.27).float().mean() > 0.98 and x[:6000].abs().mean() == pytest.approx(0.125, abs=0.01)
+    assert x[6000:].abs().mean() == pytest.approx(0.5, abs=0.03) and y.abs().mean() == pytest.approx(0.5, abs=0.03)
+    assert len(x) == 8000 and x[6000:].min() < -0.98 and x[6000:].max() > 0.98
+
+
+def test_matching_compares_masks_too():
+    targets = whole_cells(objects(2))
+    prediction = perfect(targets, 2, 5)
+    prediction["logits"][:], prediction["boxes"][:] = 0.0, 0.5  # only masks tell the queries apart
+    prediction["masks"] = prediction["masks"].flip(1)
+    queries, found = Criterion(TRAINING).match({"0": prediction}, targets)["0"]
+    assert queries.tolist() == [0, 1] and found.tolist() == [1, 0]
 
 
 def test_every_stage_is_trained_by_every_loss_it_has():
@@ -179,6 +246,50 @@ def test_a_fifth_of_the_labels_is_redrawn_or_as_many_as_asked_for(given, share, 
     targets = objects(1)
     labels = denoising_queries(targets, 1000, queries=4000, **given).labels
     assert (labels != targets[0]["labels"][0]).float().mean().item() == pytest.approx(share, abs=near)  # 5 sigma
+
+
+def test_redrawn_labels_are_of_any_class():
+    labels = denoising_queries(objects(1), 5, queries=500, label_noise=1).labels
+    assert set(labels[0].tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_noised_boxes_stay_in_the_image():
+    targets = objects(1)
+    targets[0]["boxes"] = torch.tensor([[0.05, 0.9, 0.9, 0.9]])
+    boxes = denoising_queries(targets, 5, queries=1000).boxes_logit.sigmoid()
+    assert boxes.min() < 1e-4 and boxes.max() > 1 - 1e-4  # clamped, not turned away
+
+
+def test_who_may_not_look_at_whom():
+    denoising = Denoising(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, 4), groups=2)
+    blocked = [
+        [0, 0, 1, 1, 0, 0],  # a group: at the other group
+        [0, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],  # the queries that are matched: at any group
+        [1, 1, 1, 1, 0, 0],
+    ]
+    assert denoising.attention_mask(2).int().tolist() == blocked
+
+
+@torch.no_grad()
+def test_denoising_queries_see_the_queries_that_are_matched():
+    model, T_s2, box = build(), torch.rand(1, 6, 32), torch.rand(1, 6, 4)
+    denoising = Denoising(torch.tensor([[1, 2]]), torch.zeros(1, 2, 4), groups=1)
+    Q, _, blocked, D = model.with_denoising(denoising, T_s2, box)
+    other, *_ = model.with_denoising(denoising, T_s2 + torch.rand(32), box)
+    a, b = (model.residual.self_attention(x, x, x, x, blocked)[:, :D] for x in (Q, other))
+    assert D == 2 and (a != b).any(-1).all()
+
+
+@torch.no_grad()
+def test_an_empty_slot_holds_zeros_and_a_used_one_the_embedding_of_its_label():
+    model = build()
+    denoising = Denoising(torch.tensor([[3, -1]]), torch.tensor([[[0.0] * 4, [1.0] * 4]]), groups=1)
+    Q, box, *_ = model.with_denoising(denoising, torch.rand(1, 6, 32), torch.rand(1, 6, 4))
+    assert torch.equal(Q[0, :2], torch.stack((model.label_embed.weight[3], torch.zeros(32))))
+    assert torch.equal(box[0, :2], denoising.boxes_logit[0].sigmoid())
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 import torchvision
 from torch import nn
 
+from dimaskdino import Config, DIMaskDINO
 from small_models import SMALL, build, pictures
-from weights import config_of, load_weights, read_checkpoint
+from weights import config_of, load_model, load_weights, read_checkpoint
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
@@ -87,6 +89,79 @@ def test_imagenet_backbones_load_under_every_common_naming(backbone, naming):
     else:
         assert torch.equal(model.backbone.stages[3](model.backbone.stages[2](model.backbone.stages[1](
             model.backbone.stages[0](image)))), source.features(image))  # fmt: skip
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "swin_t", "swin_s", "swin_b", "swin_l"])
+@pytest.mark.parametrize("preset", ["released", "maskdino"])
+def test_a_model_is_recognised_from_its_tensors_alone(backbone, preset):
+    config = dataclasses.replace(getattr(Config, preset)(), backbone=backbone, num_classes=7, decoder_layers=4)
+    with torch.device("meta"):
+        state = DIMaskDINO(config).state_dict()
+    assert config_of({"model": state}) == config
+
+
+def test_a_file_without_a_model_is_told_where_a_backbone_goes():
+    with pytest.raises(ValueError, match="--backbone-weights"):
+        config_of({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}})
+
+
+def test_names_of_our_older_checkpoints_are_read():
+    model = build(pixel_tokens="T_bal")
+    former = {"N_mask.mlp": "mask_net", "N_box.mlp": "box_net", "seg_head.update": "pixel_update"}
+    state = model.state_dict()
+    for new, old in former.items():
+        state = {name.replace(new, old): x for name, x in state.items()}
+    other = build(seed=1, pixel_tokens="T_bal")
+    assert load_weights(other, state) == [] and any(name.startswith("pixel_update") for name in state)
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in other.state_dict().items())
+
+
+def test_what_has_no_part_in_the_model_is_no_odd_tensor():
+    source, model = torchvision.models.resnet18(weights=None).state_dict(), build(backbone="resnet18")
+    extra = {"head.bias": torch.ones(3), "criterion.empty_weight": torch.ones(81), "fc.bias": torch.ones(3)}
+    assert load_weights(model, source | extra) == []
+    with pytest.raises(ValueError, match=r"other.bias: \(3,\) in the file, missing in the model"):
+        load_weights(model, model.state_dict() | {"other.bias": torch.ones(3)})
+
+
+def test_a_pretrained_backbones_norms_are_frozen_and_those_of_our_unfrozen_checkpoints_are_not():
+    model = build(backbone="resnet18")
+    load_weights(model, build(backbone="resnet18", seed=1).state_dict())
+    assert model.backbone.train().stages[0].bn1.weight.requires_grad and model.backbone.stages[0].bn1.training
+    load_weights(model, torchvision.models.resnet18(weights=None).state_dict())
+    norms = [m for m in model.train().backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and not any(m.weight.requires_grad or m.training for m in norms)
+    again = build(backbone="resnet18")
+    load_weights(again, model.state_dict())
+    assert not again.train().backbone.stages[0].bn1.training
+
+
+def test_twenty_odd_tensors_are_listed_and_the_others_counted():
+    with pytest.raises(ValueError) as error:
+        load_weights(build(), {"head_norm.weight": torch.zeros(32)})
+    odd, more = map(int, re.search(r"these (\d+) tensors(?s:.*)and (\d+) more$", str(error.value)).groups())
+    assert str(error.value).count(" in the model") == 20 == odd - more
+
+
+def test_a_file_of_which_no_tensor_fits_is_refused_even_in_part():
+    with pytest.raises(ValueError, match="no tensor of the file fits"):
+        load_weights(build(), {"head_norm.weight": torch.zeros(7)}, partial=True)
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path / "nowhere.pth")
+
+
+def test_a_loaded_model_knows_its_classes_its_test_size_and_its_data(tmp_path):
+    checkpoint = {"model": build().state_dict(), "config": dataclasses.asdict(SMALL)}
+    torch.save(checkpoint, tmp_path / "bare.pt")
+    known = {"classes": list("abcde"), "recipe": {"test_size": (64, 96)}, "data": "shapes"}
+    torch.save(checkpoint | known, tmp_path / "whole.pt")
+    bare, whole = load_model(tmp_path / "bare.pt"), load_model(tmp_path / "whole.pt")
+    assert not bare.training and len(bare.classes) == 80 and "person" in bare.classes
+    assert (bare.test_size, bare.trained_on) == ((800, 1333), "coco")
+    assert (whole.classes, whole.test_size, whole.trained_on) == (list("abcde"), (64, 96), "shapes")
 
 
 class Bomb:
