@@ -14,6 +14,7 @@ from torchvision.ops import StochasticDepth
 
 import dimaskdino
 from dimaskdino import (
+    MLP,
     Backbone,
     Config,
     DeformableAttention,
@@ -109,6 +110,17 @@ def test_presets_have_as_many_trained_parameters_as_the_authors_models(preset, p
 def test_a_config_that_makes_no_model_is_refused_by_the_name_of_its_field(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         dataclasses.replace(SMALL, **wrong)
+
+
+# ---- Leaf blocks -----------------------------------------------------------------------------------------------------
+
+
+def test_an_mlp_has_a_relu_between_its_layers_and_none_after_the_last():
+    mlp = MLP(1, 1, 1, 3)
+    for parameter in mlp.parameters():
+        nn.init.constant_(parameter, 1.0 if parameter.ndim == 2 else 0.0)
+    nn.init.constant_(mlp.layers[2].weight, -1.0)
+    assert mlp(torch.tensor([[-2.0], [3.0]])).flatten().tolist() == [0.0, -3.0]
 
 
 # ---- Feature Tokens Extractor (3.2.1) --------------------------------------------------------------------------------
@@ -426,10 +438,11 @@ def test_a_symbol_trains_what_made_it_up_to_where_the_authors_cut_the_gradient(s
 
 
 def deltas(prediction, bias):
-    """Through how many changes a prediction's boxes train the last bias of the network that makes them."""
-    boxes = prediction["boxes"]
-    (gradient,) = torch.autograd.grad(boxes.logit().sum(), bias, allow_unused=True, retain_graph=True)
-    return 0 if gradient is None else round(gradient.mean().item() / boxes[..., 0].numel(), 3)
+    """Through how many changes a predicted box trains the last bias of the network that makes them."""
+    boxes = prediction["boxes"][0]
+    box = boxes[torch.minimum(boxes, 1 - boxes).amin(-1).argmax()]  # far from 0 and 1, where logits are clamped
+    (gradient,) = torch.autograd.grad(box.logit().sum(), bias, allow_unused=True, retain_graph=True)
+    return 0 if gradient is None else round(gradient.mean().item(), 3)
 
 
 def test_predicted_boxes_train_the_change_before_theirs_too_but_no_earlier_one():
