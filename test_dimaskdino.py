@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -820,3 +821,32 @@ def test_an_empty_mask_scores_zero():
     outputs = hand_made_outputs()
     outputs["masks"][:] = -8.0
     assert not postprocess(outputs, [(48, 64)], [(48, 64)])[0]["scores"].any()
+
+
+# ---- The file as a program -------------------------------------------------------------------------------------------
+
+
+def test_run_as_a_program_it_prints_what_each_equation_makes_of_an_image_of_800x1216(monkeypatch, capsys):
+    monkeypatch.setattr(Config, "paper", lambda: SMALL)
+    dimaskdino.main()
+    head, *steps, counts = capsys.readouterr().out.splitlines()
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DIMaskDINO(SMALL).parameters())
+    assert head == f"DI-MaskDINO, {parameters:,} parameters, image [1, 3, 800, 1216]"
+    made = [tuple(re.search(r"^(FTE|Eq. \d+) .* (\w+) +(\[.*\]) +\d+\.\d ms$", line).groups()) for line in steps]
+    assert made == [
+        ("FTE", "T_i", "[1, 20197, 32]"),
+        ("Eq. 1", "T_s1", "[1, 12, 32]"),
+        ("Eq. 2", "T_s1_sa", "[1, 12, 32]"),
+        ("Eq. 3", "T_s2", "[1, 6, 32]"),
+        ("Eq. 4", "Q_bal", "[1, 6, 32]"),
+        ("Eq. 5", "T_g_mask", "[1, 6, 32]"),
+        ("Eq. 6", "T_g_box", "[1, 6, 32]"),
+        ("Eq. 7", "T_g", "[1, 6, 32]"),
+        ("Eq. 8", "T_bal", "[1, 20197, 32]"),
+        ("Eq. 9", "Q_ref", "[1, 6, 32]"),
+        ("Eq. 10", "c", "[1, 6, 5]"),
+        ("Eq. 10", "b", "[1, 6, 4]"),
+        ("Eq. 11", "m", "[1, 6, 200, 304]"),
+    ]
+    assert counts == "tokens: 20,197 -> 12 -> 6"
