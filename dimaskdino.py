@@ -31,12 +31,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
-import torchvision
 from einops import rearrange
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 from torchvision.ops import box_convert
 
+from backbones import RESNETS, SWINS, Backbone
 from deform_attn_cuda import deform_attn
 
 
@@ -178,16 +177,9 @@ class DeformableAttention(nn.Module):
         """x, position [B Q C]; reference: cell centres [Q 2] or boxes [B Q 4]; memory [B N C]."""
         query = x + position
         value = rearrange(self.value(memory), "B N (h c) -> B N h c", h=self.split["h"])
-        offsets = rearrange(self.offsets(query).float(), "B Q (h L P xy) -> B Q h L P xy", **self.split, xy=2)
-        weights = rearrange(self.weights(query).float(), "B Q (h LP) -> B Q h LP", h=self.split["h"]).softmax(-1)
-        weights = rearrange(weights, "B Q h (L P) -> B Q h L P", P=self.split["P"])
-        if reference.shape[-1] == 2:  # offsets in cells of their level
-            wh = torch.tensor([(w, h) for h, w in level_shapes], device=x.device, dtype=torch.float)
-            locations = reference[None, :, None, None, None] + offsets / wh[:, None]
-        else:  # offsets in halves of the box, shared out among the points
-            center, size = reference[:, :, None, None, None].chunk(2, -1)
-            locations = center + offsets * size * (0.5 / self.split["P"])
-        return self.norm(x + self.output(deform_attn(value, level_shapes, locations, weights)))
+        offsets = rearrange(self.offsets(query), "B Q (h L P xy) -> B Q h L P xy", **self.split, xy=2)
+        logits = rearrange(self.weights(query), "B Q (h L P) -> B Q h L P", **self.split)
+        return self.norm(x + self.output(deform_attn(value, level_shapes, reference, offsets, logits)))
 
 
 def wavelengths(channels, device=None):
@@ -248,89 +240,6 @@ def normed_conv(inputs, outputs, kernel, stride=1, bias=False):
 
 # ---- Feature Tokens Extractor (3.2.1) --------------------------------------------------------------------------------
 
-RESNETS = {"resnet18": (64, 128, 256, 512), "resnet50": (256, 512, 1024, 2048)}
-SWINS = {  # embedding, depths, heads, window, stochastic depth
-    "swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7, 0.2),
-    "swin_s": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7, 0.3),
-    "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32), 7, 0.5),
-    "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 0.3),
-}
-
-
-class Norm(nn.BatchNorm2d):
-    """Batch norm. Once it is frozen, it is a multiplication and an addition, which need not keep their input."""
-
-    def __init__(self, channels):
-        super().__init__(channels)
-        self.register_load_state_dict_post_hook(lambda norm, _: norm.freeze() if norm.frozen else None)
-
-    @property
-    def frozen(self):
-        return self.num_batches_tracked is None
-
-    def freeze(self):
-        """It no longer counts its batches: in a checkpoint, a frozen norm is one without num_batches_tracked."""
-        self.num_batches_tracked = None
-        self.requires_grad_(False).eval()
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        self.register_buffer("scale", scale[:, None, None], persistent=False)
-        self.register_buffer("shift", (self.bias - self.running_mean * scale)[:, None, None], persistent=False)
-
-    def train(self, mode=True):
-        return super().train(mode and not self.frozen)
-
-    def forward(self, x):
-        if not self.frozen:
-            return super().forward(x)
-        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
-
-
-class Backbone(nn.Module):
-    """Image [B 3 H W], normalised -> features at strides 4, 8, 16, 32, fine to coarse."""
-
-    def __init__(self, name):
-        super().__init__()
-        if name in RESNETS:
-            self.channels = RESNETS[name]
-            net = getattr(torchvision.models, name)(weights=None, norm_layer=Norm)
-            stem = nn.Sequential()
-            for part in ("conv1", "bn1", "relu", "maxpool"):
-                stem.add_module(part, getattr(net, part))
-            self.stages = nn.ModuleList([stem, net.layer1, net.layer2, net.layer3, net.layer4])
-        elif name in SWINS:
-            width, depths, heads, window, drop = SWINS[name]
-            self.channels = tuple(width * 2**i for i in range(4))
-            net = torchvision.models.SwinTransformer(
-                [4, 4], width, list(depths), list(heads), [window] * 2, stochastic_depth_prob=drop
-            ).features
-            # A stage is the downsampling before it and its blocks; maps are channels last inside.
-            self.stages = nn.ModuleList([net[:2], net[2:4], net[4:6], net[6:8]])
-            self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
-        else:  # "tiny": ResNet's stem and basic blocks, narrow
-            self.channels = (32, 64, 128, 128)
-            stem = nn.Sequential(nn.Conv2d(3, 32, 5, 2, 2, bias=False), Norm(32), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-            self.stages = nn.ModuleList([stem])
-            for inputs, outputs, stride in zip((32, *self.channels), self.channels, (1, 2, 2, 2), strict=False):
-                shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), Norm(outputs))
-                self.stages.append(
-                    BasicBlock(inputs, outputs, stride, None if stride == 1 else shortcut, norm_layer=Norm)
-                )
-
-    def forward(self, x):
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        if hasattr(self, "norms"):
-            return [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, features, strict=True)]
-        return features[1:]  # without the stem
-
-    def freeze_norm(self):
-        """Pretrained batch statistics stay as they are (FrozenBatchNorm), because detection batches are small."""
-        for module in self.modules():
-            if isinstance(module, Norm):
-                module.freeze()
-
 
 class EncoderLayer(nn.Module):
     def __init__(self, config):
@@ -378,13 +287,13 @@ class FeatureTokens(nn.Module):
 
 
 def select(scores, k, *tokens):
-    """T_s = S(T, k), the selection of De-Imbalance: in each image the k tokens with the best scores, best first.
+    """Eq. 1 and 3.  T_s = S(T, k): in each image the k tokens with the best scores, best first.
 
     scores [B N]: best class logit of each token; tokens: tensors [B N ...], gathered alike. Small images have fewer
     than k tokens: all are kept. Returns the k scores [B k], their index [B k], and the gathered tensors.
     """
     scores, index = scores.topk(min(k, scores.shape[1]))
-    image = torch.arange(len(index), device=index.device)[:, None]
+    image = torch.arange(index.shape[0], device=index.device)[:, None]
     return scores, index, *(x[image, index] for x in tokens)
 
 
@@ -493,17 +402,12 @@ class MaskGuide(nn.Module):
         return Q_bal if self.network is None else self.mlp(Q_bal) if self.network == "own" else mask_mlp(Q_bal)
 
 
-class BoxGuide(nn.Module):
+class BoxGuide(MaskGuide):
     """Eq. 6.  T_g^box = N_box(Q_bal): where each query's object is, by a three-layer MLP.
 
     released code, guide_networks="heads": by the position token of the query's box, which is not trained through it.
     Table 6, without guiding token generation: nothing.
     """
-
-    def __init__(self, config):
-        super().__init__()
-        self.network = config.guide_networks if config.bato and config.gtg else None
-        self.mlp = MLP(config.dim, config.dim, config.dim, 3) if self.network == "own" else None
 
     def forward(self, Q_bal, box_bal, position):
         """[B G C], [B G 4] -> [B G C]"""
@@ -543,7 +447,7 @@ class DetectionHead(nn.Module):
         self.classifier, self.box_mlp = nn.Linear(config.dim, config.num_classes), box_mlp(config.dim)
 
     def forward(self, x, Q_ref, box):
-        """x: Q_ref normed once more [... Q C]; box: what is refined here [... Q 4] -> c [... Q K] (logits), b [... Q 4]"""
+        """x: Q_ref normed once more [... Q C]; box: to be refined [... Q 4] -> c [... Q K] (logits), b [... Q 4]"""
         return self.classes(x), refine(self.delta(Q_ref), box)
 
     def classes(self, x):
@@ -713,8 +617,8 @@ class DIMaskDINO(nn.Module):
         box_s2 = self.position_token(box_s2, of="T_s2")
 
         # Eq. 4  Q_bal = MHCA(T_s2, T_i); in training, D denoising queries go along in front, up to the heads
-        Q_s2, box_s2_all, blocked, D = self.with_denoising(denoising, T_s2, box_s2)
-        Q, box = self.decode(self.residual, Q_s2, box_s2_all, T_i, level_shapes, blocked)
+        Q_s2, box_Q, blocked, D = self.with_denoising(denoising, T_s2, box_s2)
+        Q, box = self.decode(self.residual, Q_s2, box_Q, T_i, level_shapes, blocked)
         Q_bal, box_bal = Q[:, D:], self.position_token(box[:, D:], of="Q_bal")  # [B k2 C]
         guide, box_guide = self.guides(T_s1=(T_s1, box_s1), T_s2=(T_s2, box_s2), Q_bal=(Q_bal, box_bal))
 
@@ -729,7 +633,7 @@ class DIMaskDINO(nn.Module):
 
         # Eq. 9  Q_ref = N_de(Q_bal, T_bal), of all layers, Eq. 4's first
         box = torch.cat((box[:, :D], box_bal), 1)
-        Q_ref, box_ref = self.N_de([Q], [box_s2_all, box], T_bal, level_shapes, blocked)  # [layers B D+k2 C]
+        Q_ref, box_ref = self.N_de([Q], [box_Q, box], T_bal, level_shapes, blocked)  # [layers B D+k2 C]
         normed = self.head_norm(Q_ref)  # released code: classes and masks see the norm twice
         # Eq. 10  {c, b} = N_det(Q_ref)
         c, b = self.det_head(normed, Q_ref, box_ref)  # [layers B D+k2 K], [layers B D+k2 4]
@@ -738,7 +642,7 @@ class DIMaskDINO(nn.Module):
         m = self.seg_head(normed, [pixels] + [updated] * len(self.decoder))  # Masks [B D+k2 H/4 W/4] of each layer
 
         layers = [Prediction(logits=c, boxes=b, mask_product=m) for c, b, m in zip(c, b, m, strict=True)]
-        noised, layers = zip(*(x.split(D) for x in (self.predict(Q_s2, box_s2_all, pixels), *layers)), strict=True)
+        noised, layers = zip(*(x.split(D) for x in (self.predict(Q_s2, box_Q, pixels), *layers)), strict=True)
         outputs = Prediction(layers[-1], layers=list(layers), selection=selection, interaction=interaction)
         outputs["denoising"] = [] if denoising is None else list(noised)
         if trace:

@@ -23,11 +23,12 @@ import typing
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
@@ -149,7 +150,7 @@ class Run:
             model = self.model
             for layer in (*model.backbone.stages, *model.encoder.layers, model.residual, *model.decoder):
                 layer.forward = partial(recompute, layer.forward, use_reentrant=False)
-        self.parallel = self.model  # or DDP around it
+        self.parallel, self.sent = self.model, None  # the model, or DDP around it; the last step's numbers
         self.criterion = Criterion(self.recipe)
         groups = parameter_groups(self.model, self.recipe)
         self.optimizer = torch.optim.AdamW(groups, self.recipe.lr, self.recipe.betas, fused=True)
@@ -254,41 +255,74 @@ def objects_per_process(parts):
 def gradients(run, parts):
     """Noise, forward, criterion and backward for each part of a batch: gradients add up in the parameters.
 
-    parts: a list of (images [B 3 H W] uint8, targets) of this process. Returns its share of each loss, {name: float}.
+    parts: a list of (images [B 3 H W] uint8, targets) of this process. Returns its share of each loss {name: scalar},
+    on the device: it waits for the device once for each part, to match predictions with objects.
     """
-    num_objects, totals = objects_per_process(parts), Counter()
+    num_objects, totals = objects_per_process(parts), 0
     for number, (images, targets) in enumerate(parts, 1):
-        images, targets = to_device(run.device, images, targets)
         noised = denoising_queries(targets, run.config.num_classes, run.recipe.denoising, run.recipe.label_noise)
+        images, targets, noised = to_device(run.device, images, targets, noised)
         with contextlib.nullcontext() if number == len(parts) else not_yet_averaged(run):
             with autocast(run.device, run.args.amp):
                 outputs = run.parallel(images, noised)
-            with finite_or_stop(run, targets):
+            with finite_or_stop(run, run.step, [targets]):
                 losses = run.criterion(outputs, targets, num_objects)
-                totals.update(finite_values(losses))
-            run.scaler.scale(sum(losses.values())).backward()
-    return totals
+            values = torch.stack([*losses.values()])
+            run.scaler.scale(values.sum()).backward()
+        totals = totals + values.detach()
+    return dict(zip(losses, totals, strict=True))
 
 
-def update(run):
-    """The optimiser's step, with the gradient of the whole model clipped to a norm."""
+def update(run, losses, parts):
+    """The optimiser's step, with the gradient of the whole model clipped to a norm.
+
+    A gradient that is not finite changes no weight. Nobody waits to find out: the numbers of the step are sent to the
+    CPU, where `arrived` looks at them.
+    """
     rate = run.recipe.rate(run.step, run.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * rate
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
-    if not run.scaler.is_enabled():  # with fp16 the scaler skips such a step and lowers its scale
-        with finite_or_stop(run):
-            finite_values({"the gradient's norm": norm})
+    numbers = dict(losses)
+    if not run.scaler.is_enabled():  # fp16's scaler looks for itself, skips such a step and lowers its scale
+        run.optimizer.found_inf = (~norm.isfinite()).float()  # as the scaler would say it
+        numbers["the gradient's norm"] = norm
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
+    run.sent = Sent(run.step, parts, [*numbers], torch.stack([*numbers.values()]).to("cpu", non_blocking=True))
     run.step += 1
 
 
-def to_device(device, images, targets):
+class Sent(NamedTuple):
+    """What the CPU is to know of a step: names and values of its losses and of the gradient's norm."""
+
+    step: int
+    parts: list
+    names: list
+    values: Tensor
+
+
+def arrived(run, wait):
+    """The losses {name: float} of the step that `update` did last, or of none. Where a number is not finite, all
+    processes end. wait: False if the device has been waited for since then."""
+    if run.sent is None:
+        return {}
+    (step, parts, names, values), run.sent = run.sent, None
+    if wait and run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    numbers = dict(zip(names, values.tolist(), strict=True))
+    with finite_or_stop(run, step, [targets for _, targets in parts]):
+        if not all(map(math.isfinite, numbers.values())):
+            raise FloatingPointError(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    numbers.pop("the gradient's norm", None)
+    return numbers
+
+
+def to_device(device, images, targets, noised):
     targets = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
-    return images.to(device, non_blocking=True), targets
+    return images.to(device, non_blocking=True), targets, noised.to(device)
 
 
 def not_yet_averaged(run):
@@ -296,27 +330,21 @@ def not_yet_averaged(run):
     return run.parallel.no_sync() if run.parallel is not run.model else contextlib.nullcontext()
 
 
-def finite_values(tensors):
-    """{name: float} of scalars. Raises FloatingPointError with all of them where one is not finite."""
-    values = dict(zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True))  # one wait for the device
-    if not all(map(math.isfinite, values.values())):
-        raise FloatingPointError(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    return values
-
-
 @contextlib.contextmanager
-def finite_or_stop(run, targets=()):
-    """If a FloatingPointError is raised inside, in any process, all of them end here, before a weight has changed."""
+def finite_or_stop(run, step, parts):
+    """If a FloatingPointError is raised inside, in any process, all of them end here, with no weight made of it.
+
+    step: the one, from 0 on, and parts: the targets, that the message names."""
     trouble = ""
     try:
         yield
     except FloatingPointError as error:
         trouble = str(error)
     if any_rank(trouble):
-        images = [target["image_id"] for target in targets]
+        images = [target["image_id"] for targets in parts for target in targets]
         reports = gather(trouble and f"process {rank_and_world()[0]}, images {images}: {trouble}")
-        rate = run.recipe.lr * run.recipe.rate(run.step, run.steps)
-        head = f"the loss is not finite in step {run.step + 1} (epoch {run.epoch + 1}, lr {rate:.1e})"
+        rate = run.recipe.lr * run.recipe.rate(step, run.steps)
+        head = f"the loss is not finite in step {step + 1} (epoch {step // run.steps_per_epoch + 1}, lr {rate:.1e})"
         tail = f"{run.args.out / 'last.pt'} is untouched. A lower --lr or --amp off may help"
         stop("\n".join([head, *filter(None, reports), tail]), 1)
 
@@ -324,17 +352,19 @@ def finite_or_stop(run, targets=()):
 def train_epoch(run, interruption, log):
     """Train for the rest of the epoch, or until the end of the step in which a signal comes."""
     rank, world = rank_and_world()
-    parts, last = samples(loader_of(run)), (run.epoch + 1) * run.steps_per_epoch
+    loaded, last = samples(loader_of(run)), (run.epoch + 1) * run.steps_per_epoch
     totals, steps, waited, since = Counter(), 0, 0.0, time.perf_counter()
     while run.step < last and not any_rank(interruption.number):
         begin = time.perf_counter()
-        batch = [next(parts) for _ in range(run.args.accumulate)]
+        parts = [next(loaded) for _ in range(run.args.accumulate)]
         waited += time.perf_counter() - begin
         torch.manual_seed(np.random.SeedSequence((run.args.seed, run.step, rank)).generate_state(1).item())
-        totals.update(gradients(run, batch))
-        update(run)
+        losses = gradients(run, parts)
+        totals.update(arrived(run, wait=False))  # of the step before: gradients has waited since
+        update(run, losses, parts)
         steps += 1
         if run.step % LOG_EVERY == 0 or run.step in (1, last):
+            totals.update(arrived(run, wait=True))
             means = torch.tensor(list(totals.values())) / (steps * world)
             if world > 1:
                 dist.all_reduce(means)
@@ -343,6 +373,7 @@ def train_epoch(run, interruption, log):
             totals, steps, waited, since = Counter(), 0, 0.0, time.perf_counter()
         if run.step % SAVE_EVERY == 0:
             save(run, "last.pt")
+    arrived(run, wait=True)
 
 
 def save(run, name):

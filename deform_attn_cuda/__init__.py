@@ -1,6 +1,8 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, 2021, Eq. 2) for CPUs and GPUs.
 
-    output[b, q, head] = sum over levels and points of weights * bilinear(value[b, level, head], locations)
+    output[b, q, head] = sum over levels and points of weight * bilinear(value[b, level, head], location)
+
+Weights are the softmax of logits, and locations lie around each query's reference, both computed inside.
 
 `deform_attn` picks the compiled operator where there is one for the device and type (`make build` makes it),
 else `deform_attn_pytorch`, its readable specification. One line at first use says which path runs and why.
@@ -22,36 +24,55 @@ KERNEL_TYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16),
                 "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
 
-def deform_attn(value, level_shapes, locations, weights):
+def deform_attn(value, level_shapes, reference, offsets, logits):
     """Sample `value` around each query and sum what was sampled by its weights.
 
     value         [B N h c]      tokens of all levels, each level row by row, N = sum of H * W; any float type
-    level_shapes  [(H, W), ...]  Python integers, one pair for each of the L levels
-    locations     [B Q h L P 2]  (x, y) in units of the level: (0, 0) is the top left, (1, 1) the bottom
-                                 right corner, (i + 0.5) / W the centre of pixel i; outside there are zeros
-                                 (`grid_sample` with align_corners=False). Infinity is outside, NaN gives NaN.
-    weights       [B Q h L P]
+    level_shapes  [(H, W), ...]  integers, one pair for each of the L levels
+    reference     [Q 2]          where each query looks from: centres (x, y), and offsets are in cells of their level,
+                  or [B Q 4]     boxes (cx, cy, w, h), and an offset of P reaches from the centre to the border.
+                                 In units of the level: (0, 0) is the top left, (1, 1) the bottom right corner,
+                                 (i + 0.5) / W the centre of cell i
+    offsets       [B Q h L P 2]  (x, y). Outside of the level there are zeros (`grid_sample` with
+                                 align_corners=False). Infinity is outside, NaN gives NaN.
+    logits        [B Q h L P]    their softmax over all L * P points of a head weighs the samples
     returns       [B Q h*c]      in the type of `value`
 
-    Sums are kept in float32 (float64 for float64), to which locations and weights are cast. Under autocast
-    `value` is cast to autocast's type. ValueError names the argument whose shape, type or device is wrong. On a GPU,
-    call it once before a graph is captured, as PyTorch asks of all that is captured: the first call checks the kernel.
-    The CUDA kernel takes up to 64 levels and 2^30 queries, counted over images and heads, and says so beyond.
+    Sums are kept in float32 (float64 for float64), to which all but `value` are cast. Under autocast `value` is cast
+    to autocast's type. ValueError names the argument whose shape, type or device is wrong. On a GPU, call it once
+    before a graph is captured, as PyTorch asks of all that is captured: the first call checks the kernel. The CUDA
+    kernel takes up to 64 levels, 4096 points, 65,535 images and heads, and 2^29 queries and tokens, counted over
+    images and heads, and says so beyond.
     """
-    _check(value, level_shapes, locations, weights)
+    _check(value, level_shapes, reference, offsets, logits)
     device = value.device
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         value = value.to(torch.get_autocast_dtype(device.type))
     precise = torch.float64 if value.dtype == torch.float64 else torch.float32
-    locations, weights = locations.to(precise), weights.to(precise)
+    reference, offsets, logits = reference.to(precise), offsets.to(precise), logits.to(precise)
     if _compiled(device, value.dtype):
         sizes = [size for shape in level_shapes for size in shape]
-        return torch.ops.deform_attn.forward(value, sizes, locations, weights)
-    return deform_attn_pytorch(value, level_shapes, locations, weights)
+        return torch.ops.deform_attn.forward(value, sizes, reference, offsets, logits)
+    return deform_attn_pytorch(value, level_shapes, reference, offsets, logits)
 
 
-def deform_attn_pytorch(value, level_shapes, locations, weights):
-    """The specification of `deform_attn`; locations and weights are already in the type of the sums."""
+def deform_attn_pytorch(value, level_shapes, reference, offsets, logits):
+    """The specification of `deform_attn`; all but the value are already in the type of the sums."""
+    weights = logits.flatten(3).softmax(-1).view(logits.shape)
+    return sample(value, level_shapes, locate(level_shapes, reference, offsets), weights)
+
+
+def locate(level_shapes, reference, offsets):
+    """The locations [B Q h L P 2] that references and offsets mean."""
+    if reference.shape[-1] == 2:
+        wh = torch.tensor([(W, H) for H, W in level_shapes], dtype=offsets.dtype, device=offsets.device)
+        return reference[:, None, None, None] + offsets / wh[:, None]
+    center, size = reference[:, :, None, None, None].chunk(2, -1)
+    return center + offsets * size * (0.5 / offsets.shape[4])
+
+
+def sample(value, level_shapes, locations, weights):
+    """The sum of what `value` is at the locations, by the weights [B Q h L P]."""
     B, N, h, c = value.shape
     Q, P = locations.shape[1], locations.shape[4]
     table = value.to(locations.dtype).reshape(B * N * h, c)
@@ -96,11 +117,11 @@ def _self_check(device):
     """What is wrong with a tiny call on this device, or nothing: a GPU may be one that was not compiled for."""
     with _disable_current_modes(), torch.inference_mode(False):
         try:
-            value, locations, weights = (
+            value, reference, offsets, logits = (
                 torch.linspace(-0.2, 1.2, math.prod(shape), dtype=torch.float32, device=device).view(shape)
-                for shape in ((1, 15, 1, 8), (1, 4, 1, 1, 1, 2), (1, 4, 1, 1, 1)))
-            output = torch.ops.deform_attn.forward(value, [3, 5], locations, weights)
-            expected = deform_attn_pytorch(value, [(3, 5)], locations, weights)
+                for shape in ((1, 15, 1, 8), (4, 2), (1, 4, 1, 1, 2, 2), (1, 4, 1, 1, 2)))
+            output = torch.ops.deform_attn.forward(value, [3, 5], reference, offsets, logits)
+            expected = deform_attn_pytorch(value, [(3, 5)], reference, offsets, logits)
             return "" if torch.allclose(output, expected, atol=1e-5) else "its first call gave wrong results"
         except torch.OutOfMemoryError:
             raise
@@ -124,19 +145,30 @@ _paths, _said = {}, set()
 
 
 def sources_digest():
-    sources = sorted(path for path in HERE.iterdir() if path.suffix in (".cpp", ".cu", ".h"))
+    """Of all that the library is made from; cuda_on_cpu.cpp is for the tests."""
+    sources = sorted(path for path in HERE.iterdir()
+                     if path.suffix in (".cpp", ".cu", ".h") and path.name != "cuda_on_cpu.cpp")
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
+def read_stamp():
+    """What build.py wrote, or nothing if that is not there or not whole."""
+    try:
+        stamp = json.loads(STAMP.read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
 
 
 def _load():
     """Load the compiled operator. Returns for each device why there is no kernel for it, or nothing."""
-    if not STAMP.exists():
+    stamp = read_stamp()
+    if not stamp:
         return dict.fromkeys(KERNEL_TYPES, "not built: run make build")
-    stamp = json.loads(STAMP.read_text())
-    if stamp["torch"] != torch.__version__:
-        reason = f"built for PyTorch {stamp['torch']}, this is {torch.__version__}: run make build"
+    if stamp.get("torch") != torch.__version__:
+        reason = f"built for PyTorch {stamp.get('torch')}, this is {torch.__version__}: run make build"
         return dict.fromkeys(KERNEL_TYPES, reason)
-    if stamp["sources"] != sources_digest():
+    if stamp.get("sources") != sources_digest():
         return dict.fromkeys(KERNEL_TYPES, "its sources have changed: run make build")
     try:
         torch.ops.load_library(STAMP.parent / stamp["library"])
@@ -144,30 +176,34 @@ def _load():
         return dict.fromkeys(KERNEL_TYPES, f"cannot be loaded, run make build: {error}")
 
     @torch.library.register_fake("deform_attn::forward")
-    def _(value, level_shapes, locations, weights):
+    def _(value, level_shapes, reference, offsets, logits):
         B, _, h, c = value.shape
-        return value.new_empty(B, locations.shape[1], h * c)
+        return value.new_empty(B, offsets.shape[1], h * c)
 
     @torch.library.register_fake("deform_attn::backward")
-    def _(grad_output, value, level_shapes, locations, weights):
-        return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
+    def _(grad_output, value, level_shapes, reference, offsets, logits, reference_asks):
+        grad_reference = reference.new_empty(reference.shape if reference_asks else 0)
+        return value.new_empty(value.shape), grad_reference, offsets.new_empty(offsets.shape), \
+            logits.new_empty(logits.shape)
 
     return {"cpu": "", "cuda": stamp["cuda"]}
 
 
-def _check(value, level_shapes, locations, weights):
+def _check(value, level_shapes, reference, offsets, logits):
     if value.dim() != 4:
         raise ValueError(f"deform_attn: value must be [B N h c], not {list(value.shape)}")
     (B, N, h, _), L = value.shape, len(level_shapes)
     tokens = sum(H * W for H, W in level_shapes)
     if tokens != N:
         raise ValueError(f"deform_attn: level_shapes {level_shapes} hold {tokens} tokens, value has {N}")
-    Q, P = locations.shape[1:5:3] if locations.dim() == 6 else (0, 0)
-    if locations.shape != (B, Q, h, L, P, 2):
-        raise ValueError(f"deform_attn: locations must be [{B} Q {h} {L} P 2], not {list(locations.shape)}")
-    if weights.shape != (B, Q, h, L, P):
-        raise ValueError(f"deform_attn: weights must be {[B, Q, h, L, P]}, not {list(weights.shape)}")
-    for name, tensor in (("value", value), ("locations", locations), ("weights", weights)):
+    Q, P = offsets.shape[1:5:3] if offsets.dim() == 6 else (0, 0)
+    if offsets.shape != (B, Q, h, L, P, 2):
+        raise ValueError(f"deform_attn: offsets must be [{B} Q {h} {L} P 2], not {list(offsets.shape)}")
+    if logits.shape != (B, Q, h, L, P):
+        raise ValueError(f"deform_attn: logits must be {[B, Q, h, L, P]}, not {list(logits.shape)}")
+    if reference.shape != ((Q, 2) if reference.dim() == 2 else (B, Q, 4)):
+        raise ValueError(f"deform_attn: reference must be {[Q, 2]} or {[B, Q, 4]}, not {list(reference.shape)}")
+    for name, tensor in (("value", value), ("reference", reference), ("offsets", offsets), ("logits", logits)):
         if not tensor.is_floating_point():
             raise ValueError(f"deform_attn: {name} must be of a float type, not {tensor.dtype}")
         if tensor.device != value.device:

@@ -22,17 +22,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as nnf
 
-from . import HERE, KERNEL_TYPES, deform_attn, deform_attn_pytorch, status
+from . import HERE, KERNEL_TYPES, deform_attn, deform_attn_pytorch, locate, status
 
 LEVELS = [(100, 152), (50, 76), (25, 38), (13, 19)]
 HEADS, CHANNELS, POINTS = 8, 32, 4
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def grid_sample(value, level_shapes, locations, weights):
+def grid_sample(value, level_shapes, reference, offsets, logits):
     """The classic formulation of DETR repositories: one `grid_sample` for each level, all samples kept."""
     B, _, h, c = value.shape
-    _, Q, _, L, P, _ = locations.shape
+    _, Q, _, L, P, _ = offsets.shape
+    locations, weights = locate(level_shapes, reference, offsets), logits.flatten(3).softmax(-1)
     sampled = []
     for level, tokens in enumerate(value.split([H * W for H, W in level_shapes], 1)):
         image = tokens.permute(0, 2, 3, 1).reshape(B * h, c, *level_shapes[level])
@@ -42,11 +43,17 @@ def grid_sample(value, level_shapes, locations, weights):
     return (torch.cat(sampled, -1) * weights).sum(-1).view(B, h * c, Q).transpose(1, 2)
 
 
-def kernel_of_2020(value, level_shapes, locations, weights):
+@functools.cache
+def shapes_and_starts(device):
+    shapes = torch.tensor(LEVELS, device=device)
+    return shapes, shapes.prod(1).cumsum(0) - shapes.prod(1)
+
+
+def kernel_of_2020(value, level_shapes, reference, offsets, logits):
     """The kernel that came with Deformable DETR, as the package torch-ms-deform-attn distributes it."""
     from torch_ms_deform_attn import ms_deform_attn
-    shapes = torch.tensor(level_shapes, device=value.device)
-    starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
+    shapes, starts = shapes_and_starts(value.device)
+    locations, weights = locate(level_shapes, reference, offsets), logits.flatten(3).softmax(-1).view(logits.shape)
     return ms_deform_attn(value, shapes, starts, locations.to(value.dtype), weights.to(value.dtype))
 
 
@@ -57,15 +64,16 @@ def inputs(batch, queries, pattern, dtype, device):
     centres = torch.cat([torch.cartesian_prod((torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W).flip(-1)
                          for H, W in LEVELS]) if queries is None else torch.rand(queries, 2, generator=generator)
     shape = batch, len(centres), HEADS, len(LEVELS), POINTS
-    locations = torch.rand(*shape, 2, generator=generator)
     if pattern == "local":
         angle = torch.arange(HEADS) * 2 * math.pi / HEADS
         ring = torch.stack([angle.cos(), angle.sin()], -1)[:, None, None] * torch.arange(1, POINTS + 1)[:, None]
-        pixels = ring + torch.randn(*shape, 2, generator=generator)
-        locations = centres[:, None, None, None] + pixels / torch.tensor(LEVELS).flip(-1)[:, None]
+        offsets = ring + torch.randn(*shape, 2, generator=generator)
+    else:
+        locations = torch.rand(*shape, 2, generator=generator)
+        offsets = (locations - centres[:, None, None, None]) * torch.tensor(LEVELS).flip(-1)[:, None]
     value = torch.randn(batch, tokens, HEADS, CHANNELS, generator=generator)
-    weights = torch.randn(shape, generator=generator).flatten(3).softmax(-1).view(shape)
-    return value.to(device, dtype), locations.to(device), weights.to(device)
+    logits = torch.randn(shape, generator=generator)
+    return value.to(device, dtype), centres.to(device), offsets.to(device), logits.to(device)
 
 
 def compulsory_and_gathered(batch, queries, dtype):
@@ -80,31 +88,43 @@ def compulsory_and_gathered(batch, queries, dtype):
 def bounds(compulsory, gathered):
     """Milliseconds below which this GPU cannot be, if its memory, L2 or L1 were all that limits it.
 
-    Rates are those of the data sheets: 5120 bytes a clock from L2 (A100, H100), where no row is found in L1, and 128
-    bytes a clock and multiprocessor from L1, where all are.
+    Rates are 128 bytes a clock and multiprocessor from L1, where all rows are found there, and 3400 bytes a clock from
+    L2, where none is: two thirds of what the data sheets of A100 and H100 name, as it is what is reached.
     """
     gpu = torch.cuda.get_device_properties()
     memory = 2e3 * gpu.memory_clock_rate * gpu.memory_bus_width / 8
-    return {"memory": 1e3 * compulsory / memory, "L2": gathered / (5120 * gpu.clock_rate),
+    return {"memory": 1e3 * compulsory / memory, "L2": gathered / (3400 * gpu.clock_rate),
             "L1": gathered / (128 * gpu.multi_processor_count * gpu.clock_rate)}
 
 
-def milliseconds(function, device, cold=False):
-    """Time of one call; on a GPU that of ten in a row, or of one after L2 was overwritten (`cold`)."""
-    if device == "cuda":
-        calls = 1 if cold else 10
-        if cold:
-            torch.zeros(torch.cuda.get_device_properties().L2_cache_size, device=device)  # float32: four times L2
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+def stopwatch(function, device, calls=10, cold=False):
+    """Returns a function that measures the milliseconds of a call.
+
+    On a GPU that is the time of a graph of so many calls, as Python would take longer than a small call; `cold`
+    overwrites L2 before.
+    """
+    if device == "cpu":
+        def measured():
+            start = time.perf_counter()
+            function()
+            return 1e3 * (time.perf_counter() - start)
+        return measured
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         for _ in range(calls):
             function()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def measured():
+        if cold:
+            torch.zeros(torch.cuda.get_device_properties().L2_cache_size, device=device)  # float32: four times L2
+        start.record()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / calls
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
+    return measured
 
 
 def peak_megabytes(function, device):
@@ -130,35 +150,34 @@ def peak_megabytes(function, device):
 
 def measure(batch, queries, pattern, dtype, device, repeats):
     """Rows of the table for one case: one for each path."""
-    value, locations, weights = inputs(batch, queries, pattern, dtype, device)
+    value, centres, *others = inputs(batch, queries, pattern, dtype, device)
     paths = {"grid_sample": grid_sample, "PyTorch fallback": deform_attn_pytorch}
     if dtype in KERNEL_TYPES.get(device, ()) and "fallback" not in status(device, dtype):
         paths[f"{device.upper()} kernel"] = deform_attn
     if device == "cuda" and importlib.util.find_spec("torch_ms_deform_attn"):
         paths["kernel of 2020"] = kernel_of_2020
-    leaves = [tensor.clone().requires_grad_() for tensor in (value, locations, weights)]
-    grad = torch.randn_like(grid_sample(value, LEVELS, locations, weights))
+    leaves = [tensor.clone().requires_grad_() for tensor in (value, *others)]
+    grad = torch.randn_like(grid_sample(value, LEVELS, centres, *others))
 
     def forward(path):
         with torch.no_grad():
-            return path(value, LEVELS, locations, weights)
+            return path(value, LEVELS, centres, *others)
 
     def forward_backward(path):
-        output = path(leaves[0], LEVELS, *leaves[1:])
+        output = path(leaves[0], LEVELS, centres, *leaves[1:])
         return torch.autograd.grad(output, leaves, grad)
 
     calls = {(name, step): functools.partial(step, path) for name, path in paths.items()
              for step in (forward, forward_backward)}
     memory = {key: peak_megabytes(call, device) for key, call in calls.items()}  # and warm up
-    samples = {key: [] for key in calls}
-    for _ in range(repeats):
-        for key, call in calls.items():
-            samples[key].append(milliseconds(call, device))
-    times = {key: statistics.median(sample) for key, sample in samples.items()}
+    watches = {key: stopwatch(call, device) for key, call in calls.items()}
     if device == "cuda":
-        for name in paths:
-            times[name, "cold"] = statistics.median(milliseconds(calls[name, forward], device, cold=True)
-                                                    for _ in range(repeats))
+        watches |= {(name, "cold"): stopwatch(calls[name, forward], device, calls=1, cold=True) for name in paths}
+    samples = {key: [] for key in watches}
+    for _ in range(repeats):
+        for key, watch in watches.items():
+            samples[key].append(watch())
+    times = {key: statistics.median(sample) for key, sample in samples.items()}
 
     compulsory, gathered = compulsory_and_gathered(batch, queries, dtype)
     limits = bounds(compulsory, gathered) if device == "cuda" else None
@@ -187,7 +206,7 @@ def text(row):
 
 def check():
     """Run the tests, and on a GPU some of them under compute-sanitizer. Returns whether all passed."""
-    test = [sys.executable, "-m", "pytest", "-q", str(HERE.parent / "test_deform_attn.py")]
+    test = [sys.executable, "-m", "pytest", "-q", str(HERE.parent / "tests/test_deform_attn.py")]
     commands = [test]
     if torch.cuda.is_available():
         places = os.environ["PATH"], "/usr/local/cuda/bin", Path(torch.__file__).parents[1] / "nvidia/cu13/bin"

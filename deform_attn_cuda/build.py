@@ -2,9 +2,11 @@
 
 Everything goes to the folder build/ beside this file. Objects are named after a digest of all that made them, so only
 what changed is compiled again; the library and then stamp.json, which names it, are moved into place when complete.
-CXX and CXXFLAGS are honoured.
+Builds that run at the same time wait for one another, and what a build of the last day made is left alone. CXX and
+CXXFLAGS are honoured, but the sources set the language standard and how the kernels are optimised.
 """
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -14,17 +16,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from . import HERE, STAMP, sources_digest
+from . import HERE, STAMP, read_stamp, sources_digest
 
 BUILD = STAMP.parent
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+LAUNCHERS = ("ccache", "sccache", "distcc")  # words of CXX before the compiler itself
 
 
 class BuildError(RuntimeError):
@@ -49,10 +53,11 @@ def find_nvcc():
     if torch.version.cuda is None:
         return None, f"PyTorch {torch.__version__} is built without CUDA"
     major = torch.version.cuda.split(".")[0]
-    places = [Path(os.environ.get("CUDA_HOME", "")) / "bin/nvcc", Path(shutil.which("nvcc") or ""),
-              Path("/usr/local/cuda/bin/nvcc"), Path(torch.__file__).parents[1] / f"nvidia/cu{major}/bin/nvcc"]
+    home, in_path = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    places = [home and Path(home) / "bin/nvcc", in_path and Path(in_path), Path("/usr/local/cuda/bin/nvcc"),
+              Path(torch.__file__).parents[1] / f"nvidia/cu{major}/bin/nvcc"]
     others = []
-    for nvcc in filter(Path.is_file, places):
+    for nvcc in (place for place in places if place and place.is_file()):
         release = re.search(r"release (\d+)\.\d+", version(nvcc))
         if release and release[1] == major:
             return str(nvcc), ""
@@ -84,38 +89,60 @@ def architectures(nvcc):
 
 
 def commands(compiler, nvcc):
-    """Object stem -> the command that compiles it, without its output; and the command that links them."""
+    """Object stem -> the command that compiles it, without its output; how they are linked; and with what."""
     root = Path(torch.__file__).parent / "include"
     include = ["-isystem", str(root), "-isystem", str(root / "torch/csrc/api/include")]
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    flags = ["-std=c++20", "-fPIC", *extra]
+    extra = [flag for flag in shlex.split(os.environ.get("CXXFLAGS", "")) if not flag.startswith("-std=")]
+    compile_, standard = [*compiler, *extra, "-fPIC"], "-std=c++20"  # what follows wins over CXXFLAGS, as -march
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    link = [*compiler, "-shared", *flags, *openmp, f"-L{root.parent / 'lib'}", "-lc10", "-ltorch_cpu"]
-    plan = {"operator": [*compiler, "-O2", *openmp, *flags, *include, "-c", str(HERE / "operator.cpp")]}
+    link = [*compile_, "-shared", *openmp]
+    libraries = [f"-L{root.parent / 'lib'}", "-lc10", "-ltorch_cpu"]
+    plan = {"operator": [*compile_, "-O2", standard, *openmp, *include, "-c", str(HERE / "operator.cpp")]}
     for name, options in INSTRUCTION_SETS.items():
-        plan[f"cpu_{name}"] = [*compiler, "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *options,
-                               f"-DCAPABILITY={name}", *flags, "-c", str(HERE / "cpu_kernel.cpp")]
+        plan[f"cpu_{name}"] = [*compile_, "-O3", standard, "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
+                               *options, f"-DCAPABILITY={name}", "-c", str(HERE / "cpu_kernel.cpp")]
     if nvcc:
-        both = [nvcc, "-ccbin", compiler[0], *(f"-Xcompiler={flag}" for flag in ("-fPIC", *extra))]
+        host = next(i for i, word in enumerate(compiler) if Path(word).name not in LAUNCHERS)
+        to_host = [flag.replace(",", "\\,") for flag in (*compiler[host + 1:], *extra, "-fPIC")]
+        both = [nvcc, "-ccbin", compiler[host], *(f"-Xcompiler={flag}" for flag in to_host)]
         plan["cuda_kernel"] = [*both, "-O3", "-std=c++17", *architectures(nvcc), "-c", str(HERE / "cuda_kernel.cu")]
-        plan["operator_cuda"] = [*both, "-O2", "-std=c++20", *include, "-c", str(HERE / "operator_cuda.cpp")]
-        link.append("-lc10_cuda")  # libcudart, which it depends on, comes with it
-    return plan, link
+        plan["operator_cuda"] = [*both, "-O2", standard, *include, "-c", str(HERE / "operator_cuda.cpp")]
+        libraries.append("-lc10_cuda")  # libcudart, which it depends on, comes with it
+    return plan, link, libraries
 
 
 def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def whole(output):
+    """A path to write what `output` is to be, which it becomes when all went well."""
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        partial = Path(folder) / output.name
+        yield partial
+        partial.replace(output)
+
+
 def run(command, output):
-    """Make `output` by `command`, whole or not at all."""
-    partial = output.with_name(f"{output.name}.{os.getpid()}")
-    done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
-    if done.returncode:
-        partial.unlink(missing_ok=True)
-        error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
-        raise BuildError(f"{shlex.join(command)}: {error}")
-    partial.replace(output)
+    with whole(output) as partial:
+        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
+            raise BuildError(f"{shlex.join(command)}: {error}")
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Alone among the builds of this folder."""
+    import fcntl  # not on Windows, where neither is a compiler that CXX could name
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def build():
@@ -125,42 +152,41 @@ def build():
         return "not built, no C++ compiler found: install one (apt install g++) or name it in CXX; " \
                "until then the PyTorch fallback runs"
     nvcc, no_cuda = find_nvcc()
-    try:
-        return build_with(compiler, nvcc, no_cuda)
-    except BuildError as error:
-        if not nvcc:
-            raise
-        return build_with(compiler, None, f"no CUDA kernel: {error}")
+    with locked(BUILD):
+        try:
+            return build_with(compiler, nvcc, no_cuda)
+        except BuildError as error:
+            if not nvcc:
+                raise
+            return build_with(compiler, None, f"no CUDA kernel: {error}")
 
 
 def build_with(compiler, nvcc, no_cuda):
-    plan, link = commands(compiler, nvcc)
+    plan, link, libraries = commands(compiler, nvcc)
     inputs = [torch.__version__, version(*compiler), nvcc and version(nvcc),
               *((HERE / name).read_text() for name in ("cpu_kernel.h", "cuda_kernel.h", "operator.h"))]
     objects = {BUILD / f"{stem}-{digest(command, Path(command[-1]).read_text(), *inputs)}.o": command
                for stem, command in plan.items()}
-    library = BUILD / f"deform_attn-{digest(link, *map(str, objects))}.so"
+    library = BUILD / f"deform_attn-{digest(link, libraries, *map(str, objects))}.so"
     what = f"{'CPU and CUDA kernels' if nvcc else 'CPU kernel'} for PyTorch {torch.__version__}"
     note = f" ({no_cuda})" if no_cuda else ""
     stamp = {"library": library.name, "torch": torch.__version__, "sources": sources_digest(), "cuda": no_cuda}
-    if library.exists() and STAMP.exists() and json.loads(STAMP.read_text()) == stamp:
+    if library.exists() and read_stamp() == stamp:
         return f"up to date: {what}{note}"
 
     start = time.time()
     with_nvcc = f" and {version(nvcc)}" if nvcc else ""
     print(f"deform_attn: compiling the {what} with {version(*compiler)}{with_nvcc}", flush=True)
-    BUILD.mkdir(exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(run, command, output) for output, command in objects.items() if not output.exists()]
     for job in jobs:
         job.result()
-    run([link[0], *map(str, objects), *link[1:]], library)
-    partial = STAMP.with_name(f"stamp.{os.getpid()}")
-    partial.write_text(json.dumps(stamp))
-    partial.replace(STAMP)
-    for path in BUILD.iterdir():
-        if path not in (library, STAMP, *objects):
-            path.unlink(missing_ok=True)
+    run([*link, *map(str, objects), *libraries], library)
+    with whole(STAMP) as partial:
+        partial.write_text(json.dumps(stamp))
+    for path in BUILD.iterdir():  # what another build of today made stays
+        if path not in (library, STAMP, *objects) and path.stat().st_mtime < start - 24 * 3600:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return f"built the {what} in {time.time() - start:.0f} s{note}"
 
 

@@ -2,8 +2,8 @@
 //
 // Of one query and head, `locate` computes all points at once: the tokens of their four corners and what each corner
 // counts. Then the rows of those tokens, c channels in a row of memory, are read in vectors. A corner outside its
-// level counts nothing and reads some token inside, so there are no branches; a location that is not a number makes
-// every corner count NaN.
+// level counts nothing and reads the level's first token, so there are no branches; a location that is not a number
+// makes every corner count NaN.
 #include "cpu_kernel.h"
 
 namespace deform_attn {
@@ -82,18 +82,34 @@ inline void split_pairs(const A* pairs, Vector<A, 16>& even, Vector<A, 16>& odd)
   odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
+// Where a query looks from: its centre, how many cells an offset of 1 is, and how much of a level's W and H.
+template <typename A>
+struct Reference {
+  A x, y, cells, width, height;
+
+  Reference(const Problem& problem, const A* reference, int64_t image, int64_t query) {
+    reference += problem.boxes ? 4 * (image * problem.Q + query) : 2 * query;
+    x = reference[0];
+    y = reference[1];
+    cells = problem.boxes ? 0 : 1;
+    width = problem.boxes ? reference[2] * (A(0.5) / problem.P) : 0;
+    height = problem.boxes ? reference[3] * (A(0.5) / problem.P) : 0;
+  }
+};
+
 // A group of points computed together, the last of which may be idle.
 template <typename A, int GROUP>
 struct Points {
   using Integer = typename IntegerOf<A>::type;
   // In.
   alignas(64) Integer width[GROUP], height[GROUP], start[GROUP];
-  alignas(64) A location[2 * GROUP], weight[GROUP];
+  alignas(64) A offset[2 * GROUP], weight[GROUP];
   // Out. Corners are top left, top right, bottom left, bottom right.
   alignas(64) Integer token[4][GROUP];
   alignas(64) A corner[4][GROUP];                                         // weight * share of line * share of column
   alignas(64) A left[GROUP], right[GROUP], top[GROUP], bottom[GROUP];     // shares of columns and lines, 0 outside
-  alignas(64) A left_x[GROUP], right_x[GROUP], top_y[GROUP], bottom_y[GROUP];  // their derivatives by the location
+  alignas(64) A left_x[GROUP], right_x[GROUP], top_y[GROUP], bottom_y[GROUP];  // their derivatives by a move of a cell
+  alignas(64) A scale_x[GROUP], scale_y[GROUP];                           // how many cells an offset of 1 is
 
   void set_levels(const Problem& problem, int64_t first, int count) {
     for (int p = 0; p < count; ++p) {
@@ -104,37 +120,39 @@ struct Points {
   }
 
   template <bool DERIVATIVES>
-  void locate(const A* locations, const A* weights, int count) {
+  void locate(const Reference<A>& reference, const A* offsets, const A* weights, int count) {
     using Real = Vector<A, GROUP>;
     using Whole = Vector<Integer, GROUP>;
     for (int p = 0; p < count && count < GROUP; ++p) {  // do not read beyond the end
-      location[2 * p] = locations[2 * p];
-      location[2 * p + 1] = locations[2 * p + 1];
+      offset[2 * p] = offsets[2 * p];
+      offset[2 * p + 1] = offsets[2 * p + 1];
       weight[p] = weights[p];
     }
     Real x, y;
-    split_pairs(count < GROUP ? location : locations, x, y);
+    split_pairs(count < GROUP ? offset : offsets, x, y);
     const Real w = load<GROUP>(count < GROUP ? weight : weights), zero = {};
     const Whole W = load<GROUP>(width), H = load<GROUP>(height), origin = load<GROUP>(start);
     const Real W_real = __builtin_convertvector(W, Real), H_real = __builtin_convertvector(H, Real);
-    x = x * W_real - A(0.5);
-    y = y * H_real - A(0.5);
+    const Real cells_x = W_real * reference.width + reference.cells;
+    const Real cells_y = H_real * reference.height + reference.cells;
+    x = x * cells_x + (W_real * reference.x - A(0.5));
+    y = y * cells_y + (H_real * reference.y - A(0.5));
     x = x < A(-2) ? zero - 2 : x > W_real ? W_real : x;  // far outside is outside, and NaN stays
     y = y < A(-2) ? zero - 2 : y > H_real ? H_real : y;
     Whole column = __builtin_convertvector(x, Whole), line = __builtin_convertvector(y, Whole);
     column += Whole(__builtin_convertvector(column, Real) > x);  // a true comparison is -1: truncation becomes floor
     line += Whole(__builtin_convertvector(line, Real) > y);
     const Real dx = x - __builtin_convertvector(column, Real), dy = y - __builtin_convertvector(line, Real);
-    const Real nan = (dx - dx) + (dy - dy);  // 0, or NaN where the location is
+    const Real nan_x = dx - dx, nan_y = dy - dy;  // 0, or NaN where the location is
     const Whole has_left = (column >= 0) & (column < W), has_right = (column >= -1) & (column + 1 < W);
     const Whole has_top = (line >= 0) & (line < H), has_bottom = (line >= -1) & (line + 1 < H);
-    const Real share_left = (has_left ? 1 - dx : zero) + nan, share_right = (has_right ? dx : zero) + nan;
-    const Real share_top = has_top ? 1 - dy : zero, share_bottom = has_bottom ? dy : zero;
-    const Whole token_top = origin + (has_top & (line * W)), token_bottom = origin + (has_bottom & (line * W + W));
-    store<GROUP>(token[0], token_top + (has_left & column));
-    store<GROUP>(token[1], token_top + (has_right & (column + 1)));
-    store<GROUP>(token[2], token_bottom + (has_left & column));
-    store<GROUP>(token[3], token_bottom + (has_right & (column + 1)));
+    const Real share_left = (has_left ? 1 - dx : zero) + nan_x, share_right = (has_right ? dx : zero) + nan_x;
+    const Real share_top = (has_top ? 1 - dy : zero) + nan_y, share_bottom = (has_bottom ? dy : zero) + nan_y;
+    const Whole token_top = line * W + column, token_bottom = token_top + W;
+    store<GROUP>(token[0], origin + (has_top & has_left & token_top));
+    store<GROUP>(token[1], origin + (has_top & has_right & (token_top + 1)));
+    store<GROUP>(token[2], origin + (has_bottom & has_left & token_bottom));
+    store<GROUP>(token[3], origin + (has_bottom & has_right & (token_bottom + 1)));
     store<GROUP>(corner[0], w * share_top * share_left);
     store<GROUP>(corner[1], w * share_top * share_right);
     store<GROUP>(corner[2], w * share_bottom * share_left);
@@ -144,10 +162,12 @@ struct Points {
       store<GROUP>(right, share_right);
       store<GROUP>(top, share_top);
       store<GROUP>(bottom, share_bottom);
-      store<GROUP>(left_x, has_left ? -W_real : zero);
-      store<GROUP>(right_x, has_right ? W_real : zero);
-      store<GROUP>(top_y, has_top ? -H_real : zero);
-      store<GROUP>(bottom_y, has_bottom ? H_real : zero);
+      store<GROUP>(left_x, has_left ? zero - 1 : zero);
+      store<GROUP>(right_x, has_right ? zero + 1 : zero);
+      store<GROUP>(top_y, has_top ? zero - 1 : zero);
+      store<GROUP>(bottom_y, has_bottom ? zero + 1 : zero);
+      store<GROUP>(scale_x, cells_x);
+      store<GROUP>(scale_y, cells_y);
     }
   }
 };
@@ -164,8 +184,8 @@ inline void for_channels(int64_t c, Visit visit) {
 }
 
 template <typename V, typename A>
-void forward(const Problem& problem, const V* value, const A* locations, const A* weights, V* output, int64_t image,
-             int64_t head, int64_t first, int64_t last) {
+void forward(const Problem& problem, const V* value, const A* references, const A* offsets, const A* weights, V* output,
+             int64_t image, int64_t head, int64_t first, int64_t last) {
   const int64_t stride = problem.h * problem.c, all = problem.L * problem.P;
   value += image * problem.N * stride + head * problem.c;
   constexpr int GROUP = 16;
@@ -174,14 +194,16 @@ void forward(const Problem& problem, const V* value, const A* locations, const A
   points.set_levels(problem, 0, first_count);
   for (int64_t query = first; query < last; ++query) {
     const int64_t row = (image * problem.Q + query) * problem.h + head;
-    points.template locate<false>(locations + 2 * row * all, weights + row * all, first_count);
+    const Reference<A> reference(problem, references, image, query);
+    points.template locate<false>(reference, offsets + 2 * row * all, weights + row * all, first_count);
     for_channels(problem.c, [&]<int LANES, int VECTORS>(int64_t channel) {
       Vector<A, LANES> sum[4][VECTORS] = {};
       for (int64_t group = 0; group < all; group += GROUP) {
         const int count = int(all - group < GROUP ? all - group : GROUP);
         if (all > GROUP) {
           points.set_levels(problem, group, count);
-          points.template locate<false>(locations + 2 * (row * all + group), weights + row * all + group, count);
+          const int64_t at = row * all + group;
+          points.template locate<false>(reference, offsets + 2 * at, weights + at, count);
         }
         for (int p = 0; p < count; ++p)
           for (int k = 0; k < 4; ++k)
@@ -195,8 +217,9 @@ void forward(const Problem& problem, const V* value, const A* locations, const A
 }
 
 template <typename V, typename A>
-void backward(const Problem& problem, const V* grad_output, const V* value, const A* locations, const A* weights,
-              A* grad_value, A* grad_locations, A* grad_weights, int64_t image, int64_t head, int64_t level) {
+void backward(const Problem& problem, const V* grad_output, const V* value, const A* references, const A* offsets,
+              const A* weights, A* grad_value, A* grad_reference, A* grad_offsets, A* grad_weights, int64_t image,
+              int64_t head, int64_t level) {
   const int64_t c = problem.c, P = problem.P, stride = problem.h * c;
   const int64_t first_point = level * P, width = problem.width[first_point], height = problem.height[first_point];
   value += image * problem.N * stride + head * c;
@@ -209,10 +232,12 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
   points.set_levels(problem, first_point, int(P < GROUP ? P : GROUP));  // the same level, so the same for all groups
   for (int64_t query = 0; query < problem.Q; ++query) {
     const int64_t row = (image * problem.Q + query) * problem.h + head;
+    const Reference<A> reference(problem, references, image, query);
+    A grad_x = 0, grad_y = 0, grad_width = 0, grad_height = 0;  // of the reference
     for (int64_t group = 0; group < P; group += GROUP) {
       const int64_t at = (row * problem.L + level) * P + group;
       const int count = int(P - group < GROUP ? P - group : GROUP);
-      points.template locate<true>(locations + 2 * at, weights + at, count);
+      points.template locate<true>(reference, offsets + 2 * at, weights + at, count);
       Vector<A, 4> dot[GROUP] = {};  // grad_output . value of each corner
       for_channels(c, [&]<int LANES, int VECTORS>(int64_t channel) {
         Vector<A, LANES> grad[VECTORS];
@@ -232,11 +257,25 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
         const A left = points.left[p], right = points.right[p], top = points.top[p], bottom = points.bottom[p];
         const Vector<A, 4> d = dot[p];
         grad_weights[at + p] = top * (left * d[0] + right * d[1]) + bottom * (left * d[2] + right * d[3]);
-        grad_locations[2 * (at + p)] = weights[at + p] * (top * (points.left_x[p] * d[0] + points.right_x[p] * d[1]) +
-                                                          bottom * (points.left_x[p] * d[2] + points.right_x[p] * d[3]));
-        grad_locations[2 * (at + p) + 1] = weights[at + p] * (left * (points.top_y[p] * d[0] + points.bottom_y[p] * d[2]) +
-                                                              right * (points.top_y[p] * d[1] + points.bottom_y[p] * d[3]));
+        const A x = weights[at + p] * (top * (points.left_x[p] * d[0] + points.right_x[p] * d[1]) +
+                                       bottom * (points.left_x[p] * d[2] + points.right_x[p] * d[3]));
+        const A y = weights[at + p] * (left * (points.top_y[p] * d[0] + points.bottom_y[p] * d[2]) +
+                                       right * (points.top_y[p] * d[1] + points.bottom_y[p] * d[3]));
+        grad_offsets[2 * (at + p)] = x * points.scale_x[p];
+        grad_offsets[2 * (at + p) + 1] = y * points.scale_y[p];
+        grad_x += x * width;
+        grad_y += y * height;
+        grad_width += x * width * offsets[2 * (at + p)];
+        grad_height += y * height * offsets[2 * (at + p) + 1];
       }
+    }
+    if (grad_reference) {
+      *grad_reference++ = grad_x;
+      *grad_reference++ = grad_y;
+    }
+    if (grad_reference && problem.boxes) {
+      *grad_reference++ = grad_width * (A(0.5) / P);
+      *grad_reference++ = grad_height * (A(0.5) / P);
     }
   }
 }

@@ -9,18 +9,21 @@ struct bfloat16 { uint16_t bits; };
 // Shapes of one call, letters as in __init__.py, and for each of the L * P points of a query the geometry of its level.
 struct Problem {
   int64_t B, N, h, c, Q, L, P;
+  bool boxes;  // whether the reference holds boxes [B Q 4] and not centres [Q 2]
   const int32_t *width, *height, *start;  // [L * P]; start: first token of the level
 };
 
-// V: type of the value and the output; A: type of the sums, the locations and the weights.
+// V: type of the value and the output; A: type of the sums and of all else. weights: the softmax of the logits.
 template <typename V, typename A>
 struct Kernels {
   // Output of queries [first, last) of one image and head.
-  void (*forward)(const Problem&, const V* value, const A* locations, const A* weights, V* output, int64_t image,
-                  int64_t head, int64_t first, int64_t last);
-  // Gradients that belong to one image, head and level: its rows of grad_value, its points of the other two.
-  void (*backward)(const Problem&, const V* grad_output, const V* value, const A* locations, const A* weights,
-                   A* grad_value, A* grad_locations, A* grad_weights, int64_t image, int64_t head, int64_t level);
+  void (*forward)(const Problem&, const V* value, const A* reference, const A* offsets, const A* weights, V* output,
+                  int64_t image, int64_t head, int64_t first, int64_t last);
+  // Gradients that belong to one image, head and level: its rows of grad_value, its points of grad_offsets and
+  // grad_weights, and its own grad_reference for all queries, which may be null.
+  void (*backward)(const Problem&, const V* grad_output, const V* value, const A* reference, const A* offsets,
+                   const A* weights, A* grad_value, A* grad_reference, A* grad_offsets, A* grad_weights, int64_t image,
+                   int64_t head, int64_t level);
 };
 
 struct CpuKernels {

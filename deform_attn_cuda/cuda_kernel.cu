@@ -1,329 +1,471 @@
 // The CUDA kernels, forward and backward. No PyTorch in here.
 //
-// Who owns what. A pair is one query and one head. `lanes` threads, a power of two in one warp, own a pair; each holds
-// WIDTH of its c channels, 16 bytes of a row of memory in the forward. A warp owns 32 / lanes pairs: consecutive
-// queries of one head of one image, so that the rows they sample are often the same and found in L1. Blocks go
-// head by head: those that run at one time share one or two heads' rows of the value, which stay in L2.
+// Who owns what. A pair is one query and one head. LANES threads of a warp own a pair and take 32 of its channels at a
+// time, WIDTH neighbours for each thread: 16 bytes of memory. So a warp owns WIDTH pairs: consecutive queries of one
+// head of one image, whose samples are often of the same rows, which are then found in L1. Blocks go head by head:
+// those that run at one time share one or two heads' rows of the value, which stay in L2.
 //
-// Of a pair's L * P points, 2 * lanes at a time are computed, each by one thread of the warp, which leaves the four
-// corner tokens and the weights in shared memory (`locate`); then the owners of the pair go through these points, read
-// the four rows, and sum in registers. A warp synchronises with itself alone.
+// First the threads of a pair find the sum that its softmax divides by. Then its L * P points are taken in steps of
+// 2 * LANES. Each thread computes two of them, its items (`locate`), and leaves the tokens of their corners and what
+// these count in shared memory, in a slot for each point of the step. Then all threads of the pair go through the
+// slots, read the four rows of each, and sum in registers. A warp synchronises with itself alone.
 //
-// What bounds it, for 20,197 queries of 8 heads, 32 channels and 16 points: 1.3 GB of rows in float32 (0.66 GB in 16
-// bit) go through L1, 18 times what must come from memory; the backward adds as many float32 numbers to grad_value,
-// 331 million, in L2. Arithmetic is nowhere near a limit. On sm_90 four neighbours are added by one instruction.
+// What bounds it, for 20,197 queries of 8 heads, 32 channels and 16 points on an H100: instructions as much as bytes.
+// It issues 0.93 million warp instructions a microsecond, and the forward is 32 million of them in float32 and 37
+// million in 16 bit, so 35 or 39 us, while its 1.3 (0.66) GB of rows leave L1 in 45 (22) us. Most are those that a
+// point needs: for each corner a load, its address, WIDTH multiplications, and in 16 bit WIDTH conversions. The
+// backward is 104 to 117 million instructions, and adds up to 331 million float32 numbers to grad_value in L2.
+// `python -m deform_attn_cuda.sass` counts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "cuda_kernel.h"
 
+#if __CUDA_ARCH__ >= 900
+#define VECTOR_REDUCTION true  // four neighbours are added to memory by one instruction
+#elif !defined(VECTOR_REDUCTION)
+#define VECTOR_REDUCTION false
+#endif
+
 #ifndef LAUNCH  // cuda_on_cpu.cpp has its own
 #define LAUNCH(kernel, blocks, stream, ...) kernel<<<blocks, THREADS, 0, stream>>>(__VA_ARGS__)
+
+// Keeps nvcc from computing x anew wherever it is used.
+__device__ __forceinline__ void keep(int64_t& x) { asm volatile("" : "+l"(x)); }
+
+__device__ __forceinline__ float power_of_2(float x) {
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+__device__ __forceinline__ float log_2(float x) {
+  asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1, x); }
+__device__ __forceinline__ double power_of_2(double x) { return exp2(x); }
+__device__ __forceinline__ double log_2(double x) { return log2(x); }
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+
+__device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(a),
+               "f"(b), "f"(c), "f"(d) : "memory");
+}
 #endif
 
 namespace deform_attn {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int SLOTS = 64;  // points of one warp in shared memory at a time: 32 / lanes pairs of 2 * lanes points
+constexpr int CHANNELS = 32;  // of a pair, at a time
 constexpr unsigned ALL = 0xffffffff;
+constexpr double LOG2_E = 1.4426950408889634;
 
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+// WIDTH neighbouring channels, moved by one instruction.
+template <typename V, int WIDTH>
+struct alignas(sizeof(V) * WIDTH) Row { V channel[WIDTH]; };
+
+template <typename A, int WIDTH>
+__device__ __forceinline__ void widen(const Row<A, WIDTH>& row, A (&to)[WIDTH]) {
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) to[i] = row.channel[i];
+}
+template <int WIDTH>
+__device__ __forceinline__ void widen(const Row<__half, WIDTH>& row, float (&to)[WIDTH]) {
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) to[i] = __half2float(row.channel[i]);
+}
+__device__ __forceinline__ void widen(const Row<__nv_bfloat16, 1>& row, float (&to)[1]) {
+  to[0] = __bfloat162float(row.channel[0]);
+}
+template <int WIDTH>
+__device__ __forceinline__ void widen(const Row<__nv_bfloat16, WIDTH>& row, float (&to)[WIDTH]) {
+  const unsigned* words = reinterpret_cast<const unsigned*>(&row);  // of two channels each, the first one low
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) to[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000 : words[i / 2] << 16);
+}
+
 template <typename V> __device__ __forceinline__ V narrow(float x);
 template <> __device__ __forceinline__ float narrow(float x) { return x; }
 template <> __device__ __forceinline__ __half narrow(float x) { return __float2half_rn(x); }
 template <> __device__ __forceinline__ __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
 template <typename V> __device__ __forceinline__ V narrow(double x) { return x; }
 
-// WIDTH neighbouring channels, moved by one instruction.
-template <typename V, int WIDTH>
-struct alignas(sizeof(V) * WIDTH) Row { V channel[WIDTH]; };
+// Four numbers of a point, for its corners top left, top right, bottom left and bottom right.
+template <typename T>
+struct alignas(16) Corners { T corner[4]; };
 
-template <typename V, int WIDTH, typename A>
-__device__ __forceinline__ void load(const V* from, A (&to)[WIDTH]) {
-  const Row<V, WIDTH> row = *reinterpret_cast<const Row<V, WIDTH>*>(from);
-#pragma unroll
-  for (int i = 0; i < WIDTH; ++i) to[i] = widen(row.channel[i]);
-}
-
-template <typename A, int WIDTH>
-__device__ __forceinline__ void add_to_memory(A* to, const A (&terms)[WIDTH]) {
-#if __CUDA_ARCH__ >= 900
-  constexpr bool at_once = WIDTH == 4 && sizeof(A) == 4;
-  if constexpr (at_once)
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-                 "f"(terms[0]), "f"(terms[1]), "f"(terms[2]), "f"(terms[3]) : "memory");
-#else
-  constexpr bool at_once = false;
-#endif
-  if constexpr (!at_once)
-    for (int i = 0; i < WIDTH; ++i) atomicAdd(to + i, terms[i]);
-}
-
-// Top left, top right, bottom left, bottom right; -1 where outside of the level.
-struct alignas(16) Corners { int token[4]; };
-
-// Corner tokens of a location, and how far (dx, dy) it lies right of and below the first. Infinity is outside; where
-// the location is not a number, neither are dx and dy, and all corners are the level's first token, to let that show.
 template <typename A>
-__device__ __forceinline__ Corners locate(const CudaProblem& problem, int level, A x, A y, A& dx, A& dy) {
-  const int W = problem.width[level], H = problem.height[level], start = problem.start[level];
-  x = x * W - A(0.5);
-  y = y * H - A(0.5);
-  x = x < -2 ? A(-2) : x > W ? A(W) : x;  // far outside is outside, and NaN stays
-  y = y < -2 ? A(-2) : y > H ? A(H) : y;
-  const A left = floor(x), top = floor(y);
-  dx = x - left;
-  dy = y - top;
-  if (dx != dx || dy != dy) return {start, start, start, start};
-  const int column = int(left), line = int(top), token = start + line * W + column;
-  const bool has_left = column >= 0 && column < W, has_right = column >= -1 && column + 1 < W;
-  const bool has_top = line >= 0 && line < H, has_bottom = line >= -1 && line + 1 < H;
-  return {has_top && has_left ? token : -1, has_top && has_right ? token + 1 : -1,
-          has_bottom && has_left ? token + W : -1, has_bottom && has_right ? token + W + 1 : -1};
+struct Offset { A x, y; };
+
+// What turns a pair's offsets and logits into locations and weights.
+template <typename A>
+struct Pair {
+  const Offset<A>* offsets;
+  const A* logits;
+  A x, y;                  // its centre
+  A cells, width, height;  // an offset of 1 is so many cells, and so much of a level's W and H
+  A half;                  // 0.5 / P
+  A shift;                 // of the softmax
+
+  __device__ __forceinline__ A weight(int point) const { return power_of_2(logits[point] * A(LOG2_E) - shift); }
+};
+
+template <typename A>
+struct Point {
+  Corners<unsigned> tokens;
+  Corners<A> counts;   // weight * share of the line * share of the column
+  A weight, dx, dy;    // how far it lies right of and below the top left corner
+  A scale_x, scale_y;  // how many cells an offset of 1 is
+  int inside;          // bit k: corner k is inside of the level
+};
+
+__device__ __forceinline__ const Level& level_of(const CudaProblem& problem, int point) {
+  return problem.level[__umulhi(2 * point, problem.levels_per_point)];
+}
+
+// Infinity is outside. A corner outside counts nothing and reads the level's first token, so that there are no
+// branches; what is not a number shows there as well. A location that is not a number has all corners outside and
+// counts NaN.
+template <typename A>
+__device__ __forceinline__ Point<A> locate(const CudaProblem& problem, const Pair<A>& pair, int point) {
+  Point<A> p;
+  const Level& level = level_of(problem, point);
+  const int W = level.W, H = level.H, start = level.start;
+  p.weight = pair.weight(point);
+  p.scale_x = pair.width * W + pair.cells;
+  p.scale_y = pair.height * H + pair.cells;
+  const A x = pair.offsets[point].x * p.scale_x + (pair.x * W - A(0.5));
+  const A y = pair.offsets[point].y * p.scale_y + (pair.y * H - A(0.5));
+  const A near_x = min(max(x, A(-2)), A(W)), near_y = min(max(y, A(-2)), A(H));  // -2 for NaN
+  const int column = int(floor(near_x)), line = int(floor(near_y));
+  p.dx = x == x ? near_x - column : x;
+  p.dy = y == y ? near_y - line : y;
+  const bool in_column[2] = {unsigned(column) < unsigned(W), unsigned(column + 1) < unsigned(W)};
+  const bool in_line[2] = {unsigned(line) < unsigned(H), unsigned(line + 1) < unsigned(H)};
+  const A share_x[2] = {1 - p.dx, p.dx}, share_y[2] = {p.weight * (1 - p.dy), p.weight * p.dy};
+  const int token = start + line * W + column;
+  p.inside = 0;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const bool inside = in_line[k / 2] && in_column[k % 2];
+    const A count = share_y[k / 2] * share_x[k % 2];
+    p.tokens.corner[k] = inside ? token + k / 2 * W + k % 2 : start;
+    p.counts.corner[k] = inside ? count : A(0) * count;
+    p.inside |= inside << k;
+  }
+  return p;
 }
 
 // Where this thread works.
+template <int WIDTH>
 struct Place {
-  int lanes, lane;               // threads of a pair, and the number of this one
-  int pair, pairs;               // number of its pair in the warp, and of how many
-  int image, head, first_query;  // the first query of the warp
-  int64_t slice;                 // first element of this image and head in the value
+  static constexpr int LANES = CHANNELS / WIDTH, PAIRS = 32 / LANES, STEP = 2 * LANES;
+  int warp, pair, lane;  // number of its warp in the block, of its pair in the warp, and of itself in the pair
+  bool asks;             // false beyond the last query; such a thread computes what the last one's does, for nothing
+  int row;               // number of its pair in [B Q h]
+  int reference;         // first element of its query in the reference
+  int64_t slice;         // first element of its image and head in the value
 
-  __device__ Place(const CudaProblem& problem, int lanes_log2) {
-    lanes = 1 << lanes_log2;
-    lane = threadIdx.x & (lanes - 1);
-    pairs = 32 >> lanes_log2;
-    pair = (threadIdx.x & 31) >> lanes_log2;
-    const int tile = WARPS * pairs, tiles = (problem.Q - 1) / tile + 1, block = blockIdx.x;
-    image = block / tiles / problem.h;
-    head = block / tiles % problem.h;
-    first_query = block % tiles * tile + threadIdx.x / 32 * pairs;
-    slice = (int64_t(image) * problem.N * problem.h + head) * problem.c;
-  }
-
-  // The number of a pair in [B Q h].
-  __device__ int64_t row(const CudaProblem& problem, int query) const {
-    return (int64_t(image) * problem.Q + query) * problem.h + head;
+  __device__ __forceinline__ Place(const CudaProblem& problem) {
+    warp = threadIdx.x / 32;
+    pair = threadIdx.x % 32 / LANES;
+    lane = threadIdx.x % LANES;
+    const int query = (blockIdx.x * WARPS + warp) * PAIRS + pair, head = blockIdx.y, image = blockIdx.z;
+    asks = query < problem.Q;
+    const int asked = min(query, problem.Q - 1), asked_of_all = image * problem.Q + asked;
+    reference = problem.boxes ? 4 * asked_of_all : 2 * asked;
+    row = asked_of_all * problem.h + head;
+    slice = int64_t(image * problem.N * problem.h + head) * problem.c;
+    keep(slice);
   }
 };
 
-// Points [first, first + 2 * lanes) of all pairs of the warp, one thread for each: calls visit(slot, row, point) with
-// row, the number of the pair in [B Q h]. Slots are such that the pairs of a warp read neighbouring ones.
-template <typename Visit>
-__device__ __forceinline__ void for_points(const CudaProblem& problem, const Place& place, int lanes_log2, int first,
-                                           Visit visit) {
-  const int points = problem.L * problem.P;
-  for (int item = threadIdx.x & 31; item < SLOTS; item += 32) {
-    const int pair = item >> (lanes_log2 + 1), offset = item & (2 * place.lanes - 1), point = first + offset;
-    const int query = place.first_query + pair;
-    if (point < points && query < problem.Q) visit(offset * place.pairs + pair, place.row(problem, query), point);
+// The rows of one channel or WIDTH neighbours, one row a token.
+template <typename T>
+struct Table {
+  T* first;
+  unsigned stride;  // bytes from one token to the next
+  __device__ __forceinline__ T& operator[](unsigned token) const {
+    return *(T*)((char*)first + uint64_t(token) * stride);
   }
+};
+
+// The sum of x over the threads of a pair, for each of them.
+template <int LANES, typename A>
+__device__ __forceinline__ A sum_of_pair(A x) {
+#pragma unroll
+  for (int distance = 1; distance < LANES; distance *= 2) x += __shfl_xor_sync(ALL, x, distance);
+  return x;
+}
+
+template <int WIDTH, typename A>
+__device__ __forceinline__ Pair<A> pair_of(const CudaProblem& problem, const Place<WIDTH>& at, const A* reference,
+                                           const Offset<A>* offsets, const A* logits) {
+  constexpr int LANES = Place<WIDTH>::LANES;
+  const int points = problem.L * problem.P;
+  reference += at.reference;
+  const A half = A(0.5) * reciprocal(A(problem.P));
+  int64_t first = int64_t(at.row) * points;
+  keep(first);
+  Pair<A> pair = {offsets + first, logits + first, reference[0], reference[1], A(!problem.boxes),
+                  problem.boxes ? reference[2] * half : 0, problem.boxes ? reference[3] * half : 0, half};
+  A top = pair.logits[0], sum = 0;
+#pragma unroll 1
+  for (int point = at.lane; point < points; point += LANES) top = max(top, pair.logits[point]);
+#pragma unroll
+  for (int distance = 1; distance < LANES; distance *= 2) top = max(top, __shfl_xor_sync(ALL, top, distance));
+  pair.shift = top * A(LOG2_E);
+#pragma unroll 1
+  for (int point = at.lane; point < points; point += LANES) sum += pair.weight(point);
+  pair.shift += log_2(sum_of_pair<LANES>(sum));
+  return pair;
 }
 
 template <typename V, typename A, int WIDTH>
-__global__ void __launch_bounds__(THREADS, 4)
-forward(const __grid_constant__ CudaProblem problem, int lanes_log2, const V* __restrict__ value,
-        const A* __restrict__ locations, const A* __restrict__ weights, V* __restrict__ output) {
-  __shared__ Corners all_tokens[WARPS][SLOTS];
-  struct alignas(16) Counts { A corner[4]; };
-  __shared__ Counts all_counts[WARPS][SLOTS];
-  Corners* tokens = all_tokens[threadIdx.x / 32];
-  Counts* counts = all_counts[threadIdx.x / 32];
-  const Place place(problem, lanes_log2);
-  const int points = problem.L * problem.P, step = 2 * place.lanes;
-  const int stride = problem.h * problem.c, query = place.first_query + place.pair;
-  value += place.slice;
+__global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 3 : 4)
+forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value, const A* __restrict__ reference,
+        const Offset<A>* __restrict__ offsets, const A* __restrict__ logits, V* __restrict__ output) {
+  using At = Place<WIDTH>;
+  const At at(problem);
+  struct Step {  // one slot more than points, against bank conflicts
+    Corners<unsigned> tokens[At::PAIRS][At::STEP + 1];
+    Corners<A> counts[At::PAIRS][At::STEP + 1];
+  };
+  __shared__ Step steps[WARPS];
+  Step& step = steps[at.warp];
+  const Pair<A> pair = pair_of(problem, at, reference, offsets, logits);
+  const int points = problem.L * problem.P;
 
-  for (int begin = 0; begin < problem.c; begin += place.lanes * WIDTH) {  // once, but for very many channels
-    const int channel = begin + place.lane * WIDTH;
-    const bool active = channel < problem.c && query < problem.Q;
+  for (int begin = 0; begin < problem.c; begin += CHANNELS) {
+    const int channel = begin + at.lane * WIDTH;
+    const bool active = channel < problem.c;
+    const Table<const Row<V, WIDTH>> table = {reinterpret_cast<const Row<V, WIDTH>*>(value + at.slice + channel),
+                                              problem.h * problem.c * unsigned(sizeof(V))};
     A sum[WIDTH] = {};
-    for (int first = 0; first < points; first += step) {
+    for (int first = 0; first < points; first += At::STEP) {
       __syncwarp();
-      for_points(problem, place, lanes_log2, first, [&](int slot, int64_t row, int point) {
-        const int64_t at = row * points + point;
-        const int level = point / problem.P;
-        A dx, dy;
-        const Corners corners = locate(problem, level, locations[2 * at], locations[2 * at + 1], dx, dy);
-        const A top = weights[at] * (1 - dy), bottom = weights[at] * dy;
-        const A count[4] = {top * (1 - dx), top * dx, bottom * (1 - dx), bottom * dx};
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {  // a corner outside counts nothing, unless its weight is not a number
-          tokens[slot].token[k] = corners.token[k] < 0 ? problem.start[level] : corners.token[k];
-          counts[slot].corner[k] = corners.token[k] < 0 ? A(0) * count[k] : count[k];
-        }
-      });
+      for (int item = 0; item < 2; ++item) {
+        const int slot = item * At::LANES + at.lane, point = min(first + slot, points - 1);
+        const Point<A> p = locate(problem, pair, point);
+        step.tokens[at.pair][slot] = p.tokens;
+        step.counts[at.pair][slot] = p.counts;
+      }
       __syncwarp();
       if (active) {
-        const int end = min(step, points - first);
-#pragma unroll 2
-        for (int p = 0; p < end; ++p) {
-          const Corners corners = tokens[p * place.pairs + place.pair];
-          const Counts count = counts[p * place.pairs + place.pair];
+        const int end = min(At::STEP, points - first);
+#pragma unroll 1
+        for (int slot = 0; slot < end; ++slot) {
+          const Corners<unsigned> tokens = step.tokens[at.pair][slot];
+          const Corners<A> counts = step.counts[at.pair][slot];
+          Row<V, WIDTH> rows[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) rows[k] = table[tokens.corner[k]];
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             A sampled[WIDTH];
-            load<V, WIDTH>(value + int64_t(corners.token[k]) * stride + channel, sampled);
+            widen(rows[k], sampled);
 #pragma unroll
-            for (int i = 0; i < WIDTH; ++i) sum[i] += count.corner[k] * sampled[i];
+            for (int i = 0; i < WIDTH; ++i) sum[i] += counts.corner[k] * sampled[i];
           }
         }
       }
     }
-    if (active) {
+    if (active && at.asks) {
       Row<V, WIDTH> row;
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) row.channel[i] = narrow<V>(sum[i]);
-      *reinterpret_cast<Row<V, WIDTH>*>(output + place.row(problem, query) * problem.c + channel) = row;
+      *reinterpret_cast<Row<V, WIDTH>*>(output + int64_t(at.row) * problem.c + channel) = row;
     }
   }
 }
 
-// With d_k the product of grad_output with the row of corner k, summed over channels: grad_weights is the sum of d_k by
-// shares, grad_locations that of differences of d_k. So three sums over the lanes of a pair are all that is needed.
-template <typename V, typename A, int WIDTH>
-__global__ void __launch_bounds__(THREADS, 3)
-backward(const __grid_constant__ CudaProblem problem, int lanes_log2, const V* __restrict__ grad_output,
-         const V* __restrict__ value, const A* __restrict__ locations, const A* __restrict__ weights,
-         A* __restrict__ grad_value, A* __restrict__ grad_locations, A* __restrict__ grad_weights) {
-  struct Shares { A dx, dy, weight; };
-  struct Gradients { A weight, x, y; };
-  __shared__ Corners all_tokens[WARPS][SLOTS];
-  __shared__ Shares all_shares[WARPS][SLOTS];
-  __shared__ Gradients all_gradients[WARPS][SLOTS];
-  Corners* tokens = all_tokens[threadIdx.x / 32];
-  Shares* shares = all_shares[threadIdx.x / 32];
-  Gradients* gradients = all_gradients[threadIdx.x / 32];
-  const Place place(problem, lanes_log2);
-  const int points = problem.L * problem.P, step = 2 * place.lanes;
-  const int stride = problem.h * problem.c, query = place.first_query + place.pair;
-  const int first_channel = place.lane * WIDTH;
-  value += place.slice;
-  grad_value += place.slice;
-  grad_output += place.row(problem, query) * problem.c;
-  const bool asks = query < problem.Q;
-  A grad[WIDTH] = {};
-  if (asks && first_channel < problem.c) load<V, WIDTH>(grad_output + first_channel, grad);
+// Adds grad * count to a thread's WIDTH channels in memory, at once, or one by one, which lie `apart`.
+template <bool AT_ONCE, int WIDTH, typename A>
+__device__ __forceinline__ void add_to_memory(A* to, const A (&grad)[WIDTH], A count, int apart) {
+  if constexpr (AT_ONCE) {
+    add_four(to, grad[0] * count, grad[1] * count, grad[2] * count, grad[3] * count);
+  } else {
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) atomicAdd(to + i * apart, grad[i] * count);
+  }
+}
 
-  for (int first = 0; first < points; first += step) {
-    for_points(problem, place, lanes_log2, first, [&](int slot, int64_t row, int point) {
-      const int64_t at = row * points + point;
-      Shares share;
-      share.weight = weights[at];
-      tokens[slot] = locate(problem, point / problem.P, locations[2 * at], locations[2 * at + 1], share.dx, share.dy);
-      shares[slot] = share;
-    });
-    __syncwarp();
-    const int end = min(step, points - first);
-    for (int p = 0; p < end; ++p) {  // by the whole warp, as its threads exchange numbers
-      const int slot = p * place.pairs + place.pair;
-      A d[4] = {}, dx = 0, dy = 0;
-      if (asks) {
-        const Corners corners = tokens[slot];
-        const A weight = shares[slot].weight;
-        dx = shares[slot].dx;
-        dy = shares[slot].dy;
-        const A count[4] = {weight * (1 - dy) * (1 - dx), weight * (1 - dy) * dx, weight * dy * (1 - dx), weight * dy * dx};
-        for (int channel = first_channel; channel < problem.c; channel += place.lanes * WIDTH) {
-          if (problem.c > place.lanes * WIDTH) load<V, WIDTH>(grad_output + channel, grad);
+// Of d[0] to d[3] the sums over the threads of a pair: each returns that of d[lane % 4].
+template <int LANES, typename A>
+__device__ __forceinline__ A sum_of_lanes(const A (&d)[4], int lane) {
+  const bool odd = lane & 1, second = lane & 2;
+  const A upper = (odd ? d[1] : d[0]) + __shfl_xor_sync(ALL, odd ? d[0] : d[1], 1);
+  const A lower = (odd ? d[3] : d[2]) + __shfl_xor_sync(ALL, odd ? d[2] : d[3], 1);
+  A sum = (second ? lower : upper) + __shfl_xor_sync(ALL, second ? upper : lower, 2);
+#pragma unroll
+  for (int distance = 4; distance < LANES; distance *= 2) sum += __shfl_xor_sync(ALL, sum, distance);
+  return sum;
+}
+
+// With d[k] the product of grad_output and the row of corner k, summed over channels, the gradients of a point are sums
+// of d by shares, and of their differences. Threads of a pair sum d; the thread whose item the point is does the rest.
+// grad_reference may be null.
+template <typename V, typename A, int WIDTH>
+__global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 2 : 3)
+backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad_output, const V* __restrict__ value,
+         const A* __restrict__ reference, const Offset<A>* __restrict__ offsets, const A* __restrict__ logits,
+         A* __restrict__ grad_value, A* __restrict__ grad_reference, Offset<A>* __restrict__ grad_offsets,
+         A* __restrict__ grad_logits) {
+  using At = Place<WIDTH>;
+  const At at(problem);
+  struct Step {
+    Corners<unsigned> tokens[At::PAIRS][At::STEP + 1];
+    Corners<A> counts[At::PAIRS][At::STEP + 1], sums[At::PAIRS][At::STEP + 1];
+  };
+  __shared__ Step steps[WARPS];
+  Step& step = steps[at.warp];
+  const Pair<A> pair = pair_of(problem, at, reference, offsets, logits);
+  const int points = problem.L * problem.P;
+  grad_output += int64_t(at.row) * problem.c;
+  grad_offsets += int64_t(at.row) * points;
+  grad_logits += int64_t(at.row) * points;
+
+  for (int begin = 0; begin < problem.c; begin += CHANNELS) {  // later rounds add to the gradients of the points
+    const int channel = begin + at.lane * WIDTH;
+    const bool active = at.asks && channel < problem.c;
+    // Where four are not added at once, neighbouring threads add to neighbouring channels: whole sectors of memory.
+    constexpr bool at_once = VECTOR_REDUCTION && WIDTH == 4 && sizeof(A) == 4;
+    const int apart = at_once ? 1 : min(CHANNELS, problem.c - begin) / WIDTH;
+    const int added = at_once ? channel : begin + at.lane;
+    A grad[WIDTH] = {}, grad_added[WIDTH] = {};  // of the channels that this thread reads, and that it adds to
+    A nothing = 0;                               // NaN where these are not finite, which shows even by a count of 0
+    if (active) {
+      widen(*reinterpret_cast<const Row<V, WIDTH>*>(grad_output + channel), grad);
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) {
+        A one[1];
+        widen(*reinterpret_cast<const Row<V, 1>*>(grad_output + added + i * apart), one);
+        grad_added[i] = at_once ? grad[i] : one[0];
+        nothing += A(0) * grad_added[i];
+      }
+    }
+    const unsigned row_of_value = problem.h * problem.c * unsigned(sizeof(V));
+    const unsigned row_of_grad = problem.h * problem.c * unsigned(sizeof(A));
+    const auto* const values = reinterpret_cast<const Row<V, WIDTH>*>(value + at.slice + channel);
+    const Table<const Row<V, WIDTH>> table = {values, row_of_value};
+    const Table<A> grad_table = {grad_value + at.slice + added, row_of_grad};
+    A by_weight = 0;  // sum of weight * its gradient
+
+    for (int first = 0; first < points; first += At::STEP) {
+      Point<A> items[2];
+#pragma unroll
+      for (int item = 0; item < 2; ++item) {
+        const int slot = item * At::LANES + at.lane, point = min(first + slot, points - 1);
+        items[item] = locate(problem, pair, point);
+        step.tokens[at.pair][slot] = items[item].tokens;
+        step.counts[at.pair][slot] = items[item].counts;
+      }
+      __syncwarp();
+      const int end = min(At::STEP, points - first);
+#pragma unroll 1
+      for (int slot = 0; slot < end; ++slot) {  // by the whole warp, as its threads exchange numbers
+        A d[4] = {};
+        if (active) {
+          const Corners<unsigned> tokens = step.tokens[at.pair][slot];
+          const Corners<A> counts = step.counts[at.pair][slot];
+          Row<V, WIDTH> rows[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) rows[k] = table[tokens.corner[k]];
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            if (counts.corner[k] != nothing)
+              add_to_memory<at_once>(&grad_table[tokens.corner[k]], grad_added, counts.corner[k], apart);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            if (corners.token[k] < 0) continue;
-            const int64_t at = int64_t(corners.token[k]) * stride + channel;
-            A sampled[WIDTH], term[WIDTH];
-            load<V, WIDTH>(value + at, sampled);
+            A sampled[WIDTH];
+            widen(rows[k], sampled);
 #pragma unroll
-            for (int i = 0; i < WIDTH; ++i) {
-              d[k] += grad[i] * sampled[i];
-              term[i] = grad[i] * count[k];
+            for (int i = 0; i < WIDTH; ++i) d[k] += grad[i] * sampled[i];
+          }
+        }
+        const A sum = sum_of_lanes<At::LANES>(d, at.lane);
+        if (at.lane < 4) step.sums[at.pair][slot].corner[at.lane] = sum;
+      }
+      __syncwarp();
+#pragma unroll
+      for (int item = 0; item < 2; ++item) {
+        const int slot = item * At::LANES + at.lane, point = first + slot;
+        if (at.asks && point < points) {
+          const Point<A>& p = items[item];
+          Corners<A> d = step.sums[at.pair][slot];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) d.corner[k] = p.inside >> k & 1 ? d.corner[k] : A(0) * d.corner[k];
+          const A upper = d.corner[1] - d.corner[0], lower = d.corner[3] - d.corner[2];
+          A logit = p.weight * ((1 - p.dy) * (d.corner[0] + p.dx * upper) + p.dy * (d.corner[2] + p.dx * lower));
+          const A x = p.weight * ((1 - p.dy) * upper + p.dy * lower);  // by a move of one cell
+          const A y = p.weight * ((1 - p.dx) * (d.corner[2] - d.corner[0]) + p.dx * (d.corner[3] - d.corner[1]));
+          by_weight += logit;
+          grad_logits[point] = logit + (begin > 0 ? grad_logits[point] : 0);
+          grad_offsets[point].x = x * p.scale_x + (begin > 0 ? grad_offsets[point].x : 0);
+          grad_offsets[point].y = y * p.scale_y + (begin > 0 ? grad_offsets[point].y : 0);
+          if (grad_reference) {
+            const Level& level = level_of(problem, point);
+            A* const to = grad_reference + at.reference;
+            atomicAdd(to, x * level.W);
+            atomicAdd(to + 1, y * level.H);
+            if (problem.boxes) {
+              atomicAdd(to + 2, x * level.W * pair.offsets[point].x * pair.half);
+              atomicAdd(to + 3, y * level.H * pair.offsets[point].y * pair.half);
             }
-            add_to_memory<A, WIDTH>(grad_value + at, term);
           }
         }
       }
-      A weight = (1 - dy) * ((1 - dx) * d[0] + dx * d[1]) + dy * ((1 - dx) * d[2] + dx * d[3]);
-      A x = (1 - dy) * (d[1] - d[0]) + dy * (d[3] - d[2]), y = (1 - dx) * (d[2] - d[0]) + dx * (d[3] - d[1]);
-      for (int distance = place.lanes / 2; distance; distance /= 2) {
-        weight += __shfl_xor_sync(ALL, weight, distance);
-        x += __shfl_xor_sync(ALL, x, distance);
-        y += __shfl_xor_sync(ALL, y, distance);
-      }
-      if (place.lane == 0) gradients[slot] = {weight, x, y};
+      __syncwarp();
     }
-    __syncwarp();
-    for_points(problem, place, lanes_log2, first, [&](int slot, int64_t row, int point) {
-      const int64_t at = row * points + point;
-      const int level = point / problem.P;
-      const Gradients gradient = gradients[slot];
-      const A weight = shares[slot].weight;
-      grad_weights[at] = gradient.weight;
-      grad_locations[2 * at] = gradient.x * weight * problem.width[level];
-      grad_locations[2 * at + 1] = gradient.y * weight * problem.height[level];
-    });  // the same thread writes these slots next
+    by_weight = sum_of_pair<At::LANES>(by_weight);
+#pragma unroll 1
+    for (int point = at.lane; point < points && at.asks; point += At::LANES)
+      grad_logits[point] -= pair.weight(point) * by_weight;
   }
 }
 
-// Threads of a pair for c channels, WIDTH for each thread, as a power of two.
-int lanes_log2(int c, int width) {
-  int log2 = 0;
-  while (log2 < 5 && (width << log2) < c) ++log2;
-  return log2;
-}
-
-int blocks(const CudaProblem& problem, int lanes_log2) {
-  const int tile = WARPS * (32 >> lanes_log2);
-  return problem.B * problem.h * ((problem.Q - 1) / tile + 1);
+template <int WIDTH>
+dim3 grid(const CudaProblem& problem) {
+  return dim3((problem.Q - 1) / (WARPS * Place<WIDTH>::PAIRS) + 1, problem.h, problem.B);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <int WIDTH, typename V, typename A>
-void forward_by(const CudaProblem& problem, const V* value, const A* locations, const A* weights, V* output,
-                cudaStream_t stream) {
-  const int log2 = lanes_log2(problem.c, WIDTH);
-  const auto kernel = forward<V, A, WIDTH>;
-  LAUNCH(kernel, blocks(problem, log2), stream, problem, log2, value, locations, weights, output);
-}
-
-template <int WIDTH, typename V, typename A>
-void backward_by(const CudaProblem& problem, const V* grad_output, const V* value, const A* locations, const A* weights,
-                 A* grad_value, A* grad_locations, A* grad_weights, cudaStream_t stream) {
-  const int log2 = lanes_log2(problem.c, WIDTH);
-  const auto kernel = backward<V, A, WIDTH>;
-  LAUNCH(kernel, blocks(problem, log2), stream, problem, log2, grad_output, value, locations, weights, grad_value,
-         grad_locations, grad_weights);
-}
-
 }  // namespace
 
 template <typename V, typename A>
-void launch_forward(const CudaProblem& problem, const V* value, const A* locations, const A* weights, V* output,
-                    cudaStream_t stream) {
+void launch_forward(const CudaProblem& problem, const Inputs<V, A>& in, V* output, cudaStream_t stream) {
+  const auto start = [&](auto kernel, dim3 blocks) {
+    LAUNCH(kernel, blocks, stream, problem, in.value, in.reference, reinterpret_cast<const Offset<A>*>(in.offsets),
+           in.logits, output);
+  };
   constexpr int WIDTH = 16 / sizeof(V);
-  if (problem.c % WIDTH == 0 && aligned(value) && aligned(output))
-    forward_by<WIDTH>(problem, value, locations, weights, output, stream);
+  if (problem.c % WIDTH == 0 && aligned(in.value) && aligned(output))
+    start(forward<V, A, WIDTH>, grid<WIDTH>(problem));
   else
-    forward_by<1>(problem, value, locations, weights, output, stream);
+    start(forward<V, A, 1>, grid<1>(problem));
 }
 
 // A thread adds 16 bytes of grad_value, whose type is A, at once.
 template <typename V, typename A>
-void launch_backward(const CudaProblem& problem, const V* grad_output, const V* value, const A* locations,
-                     const A* weights, A* grad_value, A* grad_locations, A* grad_weights, cudaStream_t stream) {
+void launch_backward(const CudaProblem& problem, const V* grad_output, const Inputs<V, A>& in,
+                     const Gradients<A>& gradients, cudaStream_t stream) {
+  const auto start = [&](auto kernel, dim3 blocks) {
+    LAUNCH(kernel, blocks, stream, problem, grad_output, in.value, in.reference,
+           reinterpret_cast<const Offset<A>*>(in.offsets), in.logits, gradients.value, gradients.reference,
+           reinterpret_cast<Offset<A>*>(gradients.offsets), gradients.logits);
+  };
   constexpr int WIDTH = 16 / sizeof(A);
-  if (problem.c % WIDTH == 0 && aligned(value) && aligned(grad_output) && aligned(grad_value))
-    backward_by<WIDTH>(problem, grad_output, value, locations, weights, grad_value, grad_locations, grad_weights, stream);
+  if (problem.c % WIDTH == 0 && aligned(in.value) && aligned(grad_output) && aligned(gradients.value))
+    start(backward<V, A, WIDTH>, grid<WIDTH>(problem));
   else
-    backward_by<1>(problem, grad_output, value, locations, weights, grad_value, grad_locations, grad_weights, stream);
+    start(backward<V, A, 1>, grid<1>(problem));
 }
 
-#define INSTANTIATE(V, A)                                                                                       \
-  template void launch_forward(const CudaProblem&, const V*, const A*, const A*, V*, cudaStream_t);             \
-  template void launch_backward(const CudaProblem&, const V*, const V*, const A*, const A*, A*, A*, A*, cudaStream_t)
+#define INSTANTIATE(V, A)                                                                            \
+  template void launch_forward(const CudaProblem&, const Inputs<V, A>&, V*, cudaStream_t);           \
+  template void launch_backward(const CudaProblem&, const V*, const Inputs<V, A>&, const Gradients<A>&, cudaStream_t)
 INSTANTIATE(float, float);
 INSTANTIATE(double, double);
 INSTANTIATE(__half, float);

@@ -6,20 +6,47 @@
 
 namespace deform_attn {
 
-constexpr int MAX_LEVELS = 64;
+constexpr int MAX_LEVELS = 64, MAX_BLOCKS = 65535;  // MAX_BLOCKS: of a grid's second and third size
+
+struct alignas(16) Level { int W, H, start; };  // start: its first token
 
 // Shapes of one call, letters as in __init__.py. Goes to the GPU by value, with the launch.
 struct CudaProblem {
   int B, N, h, c, Q, L, P;
-  int height[MAX_LEVELS], width[MAX_LEVELS], start[MAX_LEVELS];  // start: first token of the level
+  int boxes;                   // 1: the reference holds boxes [B Q 4]; 0: it holds centres [Q 2]
+  unsigned levels_per_point;   // a little more than 2^31 / P: point * levels_per_point / 2^31 is the point's level
+  Level level[MAX_LEVELS];
 };
 
+// sizes: those of CudaProblem, in its order; level_shapes: H and W of each level.
+template <typename Size>
+CudaProblem problem_of(const Size* sizes, const Size* level_shapes) {
+  CudaProblem problem = {int(sizes[0]), int(sizes[1]), int(sizes[2]), int(sizes[3]),
+                         int(sizes[4]), int(sizes[5]), int(sizes[6]), int(sizes[7])};
+  problem.levels_per_point = (1u << 31) / problem.P + 1;
+  for (int level = 0, start = 0; level < problem.L; ++level) {
+    const int H = int(level_shapes[2 * level]), W = int(level_shapes[2 * level + 1]);
+    problem.level[level] = {W, H, start};
+    start += H * W;
+  }
+  return problem;
+}
+
 // V: type of the value and the output (float, double, __half, __nv_bfloat16); A: type of the sums, double for double
-// and else float. All tensors are dense. grad_value must be zero before; everything else is written whole.
+// and else float. All tensors are dense.
 template <typename V, typename A>
-void launch_forward(const CudaProblem&, const V* value, const A* locations, const A* weights, V* output, cudaStream_t);
+struct Inputs {
+  const V* value;
+  const A *reference, *offsets, *logits;
+};
+
+// `value` and `reference` must be zero before, `reference` may be null; the others are written whole.
+template <typename A>
+struct Gradients { A *value, *reference, *offsets, *logits; };
+
 template <typename V, typename A>
-void launch_backward(const CudaProblem&, const V* grad_output, const V* value, const A* locations, const A* weights,
-                     A* grad_value, A* grad_locations, A* grad_weights, cudaStream_t);
+void launch_forward(const CudaProblem&, const Inputs<V, A>&, V* output, cudaStream_t);
+template <typename V, typename A>
+void launch_backward(const CudaProblem&, const V* grad_output, const Inputs<V, A>&, const Gradients<A>&, cudaStream_t);
 
 }  // namespace deform_attn

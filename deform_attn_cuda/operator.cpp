@@ -2,8 +2,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_softmax_backward_data.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/softmax.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -20,23 +22,26 @@ extern const CpuKernels baseline;
 
 using at::IntArrayRef;
 using at::Tensor;
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+using c10::SymIntArrayRef;
 
-void check(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations, const Tensor& weights,
-           const Tensor& grad_output) {
-  TORCH_CHECK_VALUE(value.dim() == 4 && value.size(3) > 0 && locations.dim() == 6, "deform_attn: value must be [B N h c] and locations ",
-                    "[B Q h L P 2], not ", value.sizes(), " and ", locations.sizes());
+void check(const Tensor& value, IntArrayRef level_shapes, const Tensor& reference, const Tensor& offsets,
+           const Tensor& logits, const Tensor& grad_output) {
+  TORCH_CHECK_VALUE(value.dim() == 4 && value.size(3) > 0 && offsets.dim() == 6 && offsets.size(3) > 0 &&
+                    offsets.size(4) > 0, "deform_attn: value must be [B N h c] and offsets [B Q h L P 2], not ",
+                    value.sizes(), " and ", offsets.sizes());
   const int64_t B = value.size(0), N = value.size(1), h = value.size(2), c = value.size(3);
-  const int64_t Q = locations.size(1), L = locations.size(3), P = locations.size(4);
-  TORCH_CHECK_VALUE(locations.sizes().equals({B, Q, h, L, P, 2}), "deform_attn: locations ", locations.sizes(),
+  const int64_t Q = offsets.size(1), L = offsets.size(3), P = offsets.size(4);
+  TORCH_CHECK_VALUE(offsets.sizes().equals({B, Q, h, L, P, 2}), "deform_attn: offsets ", offsets.sizes(),
                     " do not fit value ", value.sizes());
-  TORCH_CHECK_VALUE(weights.sizes().equals({B, Q, h, L, P}), "deform_attn: weights ", weights.sizes(),
-                    " do not fit locations ", locations.sizes());
+  TORCH_CHECK_VALUE(logits.sizes().equals({B, Q, h, L, P}), "deform_attn: logits ", logits.sizes(),
+                    " do not fit offsets ", offsets.sizes());
+  TORCH_CHECK_VALUE(reference.sizes().equals({Q, 2}) || reference.sizes().equals({B, Q, 4}), "deform_attn: reference ",
+                    reference.sizes(), " does not fit offsets ", offsets.sizes());
   const auto type = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_VALUE(locations.scalar_type() == type && weights.scalar_type() == type, "deform_attn: locations and ",
-                    "weights must be ", type, " beside a value of ", value.scalar_type());
-  TORCH_CHECK_VALUE(locations.device() == value.device() && weights.device() == value.device(), "deform_attn: value is on ",
-                    value.device(), ", locations on ", locations.device(), ", weights on ", weights.device());
+  for (const Tensor& tensor : {reference, offsets, logits})
+    TORCH_CHECK_VALUE(tensor.scalar_type() == type && tensor.device() == value.device(), "deform_attn: reference, ",
+                      "offsets and logits must be ", type, " on ", value.device(), ", as the value is of ",
+                      value.scalar_type(), ", not ", tensor.scalar_type(), " on ", tensor.device());
   TORCH_CHECK_VALUE(!grad_output.defined() || (grad_output.sizes().equals({B, Q, h * c}) &&
                     grad_output.options().type_equal(value.options()) && grad_output.device() == value.device()),
                     "deform_attn: grad_output ", grad_output.defined() ? grad_output.sizes() : IntArrayRef(),
@@ -69,8 +74,8 @@ struct Call {
   Problem problem;
   std::vector<int32_t> geometry;
 
-  Call(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations) {
-    const int64_t L = locations.size(3), P = locations.size(4), points = L * P;
+  Call(const Tensor& value, IntArrayRef level_shapes, const Tensor& reference, const Tensor& offsets) {
+    const int64_t L = offsets.size(3), P = offsets.size(4), points = L * P;
     geometry.resize(3 * points);
     int64_t start = 0;
     for (int64_t level = 0; level < L; ++level) {
@@ -82,8 +87,8 @@ struct Call {
       }
       start += H * W;
     }
-    problem = {value.size(0), value.size(1), value.size(2), value.size(3), locations.size(1), L, P,
-               geometry.data(), geometry.data() + points, geometry.data() + 2 * points};
+    problem = {value.size(0), value.size(1), value.size(2), value.size(3), offsets.size(1), L, P,
+               reference.dim() == 3, geometry.data(), geometry.data() + points, geometry.data() + 2 * points};
   }
 };
 
@@ -101,12 +106,17 @@ void with_kernels(const Tensor& value, F f) {
 template <typename T>
 T* pointer(const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); }
 
+// Softmax over the points of a head.
+Tensor weights_of(const Tensor& logits) { return at::softmax(logits.flatten(3), 3).view(logits.sizes()); }
+
 // Queries are taken head by head, so that the rows in use, those of one head near the query, stay in the cache.
-Tensor forward_cpu(const Tensor& value_, IntArrayRef level_shapes, const Tensor& locations_, const Tensor& weights_) {
-  check(value_, level_shapes, locations_, weights_);
-  const Call call(value_, level_shapes, locations_);
+Tensor forward_cpu(const Tensor& value_, IntArrayRef level_shapes, const Tensor& reference_, const Tensor& offsets_,
+                   const Tensor& logits) {
+  check(value_, level_shapes, reference_, offsets_, logits);
+  const Call call(value_, level_shapes, reference_, offsets_);
   const Problem& problem = call.problem;
-  const Tensor value = value_.contiguous(), locations = locations_.contiguous(), weights = weights_.contiguous();
+  const Tensor value = value_.contiguous(), reference = reference_.contiguous();
+  const Tensor offsets = offsets_.contiguous(), weights = weights_of(logits.contiguous());
   Tensor output = at::empty({problem.B, problem.Q, problem.h * problem.c}, value.options());
   const int64_t grain = 1 + 65536 / (1 + problem.L * problem.P * (problem.c + 16));
   with_kernels(value, [&]<typename V, typename A>(const Kernels<V, A>& kernels) {
@@ -114,8 +124,8 @@ Tensor forward_cpu(const Tensor& value_, IntArrayRef level_shapes, const Tensor&
       while (begin < end) {
         const int64_t slice = begin / problem.Q, first = begin % problem.Q;
         const int64_t last = std::min(problem.Q, first + end - begin);
-        kernels.forward(problem, pointer<V>(value), pointer<A>(locations), pointer<A>(weights), pointer<V>(output),
-                        slice / problem.h, slice % problem.h, first, last);
+        kernels.forward(problem, pointer<V>(value), pointer<A>(reference), pointer<A>(offsets), pointer<A>(weights),
+                        pointer<V>(output), slice / problem.h, slice % problem.h, first, last);
         begin += last - first;
       }
     });
@@ -125,70 +135,87 @@ Tensor forward_cpu(const Tensor& value_, IntArrayRef level_shapes, const Tensor&
 
 // One task for each image, head and level, which owns its gradients: nothing is shared between threads, and each
 // gradient is summed in the order of the queries whatever the number of threads.
-Gradients backward_cpu(const Tensor& grad_output_, const Tensor& value_, IntArrayRef level_shapes,
-                       const Tensor& locations_, const Tensor& weights_) {
-  check(value_, level_shapes, locations_, weights_, grad_output_);
-  const Call call(value_, level_shapes, locations_);
+FourTensors backward_cpu(const Tensor& grad_output_, const Tensor& value_, IntArrayRef level_shapes,
+                         const Tensor& reference_, const Tensor& offsets_, const Tensor& logits,
+                         bool reference_asks) {
+  check(value_, level_shapes, reference_, offsets_, logits, grad_output_);
+  const Call call(value_, level_shapes, reference_, offsets_);
   const Problem& problem = call.problem;
   const Tensor grad_output = grad_output_.contiguous(), value = value_.contiguous();
-  const Tensor locations = locations_.contiguous(), weights = weights_.contiguous();
-  Tensor grad_value = at::empty(value.sizes(), locations.options());
-  Tensor grad_locations = at::empty_like(locations), grad_weights = at::empty_like(weights);
+  const Tensor reference = reference_.contiguous(), offsets = offsets_.contiguous();
+  const Tensor weights = weights_of(logits.contiguous());
+  Tensor grad_value = at::empty(value.sizes(), offsets.options());
+  Tensor grad_offsets = at::empty_like(offsets), grad_weights = at::empty_like(weights);
+  const int64_t tasks = problem.B * problem.h * problem.L, R = reference.size(-1);
+  Tensor grad_reference = at::empty({problem.B, reference_asks ? problem.h * problem.L : 0, problem.Q, R},
+                                    offsets.options());
   const int64_t grain = 1 + 32768 / (1 + problem.Q * problem.P * (problem.c + 16));
   with_kernels(value, [&]<typename V, typename A>(const Kernels<V, A>& kernels) {
-    at::parallel_for(0, problem.B * problem.h * problem.L, grain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task)
-        kernels.backward(problem, pointer<V>(grad_output), pointer<V>(value), pointer<A>(locations),
-                         pointer<A>(weights), pointer<A>(grad_value), pointer<A>(grad_locations),
-                         pointer<A>(grad_weights), task / problem.L / problem.h, task / problem.L % problem.h,
-                         task % problem.L);
+        kernels.backward(problem, pointer<V>(grad_output), pointer<V>(value), pointer<A>(reference),
+                         pointer<A>(offsets), pointer<A>(weights), pointer<A>(grad_value),
+                         reference_asks ? pointer<A>(grad_reference) + task * problem.Q * R : nullptr,
+                         pointer<A>(grad_offsets), pointer<A>(grad_weights), task / problem.L / problem.h,
+                         task / problem.L % problem.h, task % problem.L);
     });
   });
-  return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
+  const Tensor grad_logits = at::_softmax_backward_data(grad_weights.flatten(3), weights.flatten(3), 3,
+                                                        weights.scalar_type());
+  grad_reference = !reference_asks ? at::empty({0}, offsets.options())
+      : problem.boxes ? grad_reference.sum(1) : grad_reference.sum({0, 1});
+  return {grad_value.to(value.scalar_type()), grad_reference, grad_offsets, grad_logits.view(logits.sizes())};
 }
 
-Tensor call_forward(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations, const Tensor& weights) {
+Tensor call_forward(const Tensor& value, SymIntArrayRef level_shapes, const Tensor& reference, const Tensor& offsets,
+                    const Tensor& logits) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deform_attn::forward", "")
-      .typed<Tensor(const Tensor&, IntArrayRef, const Tensor&, const Tensor&)>();
-  return op.call(value, level_shapes, locations, weights);
+      .typed<Tensor(const Tensor&, SymIntArrayRef, const Tensor&, const Tensor&, const Tensor&)>();
+  return op.call(value, level_shapes, reference, offsets, logits);
 }
 
-Gradients call_backward(const Tensor& grad_output, const Tensor& value, IntArrayRef level_shapes,
-                        const Tensor& locations, const Tensor& weights) {
+FourTensors call_backward(const Tensor& grad_output, const Tensor& value, SymIntArrayRef level_shapes,
+                          const Tensor& reference, const Tensor& offsets, const Tensor& logits, bool reference_asks) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deform_attn::backward", "")
-      .typed<Gradients(const Tensor&, const Tensor&, IntArrayRef, const Tensor&, const Tensor&)>();
-  return op.call(grad_output, value, level_shapes, locations, weights);
+      .typed<FourTensors(const Tensor&, const Tensor&, SymIntArrayRef, const Tensor&, const Tensor&, const Tensor&,
+                         bool)>();
+  return op.call(grad_output, value, level_shapes, reference, offsets, logits, reference_asks);
 }
 
+// Level shapes may be symbols here, while a graph is traced; kernels are given numbers by the dispatcher.
 struct Function : torch::autograd::Function<Function> {
-  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& value, IntArrayRef level_shapes,
-                        const Tensor& locations, const Tensor& weights) {
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& value, SymIntArrayRef level_shapes,
+                        const Tensor& reference, const Tensor& offsets, const Tensor& logits) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    context->save_for_backward({value, locations, weights});
-    context->saved_data["level_shapes"] = level_shapes.vec();
-    return call_forward(value, level_shapes, locations, weights);
+    context->save_for_backward({value, reference, offsets, logits});
+    context->saved_data["level_shapes"] = level_shapes;
+    context->saved_data["reference_asks"] = reference.requires_grad();
+    return call_forward(value, level_shapes, reference, offsets, logits);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list grads) {
     const auto saved = context->get_saved_variables();
-    const auto level_shapes = context->saved_data["level_shapes"].toIntVector();
-    auto [value, locations, weights] = call_backward(grads[0], saved[0], level_shapes, saved[1], saved[2]);
-    return {value, Tensor(), locations, weights};
+    const auto level_shapes = context->saved_data["level_shapes"].toSymIntVector();
+    const bool reference_asks = context->saved_data["reference_asks"].toBool();
+    auto [value, reference, offsets, logits] =
+        call_backward(grads[0], saved[0], level_shapes, saved[1], saved[2], saved[3], reference_asks);
+    return {value, Tensor(), reference_asks ? reference : Tensor(), offsets, logits};
   }
 };
 
-Tensor forward_autograd(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations, const Tensor& weights) {
-  return Function::apply(value, level_shapes, locations, weights);
+Tensor forward_autograd(const Tensor& value, SymIntArrayRef level_shapes, const Tensor& reference,
+                        const Tensor& offsets, const Tensor& logits) {
+  return Function::apply(value, level_shapes, reference, offsets, logits);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(deform_attn, m) {
-  m.def("forward(Tensor value, int[] level_shapes, Tensor locations, Tensor weights) -> Tensor",
+  m.def("forward(Tensor value, SymInt[] level_shapes, Tensor reference, Tensor offsets, Tensor logits) -> Tensor",
         {at::Tag::pt2_compliant_tag});
-  m.def("backward(Tensor grad_output, Tensor value, int[] level_shapes, Tensor locations, Tensor weights)"
-        " -> (Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+  m.def("backward(Tensor grad_output, Tensor value, SymInt[] level_shapes, Tensor reference, Tensor offsets, Tensor "
+        "logits, bool reference_asks) -> (Tensor, Tensor, Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(deform_attn, CPU, m) {

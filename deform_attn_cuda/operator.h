@@ -4,8 +4,11 @@
 
 namespace deform_attn {
 
-// Raises ValueError unless no kernel can read or write outside of the tensors of this call. grad_output may be undefined.
-void check(const at::Tensor& value, at::IntArrayRef level_shapes, const at::Tensor& locations, const at::Tensor& weights,
-           const at::Tensor& grad_output = {});
+using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Raises ValueError unless no kernel can read or write outside of the tensors of this call. grad_output may be
+// undefined.
+void check(const at::Tensor& value, at::IntArrayRef level_shapes, const at::Tensor& reference,
+           const at::Tensor& offsets, const at::Tensor& logits, const at::Tensor& grad_output = {});
 
 }  // namespace deform_attn

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -20,28 +21,30 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 
-CudaProblem problem_of(const Tensor& value, IntArrayRef level_shapes, const Tensor& locations) {
+CudaProblem problem_of(const Tensor& value, IntArrayRef level_shapes, const Tensor& reference, const Tensor& offsets) {
   const int64_t B = value.size(0), N = value.size(1), h = value.size(2), c = value.size(3);
-  const int64_t Q = locations.size(1), L = locations.size(3), P = locations.size(4);
-  TORCH_CHECK_VALUE(L <= MAX_LEVELS, "deform_attn: level_shapes hold ", L, " levels, the CUDA kernel takes ", MAX_LEVELS);
-  for (const int64_t size : {h * c, L * P, Q, B * h * (Q + 1)})
-    TORCH_CHECK_VALUE(size < (1 << 30), "deform_attn: value ", value.sizes(), " with locations ", locations.sizes(),
-                      " is too large for the CUDA kernel");
-  CudaProblem problem = {int(B), int(N), int(h), int(c), int(Q), int(L), int(P)};
-  int start = 0;
-  for (int64_t level = 0; level < L; ++level) {
-    problem.height[level] = int(level_shapes[2 * level]);
-    problem.width[level] = int(level_shapes[2 * level + 1]);
-    problem.start[level] = start;
-    start += problem.height[level] * problem.width[level];
-  }
-  return problem;
+  const int64_t Q = offsets.size(1), L = offsets.size(3), P = offsets.size(4), limit = 1 << 29;
+  TORCH_CHECK_VALUE(L <= MAX_LEVELS, "deform_attn: level_shapes hold ", L, " levels, the CUDA kernel takes ",
+                    MAX_LEVELS);
+  TORCH_CHECK_VALUE(B <= MAX_BLOCKS && h <= MAX_BLOCKS && h * c < limit && P <= 4096 && B * h * (Q + 1) < limit &&
+                    B * N * h < limit, "deform_attn: value ", value.sizes(), " with offsets ", offsets.sizes(),
+                    " is too large for the CUDA kernel");
+  const int64_t sizes[] = {B, N, h, c, Q, L, P, reference.dim() == 3};
+  return deform_attn::problem_of(sizes, level_shapes.data());
 }
 
 template <typename V, typename A>
 struct Types {
   static V* of_value(const Tensor& tensor) { return static_cast<V*>(tensor.data_ptr()); }
-  static A* of_sum(const Tensor& tensor) { return static_cast<A*>(tensor.data_ptr()); }
+  static A* of_sum(const Tensor& tensor) { return static_cast<A*>(tensor.data_ptr()); }  // null where empty
+  static Inputs<V, A> inputs(const Tensor& value, const Tensor& reference, const Tensor& offsets,
+                             const Tensor& logits) {
+    return {of_value(value), of_sum(reference), of_sum(offsets), of_sum(logits)};
+  }
+  static Gradients<A> gradients(const Tensor& value, const Tensor& reference, const Tensor& offsets,
+                                const Tensor& logits) {
+    return {of_sum(value), of_sum(reference), of_sum(offsets), of_sum(logits)};
+  }
 };
 
 template <typename F>
@@ -55,41 +58,44 @@ void with_types(const Tensor& value, F f) {
   }
 }
 
-Tensor forward_cuda(const Tensor& value_, IntArrayRef level_shapes, const Tensor& locations_, const Tensor& weights_) {
-  check(value_, level_shapes, locations_, weights_);
+Tensor forward_cuda(const Tensor& value_, IntArrayRef level_shapes, const Tensor& reference_, const Tensor& offsets_,
+                    const Tensor& logits_) {
+  check(value_, level_shapes, reference_, offsets_, logits_);
   const c10::cuda::CUDAGuard device(value_.device());
-  const Tensor value = value_.contiguous(), locations = locations_.contiguous(), weights = weights_.contiguous();
-  const CudaProblem problem = problem_of(value, level_shapes, locations);
+  const Tensor value = value_.contiguous(), reference = reference_.contiguous();
+  const Tensor offsets = offsets_.contiguous(), logits = logits_.contiguous();
+  const CudaProblem problem = problem_of(value, level_shapes, reference, offsets);
   Tensor output = at::empty({problem.B, problem.Q, problem.h * problem.c}, value.options());
   if (output.numel() == 0) return output;
   with_types(value, [&](auto types) {
-    launch_forward(problem, types.of_value(value), types.of_sum(locations), types.of_sum(weights),
-                   types.of_value(output), c10::cuda::getCurrentCUDAStream().stream());
+    launch_forward(problem, types.inputs(value, reference, offsets, logits), types.of_value(output),
+                   c10::cuda::getCurrentCUDAStream().stream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_output_, const Tensor& value_,
-                                                 IntArrayRef level_shapes, const Tensor& locations_,
-                                                 const Tensor& weights_) {
-  check(value_, level_shapes, locations_, weights_, grad_output_);
+FourTensors backward_cuda(const Tensor& grad_output_, const Tensor& value_, IntArrayRef level_shapes,
+                          const Tensor& reference_, const Tensor& offsets_, const Tensor& logits_,
+                          bool reference_asks) {
+  check(value_, level_shapes, reference_, offsets_, logits_, grad_output_);
   const c10::cuda::CUDAGuard device(value_.device());
   const Tensor grad_output = grad_output_.contiguous(), value = value_.contiguous();
-  const Tensor locations = locations_.contiguous(), weights = weights_.contiguous();
-  const CudaProblem problem = problem_of(value, level_shapes, locations);
-  Tensor grad_value = at::zeros(value.sizes(), locations.options());
-  Tensor grad_locations = at::empty_like(locations), grad_weights = at::empty_like(weights);
+  const Tensor reference = reference_.contiguous(), offsets = offsets_.contiguous(), logits = logits_.contiguous();
+  const CudaProblem problem = problem_of(value, level_shapes, reference, offsets);
+  Tensor grad_value = at::zeros(value.sizes(), offsets.options());
+  Tensor grad_reference = reference_asks ? at::zeros_like(reference) : at::empty({0}, reference.options());
+  Tensor grad_offsets = at::empty_like(offsets), grad_logits = at::empty_like(logits);
   if (grad_output.numel() > 0) {
     at::globalContext().alertNotDeterministic("deform_attn::backward on CUDA");  // sums in the order of arrival
     with_types(value, [&](auto types) {
-      launch_backward(problem, types.of_value(grad_output), types.of_value(value), types.of_sum(locations),
-                      types.of_sum(weights), types.of_sum(grad_value), types.of_sum(grad_locations),
-                      types.of_sum(grad_weights), c10::cuda::getCurrentCUDAStream().stream());
+      launch_backward(problem, types.of_value(grad_output), types.inputs(value, reference, offsets, logits),
+                      types.gradients(grad_value, grad_reference, grad_offsets, grad_logits),
+                      c10::cuda::getCurrentCUDAStream().stream());
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
+  return {grad_value.to(value.scalar_type()), grad_reference, grad_offsets, grad_logits};
 }
 
 }  // namespace

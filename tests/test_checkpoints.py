@@ -35,10 +35,10 @@ def signal_at(step, number, patch):
     """A real signal to this process while it takes the given step."""
     update = train.update
 
-    def interrupted(run):
+    def interrupted(run, *rest):
         if run.step == step - 1:
             os.kill(os.getpid(), number)
-        update(run)
+        update(run, *rest)
 
     patch.setattr(train, "update", interrupted)
 
@@ -281,7 +281,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(folder, tmp_path, capsy
     before = {name: x.clone() for name, x in run.model.state_dict().items()}
     for parameter in run.model.parameters():
         parameter.grad = torch.full_like(parameter, math.inf)
-    assert exit_code(train.update, run) == 1
+    train.update(run, {}, [])
+    assert exit_code(train.arrived, run, True) == 1
     assert same(before, run.model.state_dict()) and "gradient" in capsys.readouterr().err
 
 

@@ -162,14 +162,13 @@ def test_recomputed_activations_give_the_same_gradient(folder, tmp_path):
 
 def test_the_gradient_of_the_whole_model_is_clipped(folder, tmp_path, monkeypatch):
     run = new_run(folder, tmp_path)
-    train.gradients(run, parts_of(run, FOUR))
-    norms = []
+    losses, norms = train.gradients(run, parts_of(run, FOUR)), []
     monkeypatch.setattr(
         run.optimizer,
         "step",
         lambda *_: norms.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()),
     )
-    train.update(run)
+    train.update(run, losses, [])
     assert norms == pytest.approx([run.recipe.clip], rel=1e-3)
 
 
@@ -182,7 +181,7 @@ def test_a_batch_without_objects_trains(folder, tmp_path):
         "image_id": 1,
     }
     losses = train.gradients(run, [(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [nothing, nothing])])
-    train.update(run)
+    train.update(run, losses, [])
     assert all(map(math.isfinite, losses.values())) and sum(losses.values()) > 0
 
 
@@ -192,8 +191,9 @@ def test_training_runs_in_half_precision_with_a_loss_near_that_of_fp32(folder, t
     for choice in ("off", amp):
         run = new_run(folder, tmp_path, "--amp", choice)
         with without_chance():
-            losses.append(sum(train.gradients(run, parts_of(run, FOUR)).values()))
-        train.update(run)
+            terms = train.gradients(run, parts_of(run, FOUR))
+        train.update(run, terms, [])
+        losses.append(sum(train.arrived(run, wait=True).values()))
     assert losses[1] == pytest.approx(losses[0], rel=0.05)  # bf16 keeps 8 bits, and may match other queries
 
 

@@ -1,0 +1,117 @@
+"""What the CUDA kernels cost, read from their machine code: `python -m deform_attn_cuda.sass`. It needs no GPU.
+
+Prints for each kernel its registers, shared memory and spills, and the instructions that its warps issue at the shape
+of the encoder of a 800x1216 image: 20,197 queries, 8 heads, 32 channels, 16 points. Beside them stand the microseconds
+an H100 needs to issue these instructions, and to read the corners' rows from L1: no run can be faster than either.
+"""
+import argparse
+import importlib.util
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import HERE
+from .build import find_nvcc
+
+QUERIES, HEADS, CHANNELS, POINTS = 20197, 8, 32, 16
+BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+MANGLED = {"f": "float32", "d": "float64", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+KERNEL = re.compile(r"(forward|backward)I(f|d|6__half|13__nv_bfloat16)[fd]Li(\d)E")
+MULTIPROCESSORS, MEGAHERTZ = 132, 1755  # of an H100; each issues four instructions and reads 128 bytes of L1 a clock
+
+
+def kernel_of(name):
+    """(direction, type of the value, channels of a thread) of a mangled name that holds a kernel's, else None."""
+    match = KERNEL.search(name)
+    return match and (match[1], MANGLED[match[2]], int(match[3]))
+
+
+def compile_kernels(nvcc, architecture, folder):
+    """Returns the file of machine code, and for each kernel its (registers, bytes of shared memory, spilled bytes)."""
+    cubin = Path(folder) / f"sm_{architecture}.cubin"
+    done = subprocess.run([nvcc, "-O3", "-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", "-o", cubin,
+                           HERE / "cuda_kernel.cu"], capture_output=True, text=True, check=True)
+    resources = {}
+    for part in done.stderr.split("Compiling entry function")[1:]:
+        spilled, registers, shared = (re.search(pattern, part) for pattern in (
+            r"(\d+) bytes spill stores", r"Used (\d+) registers", r"(\d+) bytes smem"))
+        resources[kernel_of(part)] = int(registers[1]), int(shared[1]), int(spilled[1])
+    return cubin, resources
+
+
+def find_nvdisasm(nvcc):
+    """NVIDIA's disassembler: the system's, CUDA's, or that of Triton, which comes with PyTorch; else None."""
+    triton = importlib.util.find_spec("triton")
+    places = [shutil.which("nvdisasm"), Path(nvcc).with_name("nvdisasm"),
+              triton and Path(triton.origin).with_name("backends") / "nvidia/bin/nvdisasm"]
+    return next((str(place) for place in places if place and Path(place).is_file()), None)
+
+
+def instructions_of_kernels(nvdisasm, cubin):
+    """For each kernel its instructions, and its loops as (index of the first, of the last instruction)."""
+    text = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    kernels = {}
+    for part in text.split("\n.text.")[1:]:
+        instructions, labels = [], {}
+        for line in part.splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = len(instructions)
+            if instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+                instructions.append(instruction[1])
+        jumps = ((labels[jump[1]], i) for i, text in enumerate(instructions)
+                 if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", text)))
+        end = 1 + max(i for i, text in enumerate(instructions) if "EXIT" in text)  # what follows is padding
+        kernels[kernel_of(part.split(":")[0])] = instructions[:end], [(to, i) for to, i in jumps if to < i < end]
+    return kernels
+
+
+def warp_instructions(instructions, loops, width):
+    """How many instructions all warps issue. Code that a warp may jump over counts as if it did not."""
+    def trips(loop):
+        """One loop goes through the points of a step, that around it through the steps, and so on; the others, which
+        do not read the four rows of a point, go through the points of one thread."""
+        first, last = loop
+        inside = [other for other in loops if first <= other[0] and other[1] < last and reads_rows(other)]
+        if not reads_rows(loop):
+            return math.ceil(POINTS * width / 32)
+        return (min(step, POINTS), math.ceil(POINTS / step), math.ceil(CHANNELS / 32))[len(inside)]
+
+    def reads_rows(loop):
+        return sum("LDG" in text for text in instructions[loop[0]:loop[1] + 1]) >= 4
+
+    step, warps = 64 // width, HEADS * 8 * math.ceil(QUERIES / (8 * width))
+    return warps * sum(math.prod(trips(loop) for loop in loops if loop[0] <= i <= loop[1])
+                       for i in range(len(instructions)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="90", help="compute capability without its dot (default 90)")
+    architecture = parser.parse_args().arch
+    nvcc, reason = find_nvcc()
+    nvdisasm = nvcc and find_nvdisasm(nvcc)
+    if nvdisasm is None:
+        print(f"deform_attn: {reason or 'no nvdisasm found: pip install nvidia-cuda-nvdisasm'}", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, resources = compile_kernels(nvcc, architecture, folder)
+        code = instructions_of_kernels(nvdisasm, cubin)
+    print(f"sm_{architecture}: {QUERIES} queries, {HEADS} heads, {CHANNELS} channels, {POINTS} points\n"
+          f"{'kernel':26} {'registers':>9} {'shared B':>8} {'spilled B':>9} {'million instructions':>20} "
+          f"{'issue us':>8} {'L1 us':>6}")
+    for kernel in sorted(code, key=lambda kernel: (-kernel[2], kernel)):
+        direction, dtype, width = kernel
+        count = warp_instructions(*code[kernel], width) / 1e6
+        rows = QUERIES * HEADS * POINTS * 4 * CHANNELS * BYTES[dtype] / 128
+        registers, shared, spilled = resources[kernel]
+        print(f"{f'{direction} {dtype} by {width}':26} {registers:9} {shared:8} {spilled:9} {count:20.1f} "
+              f"{1e6 * count / (4 * MULTIPROCESSORS * MEGAHERTZ):8.0f} {rows / (MULTIPROCESSORS * MEGAHERTZ):6.0f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
