@@ -293,7 +293,7 @@ def select(scores, k, *tokens):
     than k tokens: all are kept. Returns the k scores [B k], their index [B k], and the gathered tensors.
     """
     scores, index = scores.topk(min(k, scores.shape[1]))
-    image = torch.arange(len(index), device=index.device)[:, None]
+    image = torch.arange(index.shape[0], device=index.device)[:, None]
     return scores, index, *(x[image, index] for x in tokens)
 
 

@@ -8,6 +8,7 @@ targets: a list with one dict per image of
 Predictions are the dicts of `logits`, `boxes` and mostly `masks` that DIMaskDINO returns, at every stage.
 """
 
+import math
 from itertools import groupby
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from dimaskdino import Masks, mask_product
 # For the cost of a match and for the loss alike (released code).
 WEIGHTS = {"class": 4.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
 DETECTION = ("class", "box", "giou")
+LARGEST = 2**25  # pixels of objects' masks that are compared at a time
 PORTION = 2**23  # sampled logits of masks that matching compares at a time, which bounds its memory
 
 
@@ -91,14 +93,17 @@ def sample(maps, points):
 
 
 def sample_objects(masks, objects, points):
-    """Bilinear values [M P] of masks [n H W] (bool), for each M that of one object [M], at points [M P 2].
+    """Bilinear values [M P] of masks [n H W] (bool), for each M that of one object (an array [M]), at points [M P 2].
 
-    objects: any of them in any order, or the same sequence several times, whose masks are then read once.
+    Every object that is there is there equally often, so that its mask is read once, at the points of all of its M.
     """
-    times = len(objects) // len(np.unique(objects.numpy()))
-    masks = masks[objects[: len(objects) // times].to(masks.device)].float()
-    together = points.unflatten(0, (times, -1)).transpose(0, 1).flatten(1, 2)  # [n times*P 2]
-    return sample(masks[:, None], together)[:, 0].unflatten(1, (times, -1)).transpose(0, 1).flatten(0, 1)
+    order = np.argsort(objects, kind="stable")
+    present, values = np.unique(objects), []
+    together = points.index_select(0, numbers([order], points.device)).view(len(present), -1, 2)
+    for some in np.array_split(np.arange(len(present)), math.ceil(len(present) * masks[0].numel() / LARGEST)):
+        chosen = masks.index_select(0, numbers([present[some]], masks.device)).float()
+        values.append(sample(chosen[:, None], together[some[0] : some[-1] + 1])[:, 0])
+    return torch.cat(values).view(points.shape[:2]).index_select(0, numbers([np.argsort(order)], points.device))
 
 
 def giou(a, b):
@@ -127,7 +132,7 @@ def class_and_box_costs(logits, boxes, labels, wanted):
 def mask_costs(logits, inside):
     """Of masks, sampled logits [B Q P], for objects, sampled masks [B n P]: cross-entropy and dice, [B Q n]."""
     p, inside_T = logits.sigmoid(), inside.transpose(1, 2)
-    entropy = (nnf.softplus(logits).sum(-1, keepdim=True) - logits @ inside_T) / logits.shape[2]
+    entropy = -(nnf.logsigmoid(-logits).sum(-1, keepdim=True) + logits @ inside_T) / logits.shape[2]
     dice = 1 - (2 * p @ inside_T + 1) / (p.sum(-1, keepdim=True) + inside.sum(-1)[:, None] + 1)
     return WEIGHTS["mask"] * entropy + WEIGHTS["dice"] * dice
 
@@ -233,7 +238,7 @@ class Criterion(nn.Module):
         labels, boxes = (torch.cat([t[part] for t in targets])[objects] for part in ("labels", "boxes"))
         classes = torch.zeros_like(logits)
         classes[queries, labels] = 1
-        predicted = predicted[queries]
+        predicted = predicted.index_select(0, queries)
         overlap = giou(*(box_convert(x, "cxcywh", "xyxy") for x in (predicted, boxes)))
         return {
             "class": sums_of(sizes, sigmoid_focal_loss(logits, classes).sum(1)),
@@ -244,13 +249,11 @@ class Criterion(nn.Module):
     def mask_losses(self, masks, targets, pairs):
         """{"mask", "dice": their sums over the pairs of each set}, compared at points. The points of one set are drawn
         at a time, as those of all would be large."""
-        logits, inside, first = [], [], np.cumsum([0, *(len(t["labels"]) for t in targets)]).tolist()
+        wanted, logits, inside = torch.cat([target["masks"] for target in targets]), [], []
         for predicted, (_, objects) in zip(self.pair_masks(masks, pairs), pairs, strict=False):
-            points = self.uncertain_points(torch.cat(predicted))
-            images = [len(x) for x in predicted]
-            for b, (x, o, p) in enumerate(zip(predicted, objects.split(images), points.split(images), strict=True)):
-                logits.append(sample(x[:, None], p)[:, 0])
-                inside.append(sample_objects(targets[b]["masks"], o - first[b], p) if len(o) else p[..., 0])
+            points = self.uncertain_points(predicted)
+            logits.append(sample(predicted[:, None], points)[:, 0])
+            inside.append(sample_objects(wanted, objects.numpy(), points) if len(objects) else points[..., 0])
         logits, inside = torch.cat(logits), torch.cat(inside)
         p, sizes = logits.sigmoid(), [len(objects) for _, objects in pairs[: len(masks)]]
         entropy = nnf.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(1)
@@ -258,21 +261,28 @@ class Criterion(nn.Module):
         return {"mask": sums_of(sizes, entropy), "dice": sums_of(sizes, dice)}
 
     def pair_masks(self, masks, pairs):
-        """The mask logits of the pairs: for each set a list, for each image, of [n H W]. No other mask is computed."""
+        """The mask logits [M H W] of each set's pairs: one product for all sets with the same pixels, of no other mask.
+
+        An image's queries are rows of a table [B R] that the image with the most of them fills.
+        """
         found = []
         for joint, sizes in joined(masks):
-            images, rows = len(joint.pixels), []
-            for offset, size, (queries, _) in zip(np.cumsum([0, *sizes]), sizes, pairs[len(found) :], strict=False):
-                image, query = np.divmod(queries.numpy(), size)
-                rows.append([query[image == b] + offset + b * sum(sizes) for b in range(images)])
-            by_image = [*zip(*rows, strict=True)]
-            embedding = joint.embedding.flatten(0, 1)[numbers(sum(by_image, ()), joint.pixels.device)]
-            parts = embedding.split([sum(map(len, of_sets)) for of_sets in by_image])
-            products = [
-                torch.einsum("qc,chw->qhw", part, pixels).float().split([*map(len, of_sets)])
-                for part, pixels, of_sets in zip(parts, joint.pixels.unbind(), by_image, strict=True)
-            ]
-            found += zip(*products, strict=True)
+            offsets, queries = (
+                np.cumsum([0, *sizes]),
+                [q.numpy() for q, _ in pairs[len(found) : len(found) + len(sizes)]],
+            )
+            image = np.concatenate([q // size for q, size in zip(queries, sizes, strict=True)])
+            query = np.concatenate([q % n + o for q, n, o in zip(queries, sizes, offsets, strict=False)])
+            counts = np.bincount(image, minlength=len(joint.pixels))
+            row = np.empty_like(image)
+            row[np.argsort(image, kind="stable")] = np.concatenate([np.arange(n) for n in counts])
+            table = np.zeros((len(counts), counts.max()), image.dtype)
+            table[image, row] = query
+            table = torch.from_numpy(table).to(joint.pixels.device)
+            embedding = joint.embedding.gather(1, table[..., None].expand(-1, -1, joint.embedding.shape[2]))
+            products = Masks(embedding, joint.pixels).all().flatten(0, 1)
+            place = numbers([image * table.shape[1] + row], products.device)
+            found += products.index_select(0, place).float().split([*map(len, queries)])
         return found
 
     @torch.no_grad()

@@ -621,11 +621,14 @@ def test_bf16_autocast_stays_near_fp32(preset):
 
 
 @torch.no_grad()
-def test_the_model_exports_to_one_graph_that_computes_the_same():
-    model, images = build(), pictures(1, 3, 64, 96).float()
-    program = torch.export.export(model, (images,))
-    for name in ("logits", "boxes", "masks"):
-        close(program.module()(images)[name], model(images)[name])
+def test_the_model_exports_to_one_graph_for_any_batch_and_multiples_of_32_from_96_on():
+    model, sizes = build(), {0: torch.export.Dim("batch", max=16)}
+    sizes |= {place: 32 * torch.export.Dim(name, min=3, max=64) for place, name in ((2, "height"), (3, "width"))}
+    program = torch.export.export(model, (pictures(2, 3, 96, 128).float(),), dynamic_shapes=(sizes,)).module()
+    for shape in ((1, 3, 128, 96), (3, 3, 96, 160)):
+        images = pictures(*shape).float()
+        for name in ("logits", "boxes", "masks"):
+            close(program(images)[name], model(images)[name])
 
 
 def test_the_model_compiles_to_one_graph_in_training():
