@@ -18,6 +18,8 @@ import data
 import shapes
 from data import collate, open_dataset
 from geometry import Geometry, identity
+from images import read_image
+from soundness import compressed as compressed_runs
 
 COCO_MINI = Path(__file__).parents[2] / "shared" / "coco_mini"
 needs_coco_mini = pytest.mark.skipif(not COCO_MINI.is_dir(), reason="needs the 96 COCO images of ../shared/coco_mini")
@@ -144,7 +146,7 @@ def test_images_of_every_mode_load_as_upright_rgb(tmp_path, mode):
 
 def test_16_bits_a_pixel_become_8(tmp_path):
     Image.fromarray(np.full((2, 2), 100 * 257, np.uint16)).save(tmp_path / "a.png")
-    assert np.unique(data.read_image(tmp_path / "a.png")).tolist() == [100]
+    assert np.unique(read_image(tmp_path / "a.png")).tolist() == [100]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated", "another size"])
@@ -328,7 +330,7 @@ def test_a_fault_that_can_be_left_out_is_a_warning_and_left_out(tmp_path, fault,
     assert not report.fatal and len(report.warnings) == 1 and place in str(report)
     assert all(len(target["labels"]) <= 1 for _, target in dataset)
     for whole in dataset.json["annotations"]:
-        assert np.array_equal(rle.decode(data._compressed(whole["segmentation"], 60, 80)), MASK)
+        assert np.array_equal(rle.decode(compressed_runs(whole["segmentation"], 60, 80)), MASK)
         assert whole["bbox"] == [10, 20, 20, 20]
 
 

@@ -208,7 +208,7 @@ def test_the_first_lines_tell_device_kernel_data_model_and_recipe(folder, tmp_pa
         "deform_attn: ",
         "12 training and 5 validation images, 3 classes (box, plate, tile)",
         "model: tiny",
-        "1 epochs of 3 steps of 4 images, lr 1.0e-03",
+        "1 epoch of 3 steps of 4 images, lr 1.0e-03",
     )
     assert all(part in line for part, line in zip(said, lines, strict=False)) and len(lines) > len(said)
 
