@@ -106,7 +106,7 @@ def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
             found.update({f.resolve(): (f.relative_to(path), f) for f in files if f.resolve() not in found})
         else:
             found.setdefault(path.resolve(), (Path(path.name), path))
-    if len({name for name, _ in found.values()}) < len(found):
+    if len({str(name).lower() for name, _ in found.values()}) < len(found):
         root = os.path.commonpath([f.parent for f in found])
         found = {f: (f.relative_to(root), path) for f, (_, path) in found.items()}
     return {name.as_posix(): path for name, path in found.values()}
