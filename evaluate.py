@@ -19,6 +19,7 @@ import contextlib
 import io
 import math
 import os
+import signal
 import statistics
 import sys
 import time
@@ -328,6 +329,10 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            print("stopped by a signal", file=sys.stderr)
+        raise
 
 
 def open_data(model, name, args):

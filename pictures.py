@@ -84,7 +84,7 @@ def _eroded(mask, times):
 
 
 def _label(pen, size, shown, colors, names, zoom):
-    """Class and score at the upper left corner of every box, or where there is room below it."""
+    """Class and score at the upper left corner of every box, or where there is room near it."""
     font, taken = ImageFont.truetype(FONT, max(14, max(size) // 60)), []
     for one, rgb in zip(shown, colors, strict=True):
         text = names[one["category_id"]] + (f" {one['score']:.2f}" if "score" in one else "")
@@ -92,7 +92,7 @@ def _label(pen, size, shown, colors, names, zoom):
         width, height = right - left + 6, bottom - top + 6
         x = min(max(zoom * one["bbox"][0], 0), max(size[0] - width, 0))
         y = min(max(zoom * one["bbox"][1], 0), max(size[1] - height, 0))
-        places = [y + n * height for n in range(20)] + [y - n * height for n in range(1, 20)]
+        places = sorted((y + n * height for n in range(-20, 20)), key=lambda place: abs(place - y))
         free = [p for p in places if 0 <= p <= size[1] - height and not _covers(taken, x, p, width, height)]
         y = free[0] if free else y
         taken.append((x, y, width, height))
