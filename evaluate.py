@@ -15,8 +15,6 @@ beside the checkpoint. What was found before Ctrl-C, or before an image that can
 """
 
 import argparse
-import contextlib
-import io
 import math
 import os
 import signal
@@ -29,10 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import clip_boxes_to_image
@@ -216,30 +213,21 @@ def evaluate(
 def average_precision(truth: dict, results: list[dict]) -> dict[str, float | None]:
     """AP_box and AP_mask, and each at IoU 0.5 (_50) and for objects of one size (_S, _M, _L), in percent.
 
-    truth: a COCO dict; results: COCO results. The numbers are pycocotools', None where no object has that size.
+    truth: a COCO dict; results: COCO results. The numbers are pycocotools', which takes five times as long; None where
+    no object has that size.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground = coco_index({**truth, "annotations": [dict(a) for a in truth["annotations"]]})
-        metrics = {}
-        for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):
-            # Given a box beside the mask, pycocotools would sort masks into S, M and L by the area of their boxes.
-            kept = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
-            found = ground.loadRes(kept) if kept else coco_index({**truth, "annotations": []})
-            evaluation = COCOeval(ground, found, kind)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-            for suffix, place in AREAS.items():
-                value = float(evaluation.stats[place])
-                metrics[name + suffix] = None if value < 0 else 100 * value
+    quiet, metrics = {"print_function": lambda *_: None}, {}
+    ground = COCO({**truth, "annotations": [dict(a) for a in truth["annotations"]]}, **quiet)
+    for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):
+        # Given a box beside the mask, masks would be sorted into S, M and L by the area of their boxes.
+        kept = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
+        found = ground.loadRes(kept) if kept else COCO({**truth, "annotations": []}, **quiet)
+        evaluation = COCOeval_faster(ground, found, kind, **quiet)
+        evaluation.run()
+        for suffix, place in AREAS.items():
+            value = float(evaluation.stats[place])
+            metrics[name + suffix] = None if value < 0 else 100 * value
     return metrics
-
-
-def coco_index(content):
-    index = COCO()
-    index.dataset = content
-    index.createIndex()
-    return index
 
 
 def table(rows: list[tuple[str, dict]]) -> str:

@@ -1,6 +1,8 @@
 """What evaluate.py promises."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -14,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import data
 import evaluate
@@ -28,9 +32,17 @@ HERE = Path(__file__).parents[1]
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
+def coco_index(content):
+    index = COCO()
+    index.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        index.createIndex()
+    return index
+
+
 def predictions(truth, shift=0, score=0.9):
     """Every object of a COCO dict as a result, its mask moved right by some pixels and its box by twice as many."""
-    index, results = evaluate.coco_index(json.loads(json.dumps(truth))), []
+    index, results = coco_index(json.loads(json.dumps(truth))), []
     for annotation in truth["annotations"]:
         mask = np.roll(index.annToMask(annotation), shift, 1)
         code = rle.encode(np.asfortranarray(mask))
@@ -67,6 +79,24 @@ def square(x, y, width, height):
     mask[y : y + height, x : x + width] = 1
     code = rle.encode(mask)
     return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+@pytest.mark.parametrize("shift", [0, 2, 7])
+def test_average_precision_is_that_of_pycocotools(folder, shift):
+    truth = truth_of(folder)
+    results = [r for i in range(3) for r in predictions(truth, shift * i, score=0.9 - 0.3 * i)]
+    ours = evaluate.average_precision(truth, results)
+    for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):
+        ground = coco_index(json.loads(json.dumps(truth)))
+        kept = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(ground, ground.loadRes(kept), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        for suffix, place in evaluate.AREAS.items():
+            theirs = evaluation.stats[place]
+            assert ours[name + suffix] == (None if theirs < 0 else pytest.approx(100 * theirs, abs=1e-9))
 
 
 def test_average_precision_of_a_small_set_is_what_one_works_out_by_hand():
