@@ -34,7 +34,7 @@ from dimaskdino import DIMaskDINO
 from evaluate import autocast, evaluate
 from flags import SETTABLE, add_data_flags, at_least, choose_config, choose_recipe, setting, user_path
 from geometry import AUGMENTATIONS, shortest_side
-from log import Log, describe
+from log import Log, counted, describe
 from losses import Criterion, denoising_queries
 from outputs import try_output
 from processes import (
@@ -133,7 +133,7 @@ class Run:
         self.step = self.epoch * self.steps_per_epoch + min(done, self.steps_per_epoch)
         say(
             f"there were {images:,} training images and are {len(self.train_set):,} now: the run goes on with those, "
-            f"after {self.epoch} epochs and {self.step - self.epoch * self.steps_per_epoch} steps"
+            f"from step {self.step:,} in epoch {self.epoch + 1} on"
         )
 
     def settings(self):
@@ -270,11 +270,8 @@ def stop_if_always_skipped(run, norm):
         return
     run.skipped = 0 if norm.isfinite() else run.skipped + 1
     if run.skipped == MOST_SKIPPED:
-        epoch, saved = run.epoch + 1, run.args.out / "last.pt"
-        head = (
-            f"fp16 trains nothing: the gradient was not finite in the {MOST_SKIPPED} steps up to step {run.step + 1} "
-        )
-        stop(f"{head}(epoch {epoch}). {saved} is of before or without effect of these. --amp bf16 or off may help", 1)
+        steps = f"the {MOST_SKIPPED} steps up to step {run.step + 1} (epoch {run.epoch + 1})"
+        stop(f"fp16 trains nothing: the gradient was not finite in any of {steps}. --amp bf16 or off may help", 1)
 
 
 def to_device(device, images, targets):
@@ -465,7 +462,8 @@ def train(args):
         save(run, "last.pt")
         if better:
             save(run, "best.pt")
-    say(f"trained for {run.epoch} epochs; {args.out / 'best.pt'} is the best, {run.best:.1f}, the mean of both AP")
+    epochs = counted(run.epoch, "epoch")
+    say(f"trained for {epochs}; {args.out / 'best.pt'} is the best, {run.best:.1f}, the mean of both AP")
 
 
 def must_launch(gpus):
