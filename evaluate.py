@@ -47,6 +47,7 @@ from processes import Interruption, join, keep_working, print_anything, rank_and
 from weights import load_model
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PIXELS = 2**26  # of all masks that are made at a time
 AREAS = {"": 0, "_50": 1, "_S": 3, "_M": 4, "_L": 5}  # suffix of the metric -> place in COCOeval.stats
 
 
@@ -104,8 +105,10 @@ def outputs_of(model, image, device, amp="off", every_layer=False):
     return outputs["layers"] if every_layer else [outputs]
 
 
-def few_at_a_time(outputs: dict, image_size: tuple, size: tuple, top: int = 100, few: int = 8) -> Iterator[dict]:
-    """What `postprocess` gives for one image, in parts of a few objects: masks of a large photo take much memory."""
+def few_at_a_time(outputs: dict, image_size: tuple, size: tuple, top: int = 100) -> Iterator[dict]:
+    """What `postprocess` gives for one image, in parts whose masks have few pixels together: those of a large photo
+    take much memory."""
+    few = max(1, PIXELS // (size[0] * size[1]))
     logits = outputs["logits"].float()
     best = logits.sigmoid().flatten().topk(min(top, logits.numel())).indices
     for part in best.split(few):

@@ -179,7 +179,7 @@ def _bitmask_objects(path):
     try:
         with Image.open(path) as image:
             red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")).astype(np.int64), 2, 0)
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # see images.read_image
         raise ValueError(f"{path} cannot be read as a bitmask: {error}") from None
     pixels = (blue << 24) + (alpha << 16) + (red << 8) + green
     objects = []

@@ -35,7 +35,7 @@ from dimaskdino import DIMaskDINO
 from evaluate import autocast, evaluate
 from flags import SETTABLE, add_data_flags, at_least, choose_config, choose_recipe, setting, user_path
 from geometry import AUGMENTATIONS, shortest_side
-from log import Log, describe
+from log import Log, counted, describe
 from losses import Criterion, denoising_queries
 from outputs import try_output
 from processes import (
@@ -134,7 +134,7 @@ class Run:
         self.step = self.epoch * self.steps_per_epoch + min(done, self.steps_per_epoch)
         say(
             f"there were {images:,} training images and are {len(self.train_set):,} now: the run goes on with those, "
-            f"after {self.epoch} epochs and {self.step - self.epoch * self.steps_per_epoch} steps"
+            f"from step {self.step:,} in epoch {self.epoch + 1} on"
         )
 
     def settings(self):
@@ -302,11 +302,8 @@ def stop_if_always_skipped(run, step, norm):
     each, and would do so for ever."""
     run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
     if run.skipped == MOST_SKIPPED:
-        head = f"fp16 trains nothing: the gradient was not finite in the {MOST_SKIPPED} steps up to step {step + 1} "
-        tail = (
-            f"(epoch {step // run.steps_per_epoch + 1}). {run.args.out / 'last.pt'} is of before or without effect of "
-        )
-        stop(f"{head}{tail}these. --amp bf16 or off may help", 1)
+        steps = f"the {MOST_SKIPPED} steps up to step {step + 1} (epoch {step // run.steps_per_epoch + 1})"
+        stop(f"fp16 trains nothing: the gradient was not finite in any of {steps}. --amp bf16 or off may help", 1)
 
 
 def to_device(device, images, targets, noised):
@@ -494,7 +491,8 @@ def train(args):
         save(run, "last.pt")
         if better:
             save(run, "best.pt")
-    say(f"trained for {run.epoch} epochs; {args.out / 'best.pt'} is the best, {run.best:.1f}, the mean of both AP")
+    epochs = counted(run.epoch, "epoch")
+    say(f"trained for {epochs}; {args.out / 'best.pt'} is the best, {run.best:.1f}, the mean of both AP")
 
 
 def must_launch(gpus):

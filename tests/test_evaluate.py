@@ -510,7 +510,8 @@ def test_a_wrong_flag_gets_a_line_and_exit_code_2(trained, tmp_path, capsys, fla
     assert named in message and "Traceback" not in message and "Errno" not in message
 
 
-def test_masks_are_encoded_a_few_at_a_time_and_equal_those_of_all_at_once(model, folder):
+def test_masks_are_encoded_a_few_at_a_time_and_equal_those_of_all_at_once(model, folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "PIXELS", 8 * 48 * 64)
     image = torch.from_numpy(np.array(Image.open(folder / "val" / "1.png"))).permute(2, 0, 1)
     with torch.inference_mode():
         (outputs,) = evaluate.outputs_of(model, image, torch.device("cpu"))
