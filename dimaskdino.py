@@ -163,19 +163,13 @@ class DeformableAttention(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x, position, reference, memory, level_shapes):
-        """x, position [B Q C]; reference: cell centres [Q 2] or boxes [B Q 4]; memory [B N C]."""
+        """x, position [B Q C]; memory [B N C]; reference: cell centres [Q 2], from which offsets are in cells of their
+        level, or boxes [B Q 4], where they are in halves of the box, shared out among the points."""
         query = x + position
         value = rearrange(self.value(memory), "B N (h c) -> B N h c", h=self.split["h"])
-        offsets = rearrange(self.offsets(query).float(), "B Q (h L P xy) -> B Q h L P xy", **self.split, xy=2)
-        weights = rearrange(self.weights(query).float(), "B Q (h LP) -> B Q h LP", h=self.split["h"]).softmax(-1)
-        weights = rearrange(weights, "B Q h (L P) -> B Q h L P", P=self.split["P"])
-        if reference.shape[-1] == 2:  # offsets in cells of their level
-            wh = torch.tensor([(w, h) for h, w in level_shapes], device=x.device, dtype=torch.float)
-            locations = reference[None, :, None, None, None] + offsets / wh[:, None]
-        else:  # offsets in halves of the box, shared out among the points
-            center, size = reference[:, :, None, None, None].chunk(2, -1)
-            locations = center + offsets * size * (0.5 / self.split["P"])
-        return self.norm(x + self.output(deform_attn(value, level_shapes, locations, weights)))
+        offsets = rearrange(self.offsets(query), "B Q (h L P xy) -> B Q h L P xy", **self.split, xy=2)
+        logits = rearrange(self.weights(query), "B Q (h L P) -> B Q h L P", **self.split)
+        return self.norm(x + self.output(deform_attn(value, level_shapes, reference, offsets, logits)))
 
 
 def sine(angle, channels):
