@@ -1,0 +1,96 @@
+"""What benchmark.py counts, which no machine changes: a promise of the model and of the training step."""
+
+import json
+
+import pytest
+import torch
+
+import benchmark
+from benchmark import Case, count, new_run
+from small_runs import exit_code
+
+STEP = Case("training step", "paper", "off", (256, 320))
+
+
+@pytest.fixture(scope="module")
+def step():
+    return count(STEP)
+
+
+def test_a_training_step_calls_at_most_2900_operators(step):
+    assert 1000 < step["operators"] <= 2900
+
+
+def test_a_training_step_waits_for_a_gpu_once_and_its_update_never(step):
+    assert step["waits_by_name"] == {"cpu": 1}
+    update = count(Case("update", "paper", "off", (256, 320)))
+    assert update["waits"] == 0 and update["operators"] < 30
+
+
+def test_inference_of_the_released_model_costs_742_gflop_and_waits_never():
+    counted = count(Case("inference", "released", "off", (800, 1216)))
+    assert 700 < counted["GFLOP"] <= 742  # 2.3 are attention's, which FlopCounterMode does not know on a CPU
+    assert counted["waits"] == 0
+
+
+def test_bf16_and_recomputed_activations_take_less_memory():
+    size, kept = (512, 512), {}
+    for amp, checkpointing in (("off", False), ("bf16", False), ("bf16", True)):
+        kept[amp, checkpointing] = count(Case("training step", "paper", amp, size, checkpointing=checkpointing))
+    full, half, recomputed = (counts["tensors_GB"] for counts in kept.values())
+    assert full > half > recomputed
+    assert kept["bf16", True]["GFLOP"] > kept["bf16", False]["GFLOP"]
+
+
+def test_tensors_of_a_training_step_are_counted_as_they_are_allocated():
+    """As many bytes as a real step holds at its end: the gradients that it leaves, and the weights."""
+    case, run = Case("training step", "tiny", "off", (64, 64)), new_run("tiny", torch.device("cpu"))
+    case.prepare(run)
+    before = sum(x.nbytes for x in case.state(run))
+    case.work(run)
+    left = sum(x.nbytes for x in case.state(run))
+    assert before < left < 1e9 * count(case)["tensors_GB"]
+
+
+def test_a_host_that_reads_the_gpu_or_sends_to_it_is_seen():
+    class Reads(Case):
+        def work(self, run):
+            x = torch.zeros(3, device=run.device)
+            x.tolist(), x.sum().item(), x.cpu(), x.nonzero(), bool(x[0] > 0)
+            x.to("cpu", non_blocking=True)
+            torch.tensor([1.0], device=run.device) + torch.zeros(1).to(run.device, non_blocking=True)
+
+    counted = count(Reads("nothing", "tiny", "off", (64, 64)))
+    reads = {"tolist": 1, "item": 1, "cpu": 1, "nonzero": 1, "__bool__": 1, "to": 0}
+    assert (counted["waits_by_name"], counted["copies"]) == (reads, 1)
+
+
+def test_the_table_has_every_row_and_the_json_its_operators(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "PHOTO", (64, 96))
+    flags = "--preset tiny --image-size 64 --batch-size 1 --repeats 1 --against grid_sample --device cpu"
+    benchmark.main([*flags.split(), "--json", str(tmp_path / "figures.json")])
+    printed, figures = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
+    assert flags in printed and torch.__version__ in printed and "no GPU, skipped" in printed
+    lines = [line.split() for line in printed.splitlines() if " tiny " in line][1:]  # after the command
+    assert len(figures["rows"]) == len(lines) == 14
+    for path in ("kernel", "grid_sample"):
+        for amp in ("fp32", "bf16"):
+            for name in ("inference", "inference,", "training"):
+                assert any(line[0] == name and path in line and amp in line for line in lines)
+    for row in figures["rows"]:
+        assert row["operators"] == sum(row["operators_by_name"].values()) > 0
+        assert row["seconds"] > 0
+
+
+def test_memory_is_estimated_for_1_2_and_4_images(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "MEMORY_SIZE", (256, 256))
+    benchmark.main(["--memory", "--preset", "tiny", "--device", "cpu"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if " kept " in line or " recomputed " in line]
+    assert [row[:2] for row in rows] == [[n, way] for way in ("kept", "recomputed") for n in "124"]
+    assert all(float(row[2]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("flags", ["--repeats 0", "--image-size 100", "--preset large", "--against torch", "--batch x"])
+def test_wrong_flags_are_refused(flags, capsys):
+    assert exit_code(benchmark.main, flags.split()) == 2
+    assert "error: argument" in capsys.readouterr().err
