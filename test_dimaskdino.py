@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import dimaskdino
+from deform_attn_cuda import locate
 from dimaskdino import (
     MLP,
     Backbone,
@@ -212,15 +213,15 @@ def test_the_position_token_of_a_box_turns_with_cy_cx_w_and_h():
 
 
 def sampling(reference, shapes, monkeypatch):
-    """Where, and with what weights, fresh deformable attention of eight heads samples [Q h L P 2], [Q h L P]."""
+    """Where, and with what logits, fresh deformable attention of eight heads samples [Q h L P 2], [Q h L P]."""
     seen, config = [], dataclasses.replace(SMALL, heads=8)
     monkeypatch.setattr(dimaskdino, "deform_attn", lambda value, *rest: seen.append(rest) or torch.zeros(1, 3, 32))
     attention = DeformableAttention(config)
     attention.start()
     N = sum(height * width for height, width in shapes)
     attention(torch.rand(1, 3, 32), torch.rand(1, 3, 32), reference, torch.rand(1, N, 32), shapes)
-    _, locations, weights = seen[0]
-    return locations[0], weights[0]
+    shapes, reference, offsets, logits = seen[0]
+    return locate(shapes, reference, offsets)[0], logits[0]
 
 
 DIRECTIONS = torch.tensor([[1, 0], [1, 1], [0, 1], [-1, 1], [-1, 0], [-1, -1], [0, -1], [1, -1]]).float()
@@ -229,11 +230,11 @@ LEVELS = [(8, 16), (4, 8), (2, 4), (1, 2)]
 
 def test_the_encoder_starts_with_points_one_to_four_cells_away_in_eight_directions(monkeypatch):
     centers = torch.rand(3, 2)
-    locations, weights = sampling(centers, LEVELS, monkeypatch)
+    locations, logits = sampling(centers, LEVELS, monkeypatch)
     cells = (locations - centers[:, None, None, None]) * torch.tensor([(w, h) for h, w in LEVELS])[:, None]
     expected = DIRECTIONS[:, None, None] * torch.arange(1, 5)[:, None]
     close(cells, expected.expand(3, -1, 4, -1, -1))
-    close(weights, torch.full_like(weights, 1 / 16))
+    assert not logits.any()  # all 16 weigh the same
 
 
 def test_the_decoder_starts_with_points_from_the_centre_to_the_edge_of_the_box(monkeypatch):

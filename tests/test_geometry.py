@@ -72,6 +72,19 @@ def test_a_crop_is_a_part_of_the_whole(source, height, width, new_height, new_wi
     assert abs(part - image[top:, left:]).max() <= 2  # Pillow resizes in two passes, each rounded to whole grey values
 
 
+polygons = st.lists(st.tuples(st.floats(0, 30), st.floats(0, 20)), min_size=3, max_size=6)
+
+
+@given(polygons, st.integers(1, 50), st.integers(1, 50), st.integers(0, 49), st.integers(0, 49))
+@settings(deadline=None, max_examples=100)
+def test_the_crop_of_a_polygon_is_cut_from_what_pycocotools_makes_of_the_resized_one(corners, height, width, top, left):
+    top, left = min(top, height - 1), min(left, width - 1)
+    resized = (np.array(corners) * (width / 30, height / 20)).ravel().tolist()
+    whole = rle.decode(rle.merge(rle.frPyObjects([resized], height, width)))
+    geometry = Geometry((height, width), (height - top, width - left), (top, left))
+    assert np.array_equal(geometry.polygons([np.ravel(corners).tolist()], 20, 30), whole[top:, left:])
+
+
 def test_a_bitmask_is_read_at_the_centres_of_the_pixels():
     mask = np.tile(np.array([0, 1, 0], np.uint8), (3, 3))
     assert Geometry((1, 3), (1, 3)).bitmask(mask).tolist() == [[1, 1, 1]]

@@ -79,7 +79,8 @@ def test_weights_decay_but_for_norms_and_embeddings_and_what_is_frozen_does_not_
         "group": nn.GroupNorm(1, 2),
     }
     layers |= {"batch": nn.BatchNorm2d(2), "embed": nn.Embedding(2, 2), "frozen": nn.Linear(2, 2).requires_grad_(False)}
-    model = nn.ModuleDict({"backbone": nn.ModuleDict(layers), "backboneless": nn.Linear(2, 2)})
+    head = nn.Linear(2, 2)
+    model = nn.ModuleDict({"backbone": nn.ModuleDict(layers), "head": head})
     of = {id(p): (g["weight_decay"], g["base_lr"]) for g in parameter_groups(model, Recipe()) for p in g["params"]}
     found = {name: of.get(id(layer.weight)) for name, layer in layers.items()}
     decayed, plain = (0.05, pytest.approx(1e-5)), (0.0, pytest.approx(1e-5))
@@ -87,3 +88,4 @@ def test_weights_decay_but_for_norms_and_embeddings_and_what_is_frozen_does_not_
         **{"linear": decayed, "conv": decayed, "layer": plain, "group": plain, "batch": plain, "embed": plain},
         "frozen": None,
     }
+    assert of[id(head.weight)] == of[id(head.bias)] == (0.05, 1e-4)

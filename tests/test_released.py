@@ -345,6 +345,18 @@ def test_released_assignments_agree(recorded_losses, recorded_randomness, case):
         assert list(zip(queries.tolist(), objects.tolist(), strict=True)) == theirs
 
 
+@pytest.mark.parametrize("case", ["full", "half"])
+@pytest.mark.parametrize("name", ["main", "oldm0"])
+def test_released_costs_of_matching_agree(recorded_losses, recorded_randomness, case, name):
+    g, targets = recorded_losses, recorded_targets(recorded_losses, f"tgt_{case}")
+    outputs = recorded_outputs(g, False)
+    prediction = outputs["layers"][-1] if name == "main" else outputs["interaction"][0]
+    costs = Criterion(Recipe(mask_points=112)).costs([prediction], targets)
+    for b, target in enumerate(targets):
+        theirs = g[f"match_{case}_{name}_cost{b}"]
+        assert np.abs(costs[b, :, : len(target["labels"])].detach().numpy() - theirs).max(initial=0) <= 1e-4
+
+
 def test_released_gradients_of_the_total_agree(recorded_losses, recorded_randomness):
     g, outputs = recorded_losses, recorded_outputs(recorded_losses, True)
     sum(Criterion(Recipe(mask_points=112))(outputs, recorded_targets(g, "tgt_full")).values()).backward()
