@@ -4,11 +4,13 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import os
 import typing
 from pathlib import Path
 
 from data import STRIDE
 from dimaskdino import Config
+from geometry import AUGMENTATIONS
 from processes import rank_and_world
 from recipe import Recipe
 
@@ -82,3 +84,62 @@ def choose_recipe(args):
 
 def choose_config(args, num_classes):
     return with_settings(dataclasses.replace(getattr(Config, args.preset)(), num_classes=num_classes), args)
+
+
+def parse_training(arguments, description):
+    """The flags of train.py, with what follows from the data where a flag is not given."""
+    positive = at_least(1)
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    named = (
+        "shapes, shapes-full, coco, bdd100k, or a folder as COCO, Roboflow, CVAT or Label Studio lay it out (shapes)"
+    )
+    add_data_flags(add, help=named)
+    outright = (
+        "COCO json of the training images, in place of --data; every tenth is held out where there is no --val-json"
+    )
+    add("--train-json", type=user_path, metavar="FILE", help=outright)
+    presets = ["paper", "released", "maskdino", "tiny"]
+    add("--preset", choices=presets, help="model and recipe (tiny for shapes, paper for all other data)")
+    fields = f"change a field of the model or of its training: {', '.join(SETTABLE)}"
+    add("--set", action="append", type=setting, default=[], metavar="FIELD=VALUE", help=fields)
+    add("--epochs", type=positive, help="(paper: 50; tiny: 12)")
+    add("--gpus", type=positive, default=1, help="processes to start on this machine (%(default)s)")
+    add("--batch-size", type=positive, help="of all processes together (paper: 16; tiny: 8)")
+    add("--accumulate", type=positive, default=1, help="parts to do each batch in, to save memory (%(default)s)")
+    add("--checkpoint-activations", action="store_true", help="recompute activations, to save memory")
+    add("--lr", type=at_least(1e-12, float), help="learning rate (paper: 1e-4; tiny: 2e-3)")
+    add(
+        "--image-size",
+        type=positive,
+        help="side of training images in px; test images change alike (paper: 1024; tiny: 128)",
+    )
+    add("--augmentation", choices=[*AUGMENTATIONS], help="(paper: jitter; tiny: flips)")
+    add("--amp", choices=["bf16", "fp16", "off"], help="autocast (bf16 on a GPU, off on a CPU)")
+    add("--device", choices=["cpu", "cuda"], help="(a GPU where there is one)")
+    add(
+        "--workers",
+        type=at_least(0),
+        help="processes that load images, for each training process (4 for a GPU, 0 for a CPU)",
+    )
+    add("--seed", type=at_least(0), default=0, help="(%(default)s)")
+    add("--out", type=user_path, help="the run's folder (runs/DATA)")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    add(
+        "--init",
+        type=user_path,
+        metavar="CKPT",
+        help="start from those weights of a checkpoint, ours or the authors', that fit",
+    )
+    add(
+        "--backbone-weights",
+        type=os.path.expanduser,
+        metavar="PATH",
+        help="(torchvision's, of ImageNet-1k); none: start from scratch",
+    )
+    add("--check", action="store_true", help="only check the data: decode every image, measure the loading")
+    args = parser.parse_args(arguments)
+    args.data = args.data or str(args.train_json or args.val_json or "shapes")
+    args.preset = args.preset or ("tiny" if args.data == "shapes" else "paper")
+    args.out = args.out or Path("runs") / (Path(args.data).stem if args.train_json else Path(args.data).resolve().name)
+    return args

@@ -7,6 +7,7 @@ Weights are the softmax of logits, and locations lie around each query's referen
 `deform_attn` picks the compiled operator where there is one for the device and type (`make build` makes it),
 else `deform_attn_pytorch`, its readable specification. One line at first use says which path runs and why.
 """
+
 import functools
 import hashlib
 import json
@@ -20,8 +21,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 HERE = Path(__file__).parent
 STAMP = HERE / "build/stamp.json"  # written by build.py: the library's name, and what it was built for and from
-KERNEL_TYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16),
-                "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+KERNEL_TYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+}
 
 
 def deform_attn(value, level_shapes, reference, offsets, logits):
@@ -81,7 +84,7 @@ def sample(value, level_shapes, locations, weights):
     output = table.new_zeros(B * Q * h, c)
     start = 0
     for level, (H, W) in enumerate(level_shapes):
-        x = (locations[:, :, :, level, :, 0] * W - 0.5).clamp(-2, W)      # [B Q h P] in pixels
+        x = (locations[:, :, :, level, :, 0] * W - 0.5).clamp(-2, W)  # [B Q h P] in pixels
         y = (locations[:, :, :, level, :, 1] * H - 0.5).clamp(-2, H)
         left, top = x.detach().floor(), y.detach().floor()
         rows, shares = [], []
@@ -91,9 +94,10 @@ def sample(value, level_shapes, locations, weights):
                 token = start + torch.where(inside, line.int() * W + column.int(), 0)
                 rows.append((image * N + token) * h + head)
                 shares.append(weights[:, :, :, level] * share_x * share_y * inside)
-        rows, shares = torch.stack(rows, -1), torch.stack(shares, -1)     # [B Q h P 4]
-        output = output + nnf.embedding_bag(rows.view(B * Q * h, 4 * P), table, mode="sum",
-                                            per_sample_weights=shares.view(B * Q * h, 4 * P))
+        rows, shares = torch.stack(rows, -1), torch.stack(shares, -1)  # [B Q h P 4]
+        output = output + nnf.embedding_bag(
+            rows.view(B * Q * h, 4 * P), table, mode="sum", per_sample_weights=shares.view(B * Q * h, 4 * P)
+        )
         start += H * W
     return output.view(B, Q, h * c).to(value.dtype)
 
@@ -119,7 +123,8 @@ def _self_check(device):
         try:
             value, reference, offsets, logits = (
                 torch.linspace(-0.2, 1.2, math.prod(shape), dtype=torch.float32, device=device).view(shape)
-                for shape in ((1, 15, 1, 8), (4, 2), (1, 4, 1, 1, 2, 2), (1, 4, 1, 1, 2)))
+                for shape in ((1, 15, 1, 8), (4, 2), (1, 4, 1, 1, 2, 2), (1, 4, 1, 1, 2))
+            )
             output = torch.ops.deform_attn.forward(value, [3, 5], reference, offsets, logits)
             expected = deform_attn_pytorch(value, [(3, 5)], reference, offsets, logits)
             return "" if torch.allclose(output, expected, atol=1e-5) else "its first call gave wrong results"
@@ -146,8 +151,9 @@ _paths, _said = {}, set()
 
 def sources_digest():
     """Of all that the library is made from; cuda_on_cpu.cpp is for the tests."""
-    sources = sorted(path for path in HERE.iterdir()
-                     if path.suffix in (".cpp", ".cu", ".h") and path.name != "cuda_on_cpu.cpp")
+    sources = sorted(
+        path for path in HERE.iterdir() if path.suffix in (".cpp", ".cu", ".h") and path.name != "cuda_on_cpu.cpp"
+    )
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
@@ -183,8 +189,12 @@ def _load():
     @torch.library.register_fake("deform_attn::backward")
     def _(grad_output, value, level_shapes, reference, offsets, logits, reference_asks):
         grad_reference = reference.new_empty(reference.shape if reference_asks else 0)
-        return value.new_empty(value.shape), grad_reference, offsets.new_empty(offsets.shape), \
-            logits.new_empty(logits.shape)
+        return (
+            value.new_empty(value.shape),
+            grad_reference,
+            offsets.new_empty(offsets.shape),
+            logits.new_empty(logits.shape),
+        )
 
     return {"cpu": "", "cuda": stamp["cuda"]}
 

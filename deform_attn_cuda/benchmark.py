@@ -5,6 +5,7 @@ are `local`, a ring of growing radius around each query with noise of one pixel,
 `random`, uniform over the image, the worst for caches. Paths are timed in turn in one process; medians are printed.
 With --check, the tests and on a GPU compute-sanitizer run before.
 """
+
 import argparse
 import ctypes
 import functools
@@ -52,6 +53,7 @@ def shapes_and_starts(device):
 def kernel_of_2020(value, level_shapes, reference, offsets, logits):
     """The kernel that came with Deformable DETR, as the package torch-ms-deform-attn distributes it."""
     from torch_ms_deform_attn import ms_deform_attn
+
     shapes, starts = shapes_and_starts(value.device)
     locations, weights = locate(level_shapes, reference, offsets), logits.flatten(3).softmax(-1).view(logits.shape)
     return ms_deform_attn(value, shapes, starts, locations.to(value.dtype), weights.to(value.dtype))
@@ -61,8 +63,13 @@ def inputs(batch, queries, pattern, dtype, device):
     """Inputs of one call; `queries` None: one for each token, at its place."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(H * W for H, W in LEVELS)
-    centres = torch.cat([torch.cartesian_prod((torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W).flip(-1)
-                         for H, W in LEVELS]) if queries is None else torch.rand(queries, 2, generator=generator)
+    centres = (
+        torch.cat(
+            [torch.cartesian_prod((torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W).flip(-1) for H, W in LEVELS]
+        )
+        if queries is None
+        else torch.rand(queries, 2, generator=generator)
+    )
     shape = batch, len(centres), HEADS, len(LEVELS), POINTS
     if pattern == "local":
         angle = torch.arange(HEADS) * 2 * math.pi / HEADS
@@ -93,8 +100,11 @@ def bounds(compulsory, gathered):
     """
     gpu = torch.cuda.get_device_properties()
     memory = 2e3 * gpu.memory_clock_rate * gpu.memory_bus_width / 8
-    return {"memory": 1e3 * compulsory / memory, "L2": gathered / (3400 * gpu.clock_rate),
-            "L1": gathered / (128 * gpu.multi_processor_count * gpu.clock_rate)}
+    return {
+        "memory": 1e3 * compulsory / memory,
+        "L2": gathered / (3400 * gpu.clock_rate),
+        "L1": gathered / (128 * gpu.multi_processor_count * gpu.clock_rate),
+    }
 
 
 def stopwatch(function, device, calls=10, cold=False):
@@ -104,10 +114,12 @@ def stopwatch(function, device, calls=10, cold=False):
     overwrites L2 before.
     """
     if device == "cpu":
+
         def measured():
             start = time.perf_counter()
             function()
             return 1e3 * (time.perf_counter() - start)
+
         return measured
 
     graph = torch.cuda.CUDAGraph()
@@ -124,6 +136,7 @@ def stopwatch(function, device, calls=10, cold=False):
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / calls
+
     return measured
 
 
@@ -142,7 +155,7 @@ def peak_megabytes(function, device):
         return int(next(line for line in process.read_text().splitlines() if line.startswith(field)).split()[1]) / 1e3
 
     ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that its next use is seen
-    reset.write_text("5")             # forget the peak of resident memory
+    reset.write_text("5")  # forget the peak of resident memory
     before = megabytes("VmRSS")
     function()
     return megabytes("VmHWM") - before
@@ -167,8 +180,11 @@ def measure(batch, queries, pattern, dtype, device, repeats):
         output = path(leaves[0], LEVELS, centres, *leaves[1:])
         return torch.autograd.grad(output, leaves, grad)
 
-    calls = {(name, step): functools.partial(step, path) for name, path in paths.items()
-             for step in (forward, forward_backward)}
+    calls = {
+        (name, step): functools.partial(step, path)
+        for name, path in paths.items()
+        for step in (forward, forward_backward)
+    }
     memory = {key: peak_megabytes(call, device) for key, call in calls.items()}  # and warm up
     watches = {key: stopwatch(call, device) for key, call in calls.items()}
     if device == "cuda":
@@ -181,27 +197,40 @@ def measure(batch, queries, pattern, dtype, device, repeats):
 
     compulsory, gathered = compulsory_and_gathered(batch, queries, dtype)
     limits = bounds(compulsory, gathered) if device == "cuda" else None
-    rows = [{"case": f"{'encoder' if queries is None else 'decoder'} batch {batch} {pattern}",
-             "type": str(dtype).removeprefix("torch."), "path": name,
-             "forward_ms": times[name, forward], "forward_backward_ms": times[name, forward_backward],
-             "forward_cold_ms": times.get((name, "cold")), "bounds_ms": limits,
-             "forward_mb": memory[name, forward], "forward_backward_mb": memory[name, forward_backward],
-             "compulsory_gb_per_s": compulsory / times[name, forward] / 1e6,
-             "gathered_gb_per_s": gathered / times[name, forward] / 1e6} for name in paths]
+    rows = [
+        {
+            "case": f"{'encoder' if queries is None else 'decoder'} batch {batch} {pattern}",
+            "type": str(dtype).removeprefix("torch."),
+            "path": name,
+            "forward_ms": times[name, forward],
+            "forward_backward_ms": times[name, forward_backward],
+            "forward_cold_ms": times.get((name, "cold")),
+            "bounds_ms": limits,
+            "forward_mb": memory[name, forward],
+            "forward_backward_mb": memory[name, forward_backward],
+            "compulsory_gb_per_s": compulsory / times[name, forward] / 1e6,
+            "gathered_gb_per_s": gathered / times[name, forward] / 1e6,
+        }
+        for name in paths
+    ]
     for row in rows:
         row["forward_speedup"] = rows[0]["forward_ms"] / row["forward_ms"]
         row["forward_backward_speedup"] = rows[0]["forward_backward_ms"] / row["forward_backward_ms"]
     return rows
 
 
-HEADER = (f"{'case':24} {'type':9} {'path':17} {'fwd ms':>9} {'x':>6} {'fwd+bwd ms':>11} {'x':>6} {'peak MB':>8} "
-          f"{'peak MB':>8} {'gather GB/s':>11}")
+HEADER = (
+    f"{'case':24} {'type':9} {'path':17} {'fwd ms':>9} {'x':>6} {'fwd+bwd ms':>11} {'x':>6} {'peak MB':>8} "
+    f"{'peak MB':>8} {'gather GB/s':>11}"
+)
 
 
 def text(row):
-    return (f"{row['case']:24} {row['type']:9} {row['path']:17} {row['forward_ms']:9.2f} {row['forward_speedup']:6.1f} "
-            f"{row['forward_backward_ms']:11.2f} {row['forward_backward_speedup']:6.1f} {row['forward_mb']:8.0f} "
-            f"{row['forward_backward_mb']:8.0f} {row['gathered_gb_per_s']:11.1f}")
+    return (
+        f"{row['case']:24} {row['type']:9} {row['path']:17} {row['forward_ms']:9.2f} {row['forward_speedup']:6.1f} "
+        f"{row['forward_backward_ms']:11.2f} {row['forward_backward_speedup']:6.1f} {row['forward_mb']:8.0f} "
+        f"{row['forward_backward_mb']:8.0f} {row['gathered_gb_per_s']:11.1f}"
+    )
 
 
 def check():
@@ -213,8 +242,19 @@ def check():
         sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(map(str, places)))
         if sanitizer is None:
             print("compute-sanitizer not found: pip install nvidia-cuda-sanitizer-api")
-        commands += [[sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *test,
-                      "-k", "kernel_and_fallback_agree and cuda"] for tool in ("memcheck", "racecheck", "synccheck")]
+        commands += [
+            [
+                sanitizer or "compute-sanitizer",
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "1",
+                *test,
+                "-k",
+                "kernel_and_fallback_agree and cuda",
+            ]
+            for tool in ("memcheck", "racecheck", "synccheck")
+        ]
     passed = True
     for command in commands:
         print(*command, flush=True)

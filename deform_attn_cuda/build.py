@@ -5,6 +5,7 @@ what changed is compiled again; the library and then stamp.json, which names it,
 Builds that run at the same time wait for one another, and what a build of the last day made is left alone. CXX and
 CXXFLAGS are honoured, but the sources set the language standard and how the kernels are optimised.
 """
+
 import concurrent.futures
 import contextlib
 import hashlib
@@ -37,8 +38,9 @@ class BuildError(RuntimeError):
 
 def find_compiler():
     """The C++ compiler as a list of words, or None."""
-    words = shlex.split(os.environ.get("CXX", "")) or next(([name] for name in ("g++", "c++", "clang++")
-                                                            if shutil.which(name)), None)
+    words = shlex.split(os.environ.get("CXX", "")) or next(
+        ([name] for name in ("g++", "c++", "clang++") if shutil.which(name)), None
+    )
     return words if words and shutil.which(words[0]) else None
 
 
@@ -54,8 +56,12 @@ def find_nvcc():
         return None, f"PyTorch {torch.__version__} is built without CUDA"
     major = torch.version.cuda.split(".")[0]
     home, in_path = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
-    places = [home and Path(home) / "bin/nvcc", in_path and Path(in_path), Path("/usr/local/cuda/bin/nvcc"),
-              Path(torch.__file__).parents[1] / f"nvidia/cu{major}/bin/nvcc"]
+    places = [
+        home and Path(home) / "bin/nvcc",
+        in_path and Path(in_path),
+        Path("/usr/local/cuda/bin/nvcc"),
+        Path(torch.__file__).parents[1] / f"nvidia/cu{major}/bin/nvcc",
+    ]
     others = []
     for nvcc in (place for place in places if place and place.is_file()):
         release = re.search(r"release (\d+)\.\d+", version(nvcc))
@@ -99,11 +105,21 @@ def commands(compiler, nvcc):
     libraries = [f"-L{root.parent / 'lib'}", "-lc10", "-ltorch_cpu"]
     plan = {"operator": [*compile_, "-O2", standard, *openmp, *include, "-c", str(HERE / "operator.cpp")]}
     for name, options in INSTRUCTION_SETS.items():
-        plan[f"cpu_{name}"] = [*compile_, "-O3", standard, "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
-                               *options, f"-DCAPABILITY={name}", "-c", str(HERE / "cpu_kernel.cpp")]
+        plan[f"cpu_{name}"] = [
+            *compile_,
+            "-O3",
+            standard,
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-Wno-psabi",
+            *options,
+            f"-DCAPABILITY={name}",
+            "-c",
+            str(HERE / "cpu_kernel.cpp"),
+        ]
     if nvcc:
         host = next(i for i, word in enumerate(compiler) if Path(word).name not in LAUNCHERS)
-        to_host = [flag.replace(",", "\\,") for flag in (*compiler[host + 1:], *extra, "-fPIC")]
+        to_host = [flag.replace(",", "\\,") for flag in (*compiler[host + 1 :], *extra, "-fPIC")]
         both = [nvcc, "-ccbin", compiler[host], *(f"-Xcompiler={flag}" for flag in to_host)]
         plan["cuda_kernel"] = [*both, "-O3", "-std=c++17", *architectures(nvcc), "-c", str(HERE / "cuda_kernel.cu")]
         plan["operator_cuda"] = [*both, "-O2", standard, *include, "-c", str(HERE / "operator_cuda.cpp")]
@@ -136,6 +152,7 @@ def run(command, output):
 def locked(folder):
     """Alone among the builds of this folder."""
     import fcntl  # not on Windows, where neither is a compiler that CXX could name
+
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -149,8 +166,10 @@ def build():
     """Returns the line that says what there is now."""
     compiler = find_compiler()
     if compiler is None:
-        return "not built, no C++ compiler found: install one (apt install g++) or name it in CXX; " \
-               "until then the PyTorch fallback runs"
+        return (
+            "not built, no C++ compiler found: install one (apt install g++) or name it in CXX; "
+            "until then the PyTorch fallback runs"
+        )
     nvcc, no_cuda = find_nvcc()
     with locked(BUILD):
         try:
@@ -163,10 +182,16 @@ def build():
 
 def build_with(compiler, nvcc, no_cuda):
     plan, link, libraries = commands(compiler, nvcc)
-    inputs = [torch.__version__, version(*compiler), nvcc and version(nvcc),
-              *((HERE / name).read_text() for name in ("cpu_kernel.h", "cuda_kernel.h", "operator.h"))]
-    objects = {BUILD / f"{stem}-{digest(command, Path(command[-1]).read_text(), *inputs)}.o": command
-               for stem, command in plan.items()}
+    inputs = [
+        torch.__version__,
+        version(*compiler),
+        nvcc and version(nvcc),
+        *((HERE / name).read_text() for name in ("cpu_kernel.h", "cuda_kernel.h", "operator.h")),
+    ]
+    objects = {
+        BUILD / f"{stem}-{digest(command, Path(command[-1]).read_text(), *inputs)}.o": command
+        for stem, command in plan.items()
+    }
     library = BUILD / f"deform_attn-{digest(link, libraries, *map(str, objects))}.so"
     what = f"{'CPU and CUDA kernels' if nvcc else 'CPU kernel'} for PyTorch {torch.__version__}"
     note = f" ({no_cuda})" if no_cuda else ""

@@ -5,6 +5,7 @@ of the encoder of a 800x1216 image: 20,197 queries, 8 heads, 32 channels, 16 poi
 queries reaches beyond its level are left out. Beside them stand the microseconds an H100 needs to issue these
 instructions, and to read the corners' rows from L1.
 """
+
 import argparse
 import importlib.util
 import math
@@ -34,12 +35,28 @@ def kernel_of(name):
 def compile_kernels(nvcc, architecture, folder):
     """Returns the file of machine code, and for each kernel its (registers, bytes of shared memory, spilled bytes)."""
     cubin = Path(folder) / f"sm_{architecture}.cubin"
-    done = subprocess.run([nvcc, "-O3", "-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", "-o", cubin,
-                           HERE / "cuda_kernel.cu"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [
+            nvcc,
+            "-O3",
+            "-std=c++17",
+            f"-arch=sm_{architecture}",
+            "-cubin",
+            "-Xptxas=-v",
+            "-o",
+            cubin,
+            HERE / "cuda_kernel.cu",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     resources = {}
     for part in done.stderr.split("Compiling entry function")[1:]:
-        spilled, registers, shared = (re.search(pattern, part) for pattern in (
-            r"(\d+) bytes spill stores", r"Used (\d+) registers", r"(\d+) bytes smem"))
+        spilled, registers, shared = (
+            re.search(pattern, part)
+            for pattern in (r"(\d+) bytes spill stores", r"Used (\d+) registers", r"(\d+) bytes smem")
+        )
         resources[kernel_of(part)] = int(registers[1]), int(shared[1]), int(spilled[1])
     return cubin, resources
 
@@ -47,8 +64,11 @@ def compile_kernels(nvcc, architecture, folder):
 def find_nvdisasm(nvcc):
     """NVIDIA's disassembler: the system's, CUDA's, or that of Triton, which comes with PyTorch; else None."""
     triton = importlib.util.find_spec("triton")
-    places = [shutil.which("nvdisasm"), Path(nvcc).with_name("nvdisasm"),
-              triton and Path(triton.origin).with_name("backends") / "nvidia/bin/nvdisasm"]
+    places = [
+        shutil.which("nvdisasm"),
+        Path(nvcc).with_name("nvdisasm"),
+        triton and Path(triton.origin).with_name("backends") / "nvidia/bin/nvdisasm",
+    ]
     return next((str(place) for place in places if place and Path(place).is_file()), None)
 
 
@@ -63,8 +83,11 @@ def instructions_of_kernels(nvdisasm, cubin):
                 labels[label[1]] = len(instructions)
             if instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
                 instructions.append(instruction[1])
-        jumps = ((labels[jump[1]], i) for i, text in enumerate(instructions)
-                 if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", text)))
+        jumps = (
+            (labels[jump[1]], i)
+            for i, text in enumerate(instructions)
+            if (jump := re.search(r"BRA.*`\((\.L_x_\d+)\)", text))
+        )
         end = 1 + max(i for i, text in enumerate(instructions) if "EXIT" in text)  # what follows is padding
         kernels[kernel_of(part.split(":")[0])] = instructions[:end], [(to, i) for to, i in jumps if to < i < end]
     return kernels
@@ -72,6 +95,7 @@ def instructions_of_kernels(nvdisasm, cubin):
 
 def warp_instructions(instructions, loops, width):
     """How many instructions all warps issue. Code that a warp may jump over counts as if it did not."""
+
     def trips(loop):
         """One loop goes through the points of a step, that around it through the steps, and so on; the others, which
         do not read the four rows of a point, go through the points of one thread."""
@@ -82,11 +106,12 @@ def warp_instructions(instructions, loops, width):
         return (min(step, POINTS), math.ceil(POINTS / step), math.ceil(CHANNELS / 32))[len(inside)]
 
     def reads_rows(loop):
-        return sum("LDG" in text for text in instructions[loop[0]:loop[1] + 1]) >= 4
+        return sum("LDG" in text for text in instructions[loop[0] : loop[1] + 1]) >= 4
 
     step, warps = 64 // width, HEADS * 8 * math.ceil(QUERIES / (8 * width))
-    return warps * sum(math.prod(trips(loop) for loop in loops if loop[0] <= i <= loop[1])
-                       for i in range(len(instructions)))
+    return warps * sum(
+        math.prod(trips(loop) for loop in loops if loop[0] <= i <= loop[1]) for i in range(len(instructions))
+    )
 
 
 def main():
@@ -101,16 +126,20 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         cubin, resources = compile_kernels(nvcc, architecture, folder)
         code = instructions_of_kernels(nvdisasm, cubin)
-    print(f"sm_{architecture}: {QUERIES} queries, {HEADS} heads, {CHANNELS} channels, {POINTS} points\n"
-          f"{'kernel':26} {'registers':>9} {'shared B':>8} {'spilled B':>9} {'million instructions':>20} "
-          f"{'issue us':>8} {'L1 us':>6}")
+    print(
+        f"sm_{architecture}: {QUERIES} queries, {HEADS} heads, {CHANNELS} channels, {POINTS} points\n"
+        f"{'kernel':26} {'registers':>9} {'shared B':>8} {'spilled B':>9} {'million instructions':>20} "
+        f"{'issue us':>8} {'L1 us':>6}"
+    )
     for kernel in sorted(code, key=lambda kernel: (-kernel[2], kernel)):
         direction, dtype, width = kernel
         count = warp_instructions(*code[kernel], width) / 1e6
         rows = QUERIES * HEADS * POINTS * 4 * CHANNELS * BYTES[dtype] / 128
         registers, shared, spilled = resources[kernel]
-        print(f"{f'{direction} {dtype} by {width}':26} {registers:9} {shared:8} {spilled:9} {count:20.1f} "
-              f"{1e6 * count / (4 * MULTIPROCESSORS * MEGAHERTZ):8.0f} {rows / (MULTIPROCESSORS * MEGAHERTZ):6.0f}")
+        print(
+            f"{f'{direction} {dtype} by {width}':26} {registers:9} {shared:8} {spilled:9} {count:20.1f} "
+            f"{1e6 * count / (4 * MULTIPROCESSORS * MEGAHERTZ):8.0f} {rows / (MULTIPROCESSORS * MEGAHERTZ):6.0f}"
+        )
     return 0
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 import data
 import train
+from flags import parse_training
 from weights import read_checkpoint
 
 FLAGS = (
@@ -67,7 +68,7 @@ def exit_code(action, *arguments):
 
 
 def new_run(folder, out, *more):
-    args = train.parse_arguments([*SMALL, "--data", str(folder), "--out", str(out), *map(str, more)])
+    args = parse_training([*SMALL, "--data", str(folder), "--out", str(out), *map(str, more)], "")
     args.amp = args.amp or "off"
     return train.Run(args, torch.device("cpu"))
 

@@ -1,4 +1,5 @@
 """What `deform_attn` promises, on every device and path of this machine."""
+
 import ctypes
 import json
 import os
@@ -51,8 +52,12 @@ def inputs(level_shapes=LEVELS, B=2, Q=7, h=3, c=5, P=2, boxes=False, dtype=torc
     value = torch.randn(B, tokens, h, c, generator=random)
     logits = torch.randn(B, Q, h, len(level_shapes), P, generator=random)
     precise = torch.promote_types(dtype, torch.float32)
-    return (value.to(device, dtype).requires_grad_(), reference.to(device, precise).requires_grad_(),
-            torch.stack(offsets, 3).to(device, precise).requires_grad_(), logits.to(device, precise).requires_grad_())
+    return (
+        value.to(device, dtype).requires_grad_(),
+        reference.to(device, precise).requires_grad_(),
+        torch.stack(offsets, 3).to(device, precise).requires_grad_(),
+        logits.to(device, precise).requires_grad_(),
+    )
 
 
 def upstream_of(output):
@@ -77,15 +82,23 @@ def assert_close(actual, expected, tolerance):
     for name, a, b in zip(names, actual, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape, name
         scale = b.abs().max().item() if b.numel() else 0
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(scale, 1), msg=lambda text, name=name:
-                                   f"{name}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=0, atol=tolerance * max(scale, 1), msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-problems = st.fixed_dictionaries({
-    "level_shapes": st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
-    "B": st.integers(1, 3), "Q": st.integers(1, 9), "h": st.integers(1, 4), "P": st.integers(1, 18),
-    "boxes": st.booleans(), "c": st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 31, 32, 40, 64, 67, 72]),
-    "seed": st.integers(0, 1000)})
+problems = st.fixed_dictionaries(
+    {
+        "level_shapes": st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+        "B": st.integers(1, 3),
+        "Q": st.integers(1, 9),
+        "h": st.integers(1, 4),
+        "P": st.integers(1, 18),
+        "boxes": st.booleans(),
+        "c": st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 31, 32, 40, 64, 67, 72]),
+        "seed": st.integers(0, 1000),
+    }
+)
 
 # ---- What is computed
 
@@ -147,7 +160,8 @@ def test_gradients_are_those_of_finite_differences(boxes, path, device):
 @pytest.mark.parametrize("boxes", [False, True])
 def test_infinity_is_outside_and_not_a_number_stays_visible(boxes, path, device):
     value, reference, offsets, logits = (
-        t.detach() for t in inputs([(3, 4)], B=1, Q=4, h=1, c=8, P=1, boxes=boxes, device=device))
+        t.detach() for t in inputs([(3, 4)], B=1, Q=4, h=1, c=8, P=1, boxes=boxes, device=device)
+    )
     for query, place in enumerate([float("inf"), float("-inf"), 1e30, float("nan")]):
         offsets[0, query, ..., 0] = place
     output = path(value, [(3, 4)], reference, offsets, logits)
@@ -201,14 +215,20 @@ def test_the_same_bits_come_out_of_any_number_of_threads():
 def test_older_processors_get_the_same_results(capability):
     """A process for each set of instructions, as PyTorch chooses once."""
     needs_kernel("cpu")
-    code = ("import torch; from tests.test_deform_attn import *\n"
-            "for dtype in deform_attn_cuda.KERNEL_TYPES['cpu']:\n"
-            "    for c in (7, 32):\n"
-            "        tensors = inputs(c=c, P=5, dtype=dtype)\n"
-            "        assert_close(outputs(deform_attn, LEVELS, tensors),"
-            " outputs(deform_attn_pytorch, LEVELS, tensors), TOLERANCES[dtype])\n")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1],
-                   env=os.environ | {"ATEN_CPU_CAPABILITY": capability})
+    code = (
+        "import torch; from tests.test_deform_attn import *\n"
+        "for dtype in deform_attn_cuda.KERNEL_TYPES['cpu']:\n"
+        "    for c in (7, 32):\n"
+        "        tensors = inputs(c=c, P=5, dtype=dtype)\n"
+        "        assert_close(outputs(deform_attn, LEVELS, tensors),"
+        " outputs(deform_attn_pytorch, LEVELS, tensors), TOLERANCES[dtype])\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+    )
 
 
 # ---- How it behaves in PyTorch
@@ -237,7 +257,7 @@ def test_second_derivatives_are_an_error_and_not_zero(device):
     needs_kernel(device)
     value, *others = inputs(dtype=torch.float32, device=device)
     output = deform_attn(value, LEVELS, *others)
-    gradient, = torch.autograd.grad(output.sum(), value, create_graph=True)
+    (gradient,) = torch.autograd.grad(output.sum(), value, create_graph=True)
     with pytest.raises(RuntimeError, match="deform_attn::backward is not implemented"):
         gradient.sum().backward()
 
@@ -256,8 +276,11 @@ class Sample(torch.nn.Module):
 def test_compiled_graphs_hold_it_whole(path, device):
     tensors = inputs(dtype=torch.float32, device=device)
     compiled = torch.compile(Sample(path), fullgraph=True)
-    assert_close(outputs(lambda value, shapes, *rest: compiled(value, *rest), LEVELS, tensors),
-                 outputs(path, LEVELS, tensors), 1e-6)  # fused float32 arithmetic rounds elsewhere
+    assert_close(
+        outputs(lambda value, shapes, *rest: compiled(value, *rest), LEVELS, tensors),
+        outputs(path, LEVELS, tensors),
+        1e-6,
+    )  # fused float32 arithmetic rounds elsewhere
 
 
 @pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
@@ -316,20 +339,24 @@ def test_autocast_lowers_the_value_and_keeps_the_locations(device):
     torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-8)  # one rounding to bfloat16, to either side
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"value": torch.zeros(2, 70, 15)}, "value must be"),
-    ({"value": torch.zeros(2, 71, 3, 5)}, "level_shapes"),
-    ({"value": torch.zeros(2, 70, 3, 5, dtype=torch.int32)}, "value must be of a float type"),
-    ({"level_shapes": [(70, 1)]}, "offsets must be"),
-    ({"level_shapes": [(70, 1), (1, 0), (0, 1)]}, "level_shapes"),
-    ({"offsets": torch.zeros(2, 7, 3, 3, 2)}, "offsets must be"),
-    ({"offsets": torch.zeros(3, 7, 3, 3, 2, 2)}, "offsets must be"),
-    ({"logits": torch.zeros(2, 7, 3, 3, 1)}, "logits must be"),
-    ({"logits": torch.zeros(2, 7, 3, 3, 2, device="meta")}, "logits is on meta"),
-    ({"logits": torch.zeros(2, 7, 3, 3, 2, dtype=torch.int)}, "logits must be of a float type"),
-    ({"reference": torch.zeros(2, 7, 2)}, "reference must be"),
-    ({"reference": torch.zeros(7, 4)}, "reference must be"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"value": torch.zeros(2, 70, 15)}, "value must be"),
+        ({"value": torch.zeros(2, 71, 3, 5)}, "level_shapes"),
+        ({"value": torch.zeros(2, 70, 3, 5, dtype=torch.int32)}, "value must be of a float type"),
+        ({"level_shapes": [(70, 1)]}, "offsets must be"),
+        ({"level_shapes": [(70, 1), (1, 0), (0, 1)]}, "level_shapes"),
+        ({"offsets": torch.zeros(2, 7, 3, 3, 2)}, "offsets must be"),
+        ({"offsets": torch.zeros(3, 7, 3, 3, 2, 2)}, "offsets must be"),
+        ({"logits": torch.zeros(2, 7, 3, 3, 1)}, "logits must be"),
+        ({"logits": torch.zeros(2, 7, 3, 3, 2, device="meta")}, "logits is on meta"),
+        ({"logits": torch.zeros(2, 7, 3, 3, 2, dtype=torch.int)}, "logits must be of a float type"),
+        ({"reference": torch.zeros(2, 7, 2)}, "reference must be"),
+        ({"reference": torch.zeros(7, 4)}, "reference must be"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_wrong_arguments_are_named(change, named):
     arguments = dict(zip(INPUTS, inputs(dtype=torch.float32), strict=True), level_shapes=LEVELS) | change
     with pytest.raises(ValueError, match=f"deform_attn: {named}"):
@@ -368,8 +395,20 @@ def nvcc():
 def cuda_on_cpu(nvcc, request, tmp_path_factory):
     """The CUDA kernels compiled for this CPU, as a path: as for sm_80, and with sm_90's additions of four at once."""
     library = tmp_path_factory.mktemp("cuda_on_cpu") / "library.so"
-    subprocess.run([nvcc, "-O1", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-w", f"-DVECTOR_REDUCTION={request.param}",
-                    "-o", library, deform_attn_cuda.HERE / "cuda_on_cpu.cpp"], check=True)
+    subprocess.run(
+        [
+            nvcc,
+            "-O1",
+            "-std=c++17",
+            "-shared",
+            "-Xcompiler=-fPIC,-w",
+            f"-DVECTOR_REDUCTION={request.param}",
+            "-o",
+            library,
+            deform_attn_cuda.HERE / "cuda_on_cpu.cpp",
+        ],
+        check=True,
+    )
     run = ctypes.CDLL(str(library)).forward_and_backward
 
     def path(level_shapes, tensors, upstream_of=upstream_of):
@@ -377,12 +416,17 @@ def cuda_on_cpu(nvcc, request, tmp_path_factory):
         (B, N, h, c), (Q, L, P) = value.shape, (logits.shape[dim] for dim in (1, 3, 4))
         output = torch.full((B, Q, h * c), torch.nan, dtype=value.dtype)  # what is to be written whole
         upstream = upstream_of(output)
-        grads = [torch.zeros_like(value, dtype=logits.dtype), torch.zeros_like(reference),
-                 torch.full_like(offsets, torch.nan), torch.full_like(logits, torch.nan)]
+        grads = [
+            torch.zeros_like(value, dtype=logits.dtype),
+            torch.zeros_like(reference),
+            torch.full_like(offsets, torch.nan),
+            torch.full_like(logits, torch.nan),
+        ]
         sizes = [B, N, h, c, Q, L, P, reference.dim() == 3, *(size for shape in level_shapes for size in shape)]
         data = [tensor.data_ptr() for tensor in (value, reference, offsets, logits, output, upstream, *grads)]
         run(str(value.dtype).encode(), (ctypes.c_int * len(sizes))(*sizes), (ctypes.c_void_p * len(data))(*data))
         return output, grads[0].to(value.dtype), *grads[1:]
+
     return path
 
 
@@ -409,7 +453,8 @@ def test_the_cuda_source_shows_what_is_not_a_number_where_the_fallback_does(cuda
 @pytest.mark.parametrize("what", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("boxes", [False, True])
 def test_the_cuda_source_and_the_cpu_kernel_show_what_is_not_finite_in_the_same_gradients(
-        cuda_on_cpu, boxes, what, broken):
+    cuda_on_cpu, boxes, what, broken
+):
     needs_kernel("cpu")
     tensors = dict(zip(INPUTS, inputs(P=4, Q=40, c=8, boxes=boxes, dtype=torch.float32), strict=True))
     tensors["offsets"].data[:, ::3] += 1000  # all outside
@@ -459,9 +504,17 @@ def machine_code(nvcc, tmp_path_factory):
     return sass.instructions_of_kernels(nvdisasm, sass.compile_kernels(nvcc, 90, tmp_path_factory.mktemp("sass"))[0])
 
 
-@pytest.mark.parametrize("direction, dtype, width, millions", [
-    ("forward", "float32", 4, 36), ("forward", "float16", 8, 37), ("forward", "bfloat16", 8, 37),
-    ("backward", "float32", 4, 120), ("backward", "float16", 4, 120), ("backward", "bfloat16", 4, 120)])
+@pytest.mark.parametrize(
+    "direction, dtype, width, millions",
+    [
+        ("forward", "float32", 4, 36),
+        ("forward", "float16", 8, 37),
+        ("forward", "bfloat16", 8, 37),
+        ("backward", "float32", 4, 120),
+        ("backward", "float16", 4, 120),
+        ("backward", "bfloat16", 4, 120),
+    ],
+)
 def test_the_encoder_costs_few_instructions(machine_code, direction, dtype, width, millions):
     assert sass.warp_instructions(*machine_code[direction, dtype, width], width) <= 1e6 * millions
 
@@ -560,12 +613,16 @@ def test_the_first_use_says_once_which_path_runs(capsys, monkeypatch):
     assert capsys.readouterr().err == status("cpu") + "\n"
 
 
-@pytest.mark.parametrize("stamp, reason", [
-    (None, "not built: run make build"),
-    ({"torch": "1.0"}, "built for PyTorch 1.0, this is"),
-    ({"torch": torch.__version__, "sources": "0"}, "its sources have changed: run make build"),
-    ({"torch": torch.__version__, "sources": None, "library": "gone.so"}, "cannot be loaded, run make build: "),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "stamp, reason",
+    [
+        (None, "not built: run make build"),
+        ({"torch": "1.0"}, "built for PyTorch 1.0, this is"),
+        ({"torch": torch.__version__, "sources": "0"}, "its sources have changed: run make build"),
+        ({"torch": torch.__version__, "sources": None, "library": "gone.so"}, "cannot be loaded, run make build: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_library_that_cannot_serve_is_named_and_the_fallback_runs(stamp, reason, tmp_path, monkeypatch):
     if stamp:
         stamp = {"sources": deform_attn_cuda.sources_digest()} | {k: v for k, v in stamp.items() if v}
@@ -638,13 +695,21 @@ def toolchain(tmp_path):
     for name in ("c++", "nvcc"):
         (tmp_path / "bin" / name).write_text(
             f"#!/bin/sh\ncase $1 in --*) echo {name} release {torch.version.cuda}; exit;; esac\n"
-            "sleep 0.5; for output; do :; done; echo \"$*\" > \"$output\"\n")
+            'sleep 0.5; for output; do :; done; echo "$*" > "$output"\n'
+        )
         (tmp_path / "bin" / name).chmod(0o755)
 
     def start(**environment):
         environment = {"CXX": str(tmp_path / "bin/c++"), "CUDA_HOME": str(tmp_path)} | environment
-        return subprocess.Popen([sys.executable, "-m", "deform_attn_cuda.build"], cwd=tmp_path, text=True,
-                                env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [sys.executable, "-m", "deform_attn_cuda.build"],
+            cwd=tmp_path,
+            text=True,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
     return start
 
 
@@ -720,8 +785,10 @@ def test_an_nvcc_that_does_not_fit_is_named_before_anything_is_compiled(release,
 
 def test_architectures_are_those_asked_for(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a+PTX")
-    assert build.architectures("nvcc") == ["-gencode=arch=compute_86,code=[sm_86]",
-                                           "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"]
+    assert build.architectures("nvcc") == [
+        "-gencode=arch=compute_86,code=[sm_86]",
+        "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]",
+    ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(build.BuildError, match="names Hopper"):
         build.architectures("nvcc")

@@ -13,6 +13,7 @@ from PIL import Image
 import log
 import train
 from dimaskdino import Config, DIMaskDINO
+from flags import parse_training
 from losses import denoising_queries
 from recipe import Recipe, parameter_groups
 from small_runs import (
@@ -99,7 +100,7 @@ def test_norms_and_embeddings_do_not_decay_and_the_backbone_learns_at_a_tenth():
     ],
 )
 def test_set_changes_one_field_of_the_model_or_of_its_training(override, value):
-    args = train.parse_arguments(["--preset", "released", "--set", override])
+    args = parse_training(["--preset", "released", "--set", override], "")
     name = override.split("=")[0]
     plain = [dataclasses.replace(Config.released(), num_classes=3), Recipe()]
     expected = [dataclasses.replace(x, **{name: value}) if hasattr(x, name) else x for x in plain]
@@ -111,7 +112,7 @@ def test_set_changes_one_field_of_the_model_or_of_its_training(override, value):
     [("", "tiny"), ("--data coco", "paper"), ("--data shapes-full", "paper"), ("--preset released", "released")],
 )
 def test_shapes_go_with_the_tiny_model_and_other_data_with_the_papers_unless_told_otherwise(flags, preset):
-    assert train.parse_arguments(flags.split()).preset == preset
+    assert parse_training(flags.split(), "").preset == preset
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
