@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import masks_to_boxes, nms
 
 import data
 import evaluate
@@ -357,19 +358,24 @@ def figure1(args):
 
 
 def figure3(args):
-    """What each checkpoint finds in the same validation images, and the truth: a row for each image."""
+    """What each checkpoint finds in the same validation images, its best guess of each object, beside the truth."""
     models = [load_model(checkpoint, args.device or "cpu") for checkpoint in args.ckpt]
+    names = [f"{number}: {name_of(model.config)}" for number, model in enumerate(models, 1)]
+    print("\n".join(f"{name}, {checkpoint}" for name, checkpoint in zip(names, args.ckpt, strict=True)))
     dataset = data.open_dataset(args.data or models[0].trained_on, args.data_root, "val", identity, training=False)
     places = data.evenly_spaced(args.images, len(dataset))
     figure = Figure((4 * len(models) + 4, 4 * len(places)), layout="constrained")
     for row, place in zip(figure.subplots(len(places), len(models) + 1, squeeze=False), places, strict=True):
         image, target = dataset[place]
-        names = [dataset.classes[label] for label in target["labels"]]
-        truth = {"masks": target["masks"], "boxes": masks_to_boxes(target["masks"]), "names": names}
-        found = [(name_of(m.config), evaluate.predict(m, image, args.score)) for m in models]
-        for axes, (name, objects) in zip(row, [*found, ("truth", truth)], strict=True):
-            draw_objects(axes, image.permute(1, 2, 0), objects)
+        for axes, name, model in zip(row, names, models, strict=False):
+            objects = evaluate.predict(model, image, args.score)
+            best = nms(objects["boxes"], objects["scores"], 0.7).tolist()  # the same query may have several classes
+            draw_objects(axes, image.permute(1, 2, 0), {key: [x[i] for i in best] for key, x in objects.items()})
             axes.set_title(name)
+        boxes = masks_to_boxes(target["masks"]) + torch.tensor([0, 0, 1, 1])  # to the far side of the last pixel
+        classes = [dataset.classes[label] for label in target["labels"]]
+        draw_objects(row[-1], image.permute(1, 2, 0), {"boxes": boxes, "masks": target["masks"], "names": classes})
+        row[-1].set_title("truth")
     figure.savefig(args.out, dpi=150)
 
 

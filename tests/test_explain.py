@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as nnf
 from PIL import Image
 
 import data
 import explain
-from deform_attn_cuda import deform_attn
 from dimaskdino import Config, DIMaskDINO
 from small_runs import exit_code
 from weights import load_model
@@ -112,16 +112,17 @@ def test_eq4_is_shown_where_it_reads(story, model):
     heads, levels, count = model.residual.cross_attention.split.values()
     assert points.shape == (heads * levels * count, 2)
     assert np.allclose(weights.reshape(heads, -1).sum(1), 1, atol=1e-5)
-    attention, ((x, _position, _box, memory, shapes), output) = (
-        model.residual.cross_attention,
-        story.calls["residual.cross_attention"],
-    )
-    locations = torch.tensor(points / story.padded, dtype=torch.float).view(1, 1, heads, levels, count, 2)
+    (x, _, _, memory, shapes), output = story.calls["residual.cross_attention"]
+    attention = model.residual.cross_attention
+    grid = torch.tensor(2 * points / story.padded - 1, dtype=torch.float).view(heads, levels, count, 2)
+    weights = torch.tensor(weights).view(heads, levels, 1, count)
     with torch.inference_mode():
-        value = attention.value(memory).unflatten(2, (heads, -1))
-        weights = torch.tensor(weights).view(1, 1, heads, levels, count)
-        read = attention.output(deform_attn(value, shapes, locations, weights))
-        assert torch.allclose(attention.norm(x[:, 2:3] + read), output[:, 2:3], atol=1e-4)
+        maps = attention.value(memory)[0].T.unflatten(0, (heads, -1)).split([h * w for h, w in shapes], 2)  # [h c HW]
+        read = 0
+        for i, (level, shape) in enumerate(zip(maps, shapes, strict=True)):
+            sampled = nnf.grid_sample(level.unflatten(2, shape), grid[:, i, None], align_corners=False)  # [h c 1 P]
+            read += (sampled[:, :, 0] * weights[:, i]).sum(-1)
+        assert torch.allclose(attention.norm(x[0, 2] + attention.output(read.flatten())), output[0, 2], atol=1e-4)
 
 
 def test_objects_are_different_ones_and_best_first(story):
