@@ -42,8 +42,8 @@ class Story:
     """An image's way through the model: trace, inputs and outputs of some modules, and the objects that it found.
 
     Lengths are in pixels of the resized image, boxes are (x0, y0, x1, y1). objects: the queries, best first, that show
-    different objects and reach `score`, but at least two; masks[i], kinds[i] (its class) and names[i] (and score)
-    are those of object i.
+    different objects, larger than a token, and reach `score`, but at least two where there are; masks[i], kinds[i] (its
+    class) and names[i] (class and score) are those of object i.
     """
 
     @torch.inference_mode()
@@ -80,7 +80,9 @@ class Story:
         self.objects = []
         for query in order:
             others = torch.stack([masks[other] for other in self.objects]) if self.objects else None
-            fresh = masks[query].any() and (others is None or overlap(masks[query][None], others).max() < SAME)
+            fresh = masks[query].sum() >= self.sides[0] ** 2 and (
+                others is None or overlap(masks[query][None], others).max() < SAME
+            )
             if fresh and len(self.objects) < MOST and (best[query] >= score or len(self.objects) < 2):
                 self.objects.append(query)
         self.objects = self.objects or order[:1]
@@ -153,7 +155,9 @@ class Story:
             nnf.interpolate(self.masks[i][None, None].float(), (height, width))[0] > 0
         )  # at 1/4, as masks are predicted
         alike = overlap(own, logits[:, :height, :width] > 0)[0]
-        return (alike >= min(SAME, alike.max())).numpy()
+        own = alike >= SAME
+        own[alike.argmax()] = True
+        return own.numpy()
 
     @torch.inference_mode()
     def samples(self, query):
@@ -390,7 +394,7 @@ def guiding(axes, story, i):
             "Eq. 5 to 7, T_g = N_mask(Q_bal) + N_box(Q_bal): each query makes a guiding token of where its mask and "
             f"box are. {measured}"
         )
-    return f"And who to the {story.kinds[i]}?", (
+    return f"And who to the {'other ' * (story.kinds[0] == story.kinds[i])}{story.kinds[i]}?", (
         f"Pink: more than usual, grey: less. {measured} Pink should lie on the object alone; numbers that are alike: "
         "this model has not learned to tell objects apart."
     )
