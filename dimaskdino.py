@@ -166,7 +166,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x, position, reference, memory, level_shapes):
-        """x, position [B Q C]; memory [B N C]; reference: cell centres [Q 2] or boxes [B Q 4], as `deform_attn` says."""
+        """x, position [B Q C]; memory [B N C]; reference: centres [Q 2] or boxes [B Q 4], as `deform_attn` says."""
         query = x + position
         value = rearrange(self.value(memory), "B N (h c) -> B N h c", h=self.split["h"])
         offsets = rearrange(self.offsets(query), "B Q (h L P xy) -> B Q h L P xy", **self.split, xy=2)

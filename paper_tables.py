@@ -42,6 +42,7 @@ import data
 import evaluate
 import train
 from explain import BOX, MASK, draw_objects, name_of
+from flags import choose_config, choose_recipe, parse_training, setting
 from geometry import identity
 from weights import config_of, load_model, read_checkpoint
 
@@ -152,8 +153,8 @@ def own_size(name, value, base):
 
 def flags_of(row, number, flags, seed):
     """The flags with which train.py trains a row, without --out; None if it is not to be trained."""
-    args = train.parse_arguments(flags)
-    base, as_paper = train.choose_config(args, 80), args.data == "coco" and args.epochs is None
+    args = parse_training(flags, "")
+    base, as_paper = choose_config(args, 80), args.data == "coco" and args.epochs is None
     if row.settings is None:
         return None
     own = ["--epochs", "12"] if as_paper else []
@@ -165,16 +166,16 @@ def flags_of(row, number, flags, seed):
             return None
         if (backbone == "Swin-L") != (base.backbone == "swin_l"):
             return None
-    for name, value in map(train.setting, row.settings.split()):
+    for name, value in map(setting, row.settings.split()):
         own += ["--set", f"{name}={own_size(name, value, base)}"]
     return [*flags, *own, "--seed", str(seed)]
 
 
 def folder_of(args, root):
     """Where a run lies: named after its data, its preset, all that it changes of that preset, and its seed."""
-    plain = train.parse_arguments(["--data", args.data, "--preset", args.preset])
+    plain = parse_training(["--data", args.data, "--preset", args.preset], "")
     names = [Path(args.data).name, args.preset]
-    for choose in (lambda args: train.choose_config(args, 80), train.choose_recipe):
+    for choose in (lambda args: choose_config(args, 80), choose_recipe):
         before, now = dataclasses.asdict(choose(plain)), dataclasses.asdict(choose(args))
         names += [f"{name}={now[name]}" for name in now if now[name] != before[name]]
     starts = {name: getattr(args, name) for name in ("init", "backbone_weights")}
@@ -185,7 +186,7 @@ def folder_of(args, root):
 
 def measured(args, folder, speed):
     """The AP of a finished run, after its last epoch, and its speed if wanted. None while there is more to do."""
-    log, metrics, epochs = folder / "log.jsonl", folder / "speed.json", train.choose_recipe(args).epochs
+    log, metrics, epochs = folder / "log.jsonl", folder / "speed.json", choose_recipe(args).epochs
     found = None
     for line in log.read_text().splitlines() if log.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -204,7 +205,7 @@ def where(args):
 
 def finish(flags, root, speed):
     """Train and measure what is not yet, and return the metrics. Another process on the same run is waited for."""
-    args = train.parse_arguments(flags)
+    args = parse_training(flags, "")
     folder = folder_of(args, root)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -284,11 +285,11 @@ def aligned(lines, markdown=False):
 
 def head_of(number, flags, seeds):
     """What a reader has to know of the figures that were measured here."""
-    args = train.parse_arguments(flags)
-    base = train.choose_config(args, 80)
+    args = parse_training(flags, "")
+    base = choose_config(args, 80)
     epochs = ""
     if number > 2:
-        recipe = train.choose_recipe(train.parse_arguments(flags_of(TABLES[number][0], number, flags, seeds[0])))
+        recipe = choose_recipe(parse_training(flags_of(TABLES[number][0], number, flags, seeds[0]), ""))
         epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}, "
     trained = f"Table {number} on {args.data}, preset {args.preset}, {epochs}seeds {seeds[0]} to {seeds[-1]}. "
     k1, k2 = base.selection[0], base.selection[-1]
@@ -300,7 +301,7 @@ def head_of(number, flags, seeds):
 
 def table(number, flags, seeds, root):
     """Train and measure every row of a table for every seed, print the table, and write it after every run."""
-    base = train.choose_config(train.parse_arguments(flags), 80)
+    base = choose_config(parse_training(flags, ""), 80)
     if len(base.selection) < 2 or not base.bato:
         print("the rows switch DI and BATO off themselves: give a preset and settings with both", file=sys.stderr)
         sys.exit(2)
@@ -402,7 +403,7 @@ def main(arguments=None):
         add("--score", type=float, default=0.3, help="least score of what figure 3 draws (%(default)s)")
     args, flags = parser.parse_known_args(arguments)
     if args.which.isdigit():
-        seeds = range(first := train.parse_arguments(flags).seed, first + max(1, args.seeds))
+        seeds = range(first := parse_training(flags, "").seed, first + max(1, args.seeds))
         return table(int(args.which), flags, seeds, args.out)
     if flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")

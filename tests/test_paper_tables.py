@@ -13,6 +13,7 @@ import evaluate
 import paper_tables
 import train
 from dimaskdino import Config
+from flags import choose_config, choose_recipe, parse_training
 from paper_tables import TABLES
 from recipe import Recipe
 from small_runs import SMALL, exit_code, log_of, train_in
@@ -39,8 +40,8 @@ def trained_as(row, number, *flags):
     """The Config and the Recipe that train.py makes of a row's flags; None if the row is not trained."""
     row_flags = paper_tables.flags_of(row, number, list(flags), seed=0)
     if row_flags is not None:
-        args = train.parse_arguments(row_flags)
-        return train.choose_config(args, 80), train.choose_recipe(args)
+        args = parse_training(row_flags, "")
+        return choose_config(args, 80), choose_recipe(args)
 
 
 @pytest.mark.parametrize("number", ROWS)
@@ -115,7 +116,7 @@ def test_rows_of_other_tables_with_the_same_settings_share_a_folder_and_all_othe
         for row in TABLES[number]:
             flags = paper_tables.flags_of(row, number, ["--data", "bdd100k"], 0)
             made = trained_as(row, number, "--data", "bdd100k")
-            folders.setdefault(paper_tables.folder_of(train.parse_arguments(flags), tmp_path), set()).add(str(made))
+            folders.setdefault(paper_tables.folder_of(parse_training(flags, ""), tmp_path), set()).add(str(made))
     assert all(len(made) == 1 for made in folders.values())
     distinct = {str(sorted(changes.items())) for table in ROWS.values() for changes in table}
     assert len(folders) == len(distinct)
