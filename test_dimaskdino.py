@@ -789,6 +789,13 @@ def test_postprocess_maps_boxes_and_masks_from_the_padded_input_to_the_output():
     assert 0.85 < found["scores"].item() < torch.tensor(2.0).sigmoid()  # class score times the mask's certainty
 
 
+def test_a_mask_is_cropped_to_the_image_before_it_is_resized():
+    outputs = hand_made_outputs()
+    outputs["masks"][0, 1, 8:] = -8.0  # the object ends 32 px from the top of an image of 48, padded to 64
+    (found,) = postprocess(outputs, [(48, 64)], [(96, 128)], top=1)
+    assert found["masks"][0].any(1).nonzero().max() == 63 and found["masks"][0].any(0).nonzero().max() == 63
+
+
 @law
 @given(st.integers(1, 9), st.integers(1, 200), st.integers(1, 70), st.integers(1, 70))
 def test_postprocess_gives_the_best_of_all_classes_best_first_at_any_output_size(queries, top, height, width):
