@@ -1,7 +1,7 @@
 # Every target does all the set-up it needs; PYTHON chooses the environment it is done in.
 PYTHON ?= python
 
-.PHONY: help build demo lint test clean
+.PHONY: help build demo lint test mutants clean
 help:      ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
 
@@ -24,6 +24,12 @@ lint: build  ## check style and format, and change nothing
 test: build  ## run the specification
 	$(PYTHON) -m pytest
 
+mutants: export OMP_NUM_THREADS = 1
+mutants: build  ## change the program in one place at a time and list the changes that no test notices (hours; tests/README.md)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check mutmut
+	$(PYTHON) -m mutmut run --max-children 1 $(MUTANTS)
+	$(PYTHON) -m mutmut results
+
 clean:     ## remove the compiled operator, caches, and nothing that was trained or downloaded
-	rm -rf deform_attn_cuda/build .pytest_cache .hypothesis .ruff_cache
+	rm -rf deform_attn_cuda/build .pytest_cache .hypothesis .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

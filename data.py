@@ -1,52 +1,33 @@
 """Data: any folder in COCO format, COCO and BDD100K in their official layouts, and the synthetic images of shapes.py.
 
     open_dataset, CocoDataset      images and targets; `collate` makes a batch of them
-    check                          what is wrong with a data set, before a training run finds out
-    read_image, upright_rgb        any image file, or any PIL image, as upright RGB
+    check, require_sound           what is wrong with a data set, before a training run finds out
 
 Boxes of a target are (cx, cy, w, h) in [0, 1] of the network's input, which is the image padded on the right and at the
 bottom to a multiple of 32. What users can mend raises ValueError or FileNotFoundError with a message of one line.
 """
 
-import json
 import math
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
-from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from pycocotools import mask as rle
+from PIL import Image
 from torch.utils.data import Dataset
 
-from geometry import decode, run_lengths
+from geometry import Geometry, decode
+from images import read_image
+from layouts import COCO_LAYOUT, FOLDER_LAYOUT, find_coco, official, read_bdd100k, read_files
 from shapes import SHAPES, make_shapes
+from soundness import Report, compressed, sound
 
 STRIDE = 32  # the network's input is padded to a multiple of this
 
 
 # ---- Images and objects ----------------------------------------------------------------------------------------------
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """The image of a file as upright RGB, whatever its mode and EXIF orientation. ValueError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return upright_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB with 8 bits a channel, turned as its EXIF orientation says."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def read_record(folder: Path, record: dict) -> Image.Image:
@@ -61,18 +42,9 @@ def read_record(folder: Path, record: dict) -> Image.Image:
     return image
 
 
-def _compressed(segmentation, height, width):
-    """Polygons or run lengths of either kind as pycocotools' compressed run-length encoding."""
-    if isinstance(segmentation, list):
-        return rle.merge(rle.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return rle.frPyObjects(segmentation, height, width)
-    return segmentation
-
-
 def _mask(segmentation, geometry, height, width):
     if isinstance(segmentation, dict):
-        return geometry.bitmask(decode(_compressed(segmentation, height, width)))
+        return geometry.bitmask(decode(compressed(segmentation, height, width)))
     return geometry.polygons(segmentation, height, width)
 
 
@@ -102,8 +74,7 @@ class CocoDataset(Dataset):
 
     def __init__(self, coco: dict, folder: Path, geometry: Callable, training: bool, seed: int = 0):
         self.folder, self.geometry, self.seed, self.epoch = Path(folder), geometry, seed, 0
-        self.report = Report(defaultdict(list), defaultdict(list))
-        self.json = _sound(coco, self.folder, self.report)
+        self.json, self.report = sound(coco, self.folder)
         categories = sorted(self.json["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -114,19 +85,36 @@ class CocoDataset(Dataset):
             if not annotation["iscrowd"]:
                 self.annotations[annotation["image_id"]].append(annotation)
         self.image_ids = sorted(i for i in self.images if self.annotations[i] or not training)
+        self.objects = sum(map(len, self.annotations.values()))
+        self.crowds = len(self.json["annotations"]) - self.objects
         if not self.image_ids:
-            self.report.fatal["no images" + " with objects" * training].append(f"in {folder}")
+            why = f" ({self.crowds_in_words()})" if self.crowds else ""
+            self.report.fatal["no images" + " with objects" * training].append(f"in {folder}{why}")
 
     def __len__(self):
         return len(self.image_ids)
 
+    def crowds_in_words(self) -> str:
+        """How many objects are crowds, and what that means; an empty string if none is."""
+        if not self.crowds:
+            return ""
+        text = f"{self.crowds:,} of {self.objects + self.crowds:,} objects are crowds (iscrowd: 1): nothing is trained "
+        text += "on them, and in AP they count neither for nor against"
+        many = self.crowds > self.objects  # in COCO it is one of a hundred
+        return text + ". CVAT marks every brush mask so: set iscrowd to 0 if each is one object" * many
+
+    def image(self, index: int) -> tuple[torch.Tensor, Geometry]:
+        """An image as `dataset[index]` gives it, without the work of making its target, and what was done to it."""
+        record = self.images[self.image_ids[index]]
+        rng = np.random.default_rng((self.seed, self.epoch, record["id"]))
+        geometry = self.geometry(rng, record["width"], record["height"])
+        picture = geometry.image(read_record(self.folder, record))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous(), geometry
+
     def __getitem__(self, index):
         image_id = self.image_ids[index]
-        record = self.images[image_id]
-        height, width = record["height"], record["width"]
-        image = read_record(self.folder, record)
-        geometry = self.geometry(np.random.default_rng((self.seed, self.epoch, image_id)), width, height)
-        pixels = torch.from_numpy(np.array(geometry.image(image))).permute(2, 0, 1).contiguous()
+        pixels, geometry = self.image(index)
+        height, width = self.images[image_id]["height"], self.images[image_id]["width"]
         labels, masks = [], []
         for annotation in self.annotations[image_id]:
             mask = _mask(annotation["segmentation"], geometry, height, width)
@@ -145,6 +133,19 @@ class CocoDataset(Dataset):
         }
 
 
+class Images(Dataset):
+    """The images at some places of a data set, as the network gets them, without their targets."""
+
+    def __init__(self, dataset: CocoDataset, places: Sequence[int]):
+        self.dataset, self.places = dataset, places
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, index):
+        return self.dataset.image(self.places[index])[0]
+
+
 def collate(batch: list) -> tuple[torch.Tensor, list[dict]]:
     """Images [B 3 H W] uint8 and their targets. Raises ValueError if the images differ in size."""
     images, targets = zip(*batch, strict=True)
@@ -161,23 +162,8 @@ def evenly_spaced(count: int, length: int) -> list[int]:
 # ---- Check -----------------------------------------------------------------------------------------------------------
 
 
-class Report(NamedTuple):
-    """What is wrong with a data set: for each kind of problem, every place where it was found."""
-
-    fatal: dict[str, list[str]]
-    warnings: dict[str, list[str]]
-
-    def __str__(self):
-        lines = []
-        for severity, problems in (("error", self.fatal), ("warning", self.warnings)):
-            for problem, places in problems.items():
-                more = f" and {len(places) - 5:,} more" if len(places) > 5 else ""
-                lines.append(f"{severity}: {problem} ({len(places):,}): {', '.join(places[:5])}{more}")
-        return "\n".join(lines)
-
-
 def check(dataset: CocoDataset, decode: bool) -> Report:
-    """All that is wrong with a data set: `fatal` faults must stop a run, those in `warnings` are left out of the data.
+    """All that is wrong with a data set: `fatal` faults must stop a run, those in `warnings` are mended or left out.
 
     Ids, categories, paths, files, boxes and segmentations are examined when the data set is opened. decode: read every
     image as well, on all cores, which takes a while.
@@ -199,236 +185,60 @@ def _reading_error(folder, record):
         return str(error)
 
 
-def _sound(coco, folder, report):
-    """A copy of the COCO dict without what cannot be used, which goes to `report`."""
-    categories = _unique(coco["categories"], "category", {"id": int, "name": str}, report)
-    images = _unique(coco["images"], "image", {"id": int, "file_name": str, "width": int, "height": int}, report)
-    annotations = _unique(coco["annotations"], "annotation", {"id": int, "image_id": int, "category_id": int}, report)
-    if 0 in annotations:  # pycocotools takes a match with annotation 0 for no match
-        annotations[0] = {**annotations[0], "id": max(annotations) + 1}
-    if not categories:
-        report.fatal["no categories"].append(f"images in {folder}")
-    sound = {image_id for image_id, image in images.items() if _is_sound(image, folder, report)}
-    annotations = [_complete(a, images, sound, categories, report) for a in annotations.values()]
-    return {
-        **coco,
-        "categories": list(categories.values()),
-        "images": [image for image_id, image in images.items() if image_id in sound],
-        "annotations": [annotation for annotation in annotations if annotation],
-    }
+def require_sound(dataset: CocoDataset, name: str, decode: bool = False) -> str:
+    """What people should know of a data set before it is used, as lines. ValueError if a fault must stop a run."""
+    report = check(dataset, decode)
+    if report.fatal:
+        raise ValueError(f"{name}:\n{report}")
+    return "\n".join([f"{name}:\n{report}"] * bool(report.warnings) + list(filter(None, [dataset.crowds_in_words()])))
 
 
-def _unique(records, kind, fields, report):
-    """Records by id, without those that lack a field or have the id of an earlier one."""
-    unique = {}
-    for position, record in enumerate(records):
-        wrong = [k for k, t in fields.items() if not isinstance(record, dict) or not isinstance(record.get(k), t)]
-        if wrong:
-            report.fatal[f"{kind} without a usable {wrong[0]}"].append(f"{kind} at position {position}")
-        elif record["id"] in unique:
-            report.fatal[f"{kind} ids used twice"].append(f"{kind} {record['id']}")
-        else:
-            unique[record["id"]] = record
-    return unique
-
-
-def _is_sound(image, folder, report):
-    name, where = PureWindowsPath(image["file_name"]), f"image {image['id']} ({image['file_name']})"
-    if image["id"] < 0 or image["width"] < 1 or image["height"] < 1:
-        report.fatal["images with a negative id or without pixels"].append(where)
-    elif name.anchor or ".." in name.parts:  # Windows' rules cover all separators and drives
-        report.fatal["paths that leave the image folder"].append(where)
-    elif not (folder / image["file_name"]).is_file():
-        report.fatal[f"files missing in {folder}"].append(where)
-    else:
-        return True
-    return False
-
-
-def _complete(annotation, images, sound, categories, report):
-    """The annotation with all the fields that evaluation needs, or None if it cannot be used."""
-    where = f"annotation {annotation['id']}"
-    if annotation["category_id"] not in categories:
-        report.fatal["category_id not among the categories"].append(f"{where} ({annotation['category_id']})")
-        return None
-    if annotation["image_id"] not in images:
-        report.warnings["annotations of unknown images"].append(f"{where} (image {annotation['image_id']})")
-        return None
-    if annotation["image_id"] not in sound:
-        return None
-    height, width = (images[annotation["image_id"]][side] for side in ("height", "width"))
-    segmentation, box, area = (annotation.get(key) for key in ("segmentation", "bbox", "area"))
-    if isinstance(segmentation, dict):
-        usable = segmentation if _fills(segmentation, height, width) else None
-    else:
-        usable = [p for p in segmentation if _is_polygon(p)] if isinstance(segmentation, list) else None
-    if not usable:
-        report.warnings["segmentations that cannot be decoded"].append(where)
-        return None
-    if len(usable) < len(segmentation):
-        report.warnings["polygons of less than three points or not finite"].append(where)
-    if box is not None and not (isinstance(box, list) and len(box) == 4 and _finite(box) and min(box[2:]) > 0):
-        report.warnings["boxes that are not finite and positive"].append(where)
-        box = None
-    if box is None or not _finite([area]):
-        runs = _compressed(usable, height, width)
-        box, area = box or rle.toBbox(runs).tolist(), area if _finite([area]) else int(rle.area(runs))
-    iscrowd = int(bool(annotation.get("iscrowd")))
-    return {**annotation, "iscrowd": iscrowd, "segmentation": usable, "bbox": box, "area": area}
-
-
-def _is_polygon(polygon):
-    """Whether it has three points or more, all at coordinates that a rasteriser can handle."""
-    sides = len(polygon) if isinstance(polygon, list) else 0
-    return sides >= 6 and sides % 2 == 0 and _finite(polygon) and max(polygon) < 1e5 and min(polygon) > -1e5
-
-
-def _finite(numbers):
-    try:
-        return math.isfinite(sum(numbers))
-    except TypeError:
-        return False
-
-
-def _fills(segmentation, height, width):
-    """Whether a run-length encoding is well formed and covers its image: pycocotools reads beyond the end of others."""
-    counts = segmentation.get("counts")
-    if segmentation.get("size") != [height, width]:
-        return False
-    if isinstance(counts, str):
-        counts = run_lengths(counts)
-    if not isinstance(counts, list) or not all(isinstance(run, int) and run >= 0 for run in counts):
-        return False
-    return sum(counts) == height * width
+def require_same_classes(ours: list[str], theirs: list[str], who: str, whose: str) -> None:
+    """ValueError, with those that differ, unless two lists of class names are equal."""
+    if ours == theirs:
+        return
+    alone = [[name for name in a if name not in b] for a, b in ((ours, theirs), (theirs, ours))]
+    said = [
+        f"only {w} has {', '.join(x[:8])}{', ...' * (len(x) > 8)}"
+        for w, x in zip((who, whose), alone, strict=True)
+        if x
+    ]
+    said = said or ["they are the same in another order" if len(ours) == len(theirs) else "some are there twice"]
+    raise ValueError(f"{who} has other classes ({len(ours)}) than {whose} ({len(theirs)}): {'; '.join(said)}")
 
 
 # ---- Data sets -------------------------------------------------------------------------------------------------------
 
-COCO_LAYOUT = (
-    "expected annotations/instances_{train,val}2017.json, train2017/*.jpg and val2017/*.jpg there; the publisher "
-    "offers them at https://cocodataset.org/#download (train2017.zip, val2017.zip, annotations_trainval2017.zip)"
-)
-BDD100K_LAYOUT = (
-    "expected images/10k/{train,val}/*.jpg and labels/ins_seg/rles/ins_seg_{train,val}.json or "
-    "labels/ins_seg/bitmasks/{train,val}/*.png there; the publisher offers them at https://bdd-data.berkeley.edu "
-    '("10K Images" and "Instance Segmentation", see https://doc.bdd100k.com/download.html)'
-)
-FOLDER_LAYOUT = (
-    "expected annotations/instances_train*.json and annotations/instances_val*.json, and the images in folders of "
-    "the same names (train*, val*) or where the json's file names lead to from there"
-)
-
 
 def open_dataset(
-    data: str, root: str | Path, split: str, geometry: Callable, training: bool, seed: int = 0
+    data: str,
+    root: str | Path,
+    split: str,
+    geometry: Callable,
+    training: bool,
+    seed: int = 0,
+    jsons: dict[str, Path] | None = None,
+    image_folder: Path | None = None,
 ) -> CocoDataset:
-    """The data set `data`: "shapes", "shapes-full", "coco" or "bdd100k" under `root`, or else a folder in COCO layout.
+    """The data set `data`: "shapes", "shapes-full", "coco" or "bdd100k" under `root`, or a folder (see layouts.py).
 
-    split: "train" or "val". geometry, training, seed: see CocoDataset. FileNotFoundError says what layout is expected,
-    ValueError what is wrong with the json.
+    split: "train" or "val". geometry, training, seed: see CocoDataset. jsons: files by split, in place of `data`;
+    image_folder: in place of the usual places. FileNotFoundError says what layout is expected, ValueError what is wrong
+    with the json.
     """
-    if data == "bdd100k":
-        coco, images = _read_bdd100k(_inside(root, "bdd100k", "labels"), split)
+    if jsons:
+        found = read_files(jsons, split, image_folder)
+    elif data == "bdd100k":
+        found = read_bdd100k(official(root, "bdd100k", "labels"), split)
     elif data == "coco":
-        coco, images = _read_coco(_inside(root, "coco", "annotations"), split, COCO_LAYOUT)
+        found = find_coco(official(root, "coco", "annotations"), split, COCO_LAYOUT, image_folder)
     else:
         folder = Path(root) / data if data in SHAPES else Path(data)
         if data in SHAPES:
             make_shapes(folder, SHAPES[data])
-        coco, images = _read_coco(folder, split, FOLDER_LAYOUT)
-    return CocoDataset(coco, images, geometry, training, seed)
-
-
-def _inside(root, name, content):
-    """root/name, or root where that is the data set itself."""
-    root = Path(root)
-    return root if (root / content).is_dir() and not (root / name).is_dir() else root / name
-
-
-def _read_json(path):
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no json: {error}") from None
-
-
-def _read_coco(folder, split, layout):
-    """The json of a folder in COCO layout, and the folder in which its file names are found."""
-    found = sorted(folder.glob(f"annotations/instances_{split}*.json"))
-    if not found:
-        raise FileNotFoundError(f"no {split} data in {folder}: {layout}")
-    if len(found) > 1:
-        raise ValueError(f"which one is the {split} data: {' or '.join(map(str, found))}? Leave one there")
-    coco = _read_json(found[0])
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
-            raise ValueError(f"{found[0]} is no COCO json: it has no list named {key}")
-    first = coco["images"][0] if coco["images"] else None
-    first = str(first.get("file_name")) if isinstance(first, dict) else ""
-    suffix = found[0].stem.removeprefix("instances_")
-    candidates = (folder / suffix, folder, folder / "images" / suffix, folder / "images")
-    return coco, next((c for c in candidates if (c / first).is_file()), candidates[0])
-
-
-# ---- BDD100K ---------------------------------------------------------------------------------------------------------
-
-BDD100K = ("pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")  # ids 1 to 8
-BDD100K_ALIASES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcycle", "van": "car", "caravan": "car"}
-BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
-
-
-def _read_bdd100k(folder, split):
-    """BDD100K's instance segmentation as a COCO dict. Crowds and ignored objects become `iscrowd`, as BDD100K's
-    documentation asks: they are not trained on, and detections of them count neither for nor against."""
-    images, labels = folder / "images" / "10k" / split, folder / "labels" / "ins_seg"
-    rles, bitmasks = labels / "rles" / f"ins_seg_{split}.json", sorted((labels / "bitmasks" / split).glob("*.png"))
-    if not images.is_dir() or not (rles.is_file() or bitmasks):
-        raise FileNotFoundError(f"no {split} data in {folder}: {BDD100K_LAYOUT}")
-    if rles.is_file():
-        frames = _read_json(rles)
-        try:
-            frames = frames["frames"] if isinstance(frames, dict) else frames
-            objects = {frame["name"]: _frame_objects(frame.get("labels") or []) for frame in frames}
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{rles} is no json of BDD100K's rles") from None
-    else:
-        with ProcessPoolExecutor() as pool:
-            names = [f"{path.stem}.jpg" for path in bitmasks]
-            objects = dict(zip(names, pool.map(_bitmask_objects, bitmasks, chunksize=16), strict=True))
-    coco = {"images": [], "annotations": [], "categories": []}
-    coco["categories"] = [{"id": number, "name": name} for number, name in enumerate(BDD100K, 1)]
-    for image_id, name in enumerate(sorted(objects), 1):
-        coco["images"].append({"id": image_id, "file_name": name, "width": 1280, "height": 720})
-        for found in objects[name]:
-            coco["annotations"].append({"id": len(coco["annotations"]) + 1, "image_id": image_id, **found})
-    return coco, images
-
-
-def _frame_objects(labels):
-    """The objects of a frame of the rles json, as annotations without ids."""
-    objects = []
-    for label in labels:
-        name, attributes = label["category"], label.get("attributes") or {}
-        crowd = name in BDD100K_IGNORED or attributes.get("crowd") or attributes.get("ignored")
-        name = BDD100K_IGNORED.get(name) or BDD100K_ALIASES.get(name, name)
-        if name in BDD100K:
-            category_id, iscrowd = BDD100K.index(name) + 1, int(bool(crowd))
-            objects.append({"category_id": category_id, "iscrowd": iscrowd, "segmentation": label.get("rle")})
-    return objects
-
-
-def _bitmask_objects(path):
-    """The objects of a bitmask: red is the category, the last two bits of green mean crowd and ignored, blue and alpha
-    are the object's number."""
-    try:
-        with Image.open(path) as image:
-            red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")).astype(np.int64), 2, 0)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a bitmask: {error}") from None
-    pixels = (blue << 24) + (alpha << 16) + (red << 8) + green
-    objects = []
-    for value in np.unique(pixels[red > 0]).tolist():
-        runs = rle.encode(np.asfortranarray(pixels == value, np.uint8))
-        segmentation = {"size": runs["size"], "counts": runs["counts"].decode()}
-        objects.append({"category_id": value >> 8 & 255, "iscrowd": int(value & 3 > 0), "segmentation": segmentation})
-    return objects
+        found = find_coco(folder, split, FOLDER_LAYOUT, image_folder)
+    dataset = CocoDataset(found.coco, found.images, geometry, training, seed)
+    if found.shared:
+        problem = "one json for training and validation, so every tenth image is held out for the latter"
+        dataset.report.warnings[problem].append(str(found.shared))
+    return dataset

@@ -4,7 +4,7 @@
 
     section                                  equation   here
     3.2.1 Feature Tokens Extractor           T_i        Backbone, FeatureTokens
-    3.2.2 De-Imbalance                       (1)        Candidates, select, mask_to_box
+    3.2.2 De-Imbalance                       (1)        select, mask_to_box  (DIMaskDINO.candidates)
                                              (2)        TokenInteraction
                                              (3)        select
                                              (4)        DecoderLayer  (DIMaskDINO.residual)
@@ -80,10 +80,8 @@ class Config:
     @classmethod
     def tiny(cls):
         """All of DI-MaskDINO at 1.1 M parameters: learns the synthetic `shapes` on a CPU in minutes."""
-        return cls(
-            num_classes=8, backbone="tiny", dim=64, heads=4, ffn=128, encoder_layers=1, decoder_layers=3,
-            selection=(60, 30),
-        )  # fmt: skip
+        sizes = {"dim": 64, "heads": 4, "ffn": 128, "encoder_layers": 1, "decoder_layers": 3, "selection": (60, 30)}
+        return cls(num_classes=8, backbone="tiny", **sizes)
 
     def __post_init__(self):
         object.__setattr__(self, "selection", tuple(self.selection))
@@ -142,7 +140,6 @@ class Attention(nn.Module):
         self.mha, self.norm = nn.MultiheadAttention(dim, heads, batch_first=True), nn.LayerNorm(dim)
 
     def forward(self, x, query, key, value, blocked=None):
-        """blocked [Q Q]: True where a query may not look"""
         return self.norm(x + self.mha(query, key, value, attn_mask=blocked, need_weights=False)[0])
 
 
@@ -161,20 +158,16 @@ class DeformableAttention(nn.Module):
         """Each head looks one way, its point i at a distance of i, all with the same weight."""
         heads, levels, points = self.split.values()
         angle = torch.arange(heads) * (2 * math.pi / heads)
-        direction = torch.stack((angle.cos(), angle.sin()), -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
+        direction = nnf.normalize(torch.stack((angle.cos(), angle.sin()), -1), torch.inf)
         distance = torch.arange(1, points + 1)[None, None, :, None]
         with torch.no_grad():
             self.offsets.bias.copy_((direction[:, None, None] * distance).expand(-1, levels, -1, -1).flatten())
-        for zero in (
-            self.offsets.weight,
-            self.weights.weight,
-            *(x.bias for x in (self.weights, self.value, self.output)),
-        ):
+        for zero in (self.offsets.weight, *self.weights.parameters(), self.value.bias, self.output.bias):
             nn.init.zeros_(zero)
 
     def forward(self, x, position, reference, memory, level_shapes):
-        """x, position [B Q C]; reference: cell centres [Q 2] or boxes [B Q 4]; memory [B N C]."""
+        """x, position [B Q C]; memory [B N C]; reference: cell centres [Q 2], from which offsets are in cells of their
+        level, or boxes [B Q 4], where they are in halves of the box, shared out among the points."""
         query = x + position
         value = rearrange(self.value(memory), "B N (h c) -> B N h c", h=self.split["h"])
         offsets = rearrange(self.offsets(query), "B Q (h L P xy) -> B Q h L P xy", **self.split, xy=2)
@@ -228,8 +221,8 @@ def cell_centers(level_shapes, device):
 def box_mlp(dim):
     """The change of a box in logit space, none at the start: [... C] -> [... 4]."""
     mlp = MLP(dim, dim, 4, 3)
-    nn.init.zeros_(mlp.layers[-1].weight)
-    nn.init.zeros_(mlp.layers[-1].bias)
+    for parameter in mlp.layers[-1].parameters():
+        nn.init.zeros_(parameter)
     return mlp
 
 
@@ -321,8 +314,7 @@ def mask_to_box(mask_logits):
     columns, rows = inside.any(-2), inside.any(-1)
     x0, x1 = columns.byte().argmax(-1), width - 1 - columns.flip(-1).byte().argmax(-1)
     y0, y1 = rows.byte().argmax(-1), height - 1 - rows.flip(-1).byte().argmax(-1)
-    box = torch.stack((x0 / width, y0 / height, x1 / width, y1 / height), -1)
-    box = box_convert(box, "xyxy", "cxcywh")
+    box = box_convert(torch.stack((x0 / width, y0 / height, x1 / width, y1 / height), -1), "xyxy", "cxcywh")
     nowhere = torch.tensor([1.0, 1.0, 0.0, 0.0], device=box.device)
     return torch.where(columns.any(-1)[..., None], box, nowhere).clamp(1e-5, 1 - 1e-5)
 
@@ -546,13 +538,6 @@ torch.utils._pytree.register_pytree_node(
 )
 
 
-# What a trace holds: the paper's symbols, the boxes beside them, and the selections.
-TRACED = (
-    *("F_cnn", "T_i", "T_s1", "box_s1", "scores_1", "index_1", "T_s1_sa", "box_s1_sa", "T_s2", "box_s2", "scores_2"),
-    *("index_2", "Q_bal", "box_bal", "T_g_mask", "T_g_box", "T_g", "T_bal", "Q_ref", "c", "b", "m"),
-)
-
-
 # ---- The model (3.2) -------------------------------------------------------------------------------------------------
 
 
@@ -597,32 +582,32 @@ class DIMaskDINO(nn.Module):
     def forward(self, images, denoising=None, trace=False):
         k1, *ks = self.config.selection
 
-        # Feature Tokens Extractor
+        # Feature Tokens Extractor. The pixels' embedding is what Eq. 11 reads of T_i and F_cnn.
         T_i, grid, level_shapes, F_cnn = self.encoder(self.backbone(self.normalize(images)))  # [B N C], [B C H/4 W/4]
         pixels = self.seg_head.pixel_embedding(T_i, level_shapes, F_cnn)  # [B C H/4 W/4]
 
-        # Eq. 1  T_s1 = S(T_i, k1)
-        tokens, anchors_logit = self.candidates(T_i, level_shapes)
-        scores_1, index_1, T_s1, start_logit = select(self.det_head.scores(tokens), k1, tokens, anchors_logit)
-        T_s1, box_s1, selection = self.selected(T_s1, start_logit, pixels)  # [B k1 C]
+        # Eq. 1  T_s1 = S(T_i, k1); released code: T_i is transformed for it
+        tokens, anchors = self.candidates(T_i, level_shapes)
+        scores_1, index_1, T_s1, anchor_s1 = select(self.det_head.scores(tokens), k1, tokens, anchors)  # [B k1 C]
+        T_s1, box_s1, selection = self.cut_off(T_s1, anchor_s1, pixels)
 
-        T_s2, box_s2, scores_2, index_2, interaction = T_s1, box_s1, scores_1, index_1, []
+        T, box, scores_2, index_2, interaction = T_s1, box_s1, scores_1, index_1, []
         for interact, k2 in zip(self.interactions, ks, strict=True):  # once; twice for a triple selection
             # Eq. 2  T_s1^sa = MHSA(T_s1)
-            T_s1_sa, box_s1_sa, auxiliary = interact(T_s2, box_s2)  # [B k1 C]
-            interaction += [self.predict(T, box) for T, box in auxiliary]
-            # Eq. 3  T_s2 = S(T_s1^sa, k2)
-            scores_1_sa = self.det_head.scores(interact.norm(T_s1_sa))
-            scores_2, _, T_s2, box_s2, index_2 = select(scores_1_sa, k2, T_s1_sa, box_s1_sa, index_2)  # [B k2 C]
-        box_s2 = self.position_token(box_s2, of="T_s2")
+            T_s1_sa, box_s1_sa, auxiliary = interact(T, box)  # [B k1 C]
+            # Eq. 3  T_s2 = S(T_s1^sa, k2), scored with a norm that what is kept has not; index_2 counts in T_i as well
+            scores = self.det_head.scores(interact.norm(T_s1_sa))
+            scores_2, _, T, box, index_2 = select(scores, k2, T_s1_sa, box_s1_sa, index_2)  # [B k2 C]
+            interaction += [self.predict(*tokens) for tokens in auxiliary]
+        T_s2, box_s2 = T, self.starting_box(box, of="T_s2")
 
-        # Eq. 4  Q_bal = MHCA(T_s2, T_i); in training, D denoising queries go along in front, up to the heads
-        Q_s2, box_Q, blocked, D = self.with_denoising(denoising, T_s2, box_s2)
-        Q, box = self.decode(self.residual, Q_s2, box_Q, T_i, level_shapes, blocked)
-        Q_bal, box_bal = Q[:, D:], self.position_token(box[:, D:], of="Q_bal")  # [B k2 C]
-        guide, box_guide = self.guides(T_s1=(T_s1, box_s1), T_s2=(T_s2, box_s2), Q_bal=(Q_bal, box_bal))
+        # Eq. 4  Q_bal = MHCA(T_s2, T_i); in training, D denoising queries go along in front, from here to the heads
+        Q_0, box_0, blocked, D = self.with_denoising(denoising, T_s2, box_s2)
+        Q_1, box_1 = self.decode(self.residual, Q_0, box_0, T_i, level_shapes, blocked)
+        Q_bal, box_bal = Q_1[:, D:], self.starting_box(box_1[:, D:], of="Q_bal")  # [B k2 C]
 
         # Eq. 5  T_g^mask = N_mask(Q_bal)
+        guide, box_guide = self.guides(T_s1=(T_s1, box_s1), T_s2=(T_s2, box_s2), Q_bal=(Q_bal, box_bal))  # Q_bal
         T_g_mask = self.N_mask(guide, self.seg_head.mask_mlp)  # [B G C]
         # Eq. 6  T_g^box = N_box(Q_bal)
         T_g_box = self.N_box(guide, box_guide, self.position)  # [B G C]
@@ -631,25 +616,28 @@ class DIMaskDINO(nn.Module):
         # Eq. 8  T_bal = MHCA(T_i, T_g)
         T_bal = self.bato(T_i, grid, T_g, T_g_mask)  # [B N C]
 
-        # Eq. 9  Q_ref = N_de(Q_bal, T_bal), of all layers, Eq. 4's first
-        box = torch.cat((box[:, :D], box_bal), 1)
-        Q_ref, box_ref = self.N_de([Q], [box_Q, box], T_bal, level_shapes, blocked)  # [layers B D+k2 C]
+        # Eq. 9  Q_ref = N_de(Q_bal, T_bal), after each of the layers l, of which Eq. 4 is the first
+        start = Q_1, torch.cat((box_1[:, :D], box_bal), 1)
+        Q_ref, box_before = self.N_de((Q_0, box_0), start, T_bal, level_shapes, blocked)  # [l B D+k2 C]
         normed = self.head_norm(Q_ref)  # released code: classes and masks see the norm twice
         # Eq. 10  {c, b} = N_det(Q_ref)
-        c, b = self.det_head(normed, Q_ref, box_ref)  # [layers B D+k2 K], [layers B D+k2 4]
+        c, b = self.det_head(normed, Q_ref, box_before)  # [l B D+k2 K], [l B D+k2 4]
         # Eq. 11  m = N_seg(Q_ref, T_i, F_cnn)
         updated = self.seg_head.updated(pixels, T_bal, level_shapes)
         m = self.seg_head(normed, [pixels] + [updated] * len(self.decoder))  # Masks [B D+k2 H/4 W/4] of each layer
 
         layers = [Prediction(logits=c, boxes=b, mask_product=m) for c, b, m in zip(c, b, m, strict=True)]
-        noised, layers = zip(*(x.split(D) for x in (self.predict(Q_s2, box_Q, pixels), *layers)), strict=True)
+        layers = [self.predict(Q_0, box_0, pixels), *layers]  # layer 0 is what the heads say of T_s2
+        noised, layers = zip(*(layer.split(D) for layer in layers), strict=True)
         outputs = Prediction(layers[-1], layers=list(layers), selection=selection, interaction=interaction)
         outputs["denoising"] = [] if denoising is None else list(noised)
         if trace:
-            last = {"Q_ref": Q_ref[-1][:, D:], "c": outputs["logits"], "b": outputs["boxes"], "m": outputs["masks"]}
-            symbols = locals() | last
-            traced = TRACED if self.config.bato else [name for name in TRACED if not name.startswith("T_g")]
-            outputs["trace"] = {name: symbols[name] for name in traced if name in symbols}
+            symbols = dict(F_cnn=F_cnn, T_i=T_i, T_s1=T_s1, box_s1=box_s1, scores_1=scores_1, index_1=index_1)
+            symbols |= dict(T_s1_sa=T_s1_sa, box_s1_sa=box_s1_sa) if self.interactions else {}
+            symbols |= dict(T_s2=T_s2, box_s2=box_s2, scores_2=scores_2, index_2=index_2, Q_bal=Q_bal, box_bal=box_bal)
+            symbols |= dict(T_g_mask=T_g_mask, T_g_box=T_g_box, T_g=T_g) if self.config.bato else {}
+            symbols |= dict(T_bal=T_bal, Q_ref=Q_ref[-1][:, D:], c=outputs["logits"], b=outputs["boxes"])
+            outputs["trace"] = symbols | dict(m=outputs["masks"])
         return outputs
 
     def normalize(self, images):
@@ -663,16 +651,16 @@ class DIMaskDINO(nn.Module):
         anchors_logit, inside = token_anchors(level_shapes, T_i.device)
         return self.transform(T_i * inside[:, None]), anchors_logit.expand(T_i.shape[0], -1, -1)
 
-    def selected(self, T_s1, start_logit, pixels):
-        """The selected tokens [B k C] and their boxes [B k 4] for what follows, and their predictions.
+    def cut_off(self, T_s1, anchor_logit, pixels):
+        """The selected tokens [B k C] and their boxes [B k 4] as what follows sees them, and their predictions.
 
         released code: what follows does not train the tokens, their predictions do; the boxes are those of the masks.
         """
-        prediction = self.predict(T_s1, (self.det_head.delta(T_s1) + start_logit).sigmoid(), pixels)
+        prediction = self.predict(T_s1, (self.det_head.delta(T_s1) + anchor_logit).sigmoid(), pixels)
         with torch.no_grad():
             return T_s1.detach(), mask_to_box(prediction["masks"]), prediction
 
-    def position_token(self, box, of):
+    def starting_box(self, box, of):
         """The boxes [B Q 4] as they are. Table 3, position_token="random": boxes that were drawn once, the same for
         every image, stand for those of Q_bal, and for those of T_s2 where there is no De-Imbalance."""
         stage = "Q_bal" if self.interactions else "T_s2"
@@ -701,16 +689,18 @@ class DIMaskDINO(nn.Module):
             *_, guide, box = select(self.det_head.scores(guide), self.config.guiding_tokens, guide, box)
         return guide, box
 
-    def N_de(self, Q, box, T_bal, level_shapes, blocked):
-        """The decoder, started from the queries and boxes after Eq. 4: of Eq. 4 and every layer after it the normed
-        queries [layers B Q C], and the boxes that they refine.
+    def N_de(self, before, start, T_bal, level_shapes, blocked):
+        """The decoder: of Eq. 4 and each layer after it the normed queries [l B Q C], and the boxes that they refine.
 
-        released code: a layer is not trained through the box that it starts from, but its prediction is.
+        before, start: queries and boxes before and after Eq. 4. released code: a layer is not trained through the box
+        that it starts from, but its prediction is.
         """
+        stages = [before, start]
         for layer in self.decoder:
-            refined, next_box = self.decode(layer, Q[-1], box[-1].detach(), T_bal, level_shapes, blocked)
-            Q, box = [*Q, refined], [*box, next_box]
-        return self.head_norm(torch.stack(Q)), torch.stack(box[:-1])
+            Q, box = stages[-1]
+            stages.append(self.decode(layer, Q, box.detach(), T_bal, level_shapes, blocked))
+        Q, box = zip(*stages, strict=True)
+        return self.head_norm(torch.stack(Q[1:])), torch.stack(box[:-1])
 
     def predict(self, x, boxes, pixels=None):
         """What the heads say of tokens [B Q C] with boxes [B Q 4] that stay as they are, for the losses."""
@@ -788,8 +778,7 @@ def main():
         ("T_g", "Eq. 7      T_g = T_g^mask + T_g^box", model.bato, "begin"),
         ("T_bal", "Eq. 8      T_bal = MHCA(T_i, T_g)", model.bato, "end"),
         ("Q_ref", "Eq. 9      Q_ref = N_de(Q_bal, T_bal)", model.det_head, "begin"),
-        ("c", "Eq. 10     c = N_det(Q_ref)", model.det_head, "end"),
-        ("b", "Eq. 10     b = N_det(Q_ref)", model.det_head, "end"),
+        ("b", "Eq. 10     {c, b} = N_det(Q_ref)", model.det_head, "end"),
         ("m", "Eq. 11     m = N_seg(Q_ref, T_i, F_cnn)", model, "end"),
     ]
     times = {}

@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt runs/demo/best.pt                      AP_box and AP_mask on the validation images
     python evaluate.py --ckpt runs/demo/best.pt --layers             the same at every decoder layer (figure 1)
-    python evaluate.py --ckpt runs/demo/best.pt --images a.jpg --out found --score 0.3
+    python evaluate.py --ckpt runs/demo/best.pt --images a.jpg folder --out found --score 0.3
     torchrun --nproc-per-node 4 evaluate.py --ckpt ...               the images shared out over four processes
 
 From Python: `predict(model, image)` finds the objects of one image; `evaluate(model, dataset, device)` is what train.py
@@ -10,40 +10,44 @@ calls after every epoch.
 
 COCO results are dicts of `image_id`, `category_id`, `bbox` (x, y, w, h in pixels of the original image), `segmentation`
 (compressed run lengths of the original size) and `score`. Every AP is in percent. Images go through the model one by
-one, so that neither padding nor the number of processes changes a digit.
+one, so that neither padding nor the number of processes changes a digit. Without --out, results go into a new folder
+beside the checkpoint. What was found before Ctrl-C, or before an image that cannot be read, is kept.
 """
 
 import argparse
-import contextlib
-import io
-import json
+import math
 import os
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
-from torchvision import utils as pictures
+from torch.utils.data import DataLoader
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 import data
 from dimaskdino import postprocess
+from flags import add_data_flags, at_least, user_path
 from geometry import shortest_side
-from processes import join, keep_working, rank_and_world, samples
+from images import find_images, read_image, upright_rgb
+from outputs import try_output, unused, write_json
+from pictures import SCORE, draw, draw_dataset
+from processes import Interruption, join, keep_working, print_anything, rank_and_world, samples, say, workers_for
 from weights import load_model
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PIXELS = 2**26  # of all masks that are made at a time
 AREAS = {"": 0, "_50": 1, "_S": 3, "_M": 4, "_L": 5}  # suffix of the metric -> place in COCOeval.stats
 
 
@@ -77,9 +81,9 @@ def predict(
 def as_picture(image):
     """The image, in any form that `predict` takes, as an upright RGB PIL image."""
     if isinstance(image, str | os.PathLike):
-        return data.read_image(image)
+        return read_image(image)
     if isinstance(image, Image.Image):
-        return data.upright_rgb(image)
+        return upright_rgb(image)
     array = image.movedim(0, -1).cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
         raise ValueError(
@@ -91,10 +95,37 @@ def as_picture(image):
 def detect(model, image, size, device, amp="off", every_layer=False):
     """Detections of one image [3 H W] in pixels of `size` (H, W): a list with one dict of `postprocess`, that of the
     final prediction, or with every_layer one for each prediction from layer 0 on."""
+    return [postprocess(x, [image.shape[-2:]], [size])[0] for x in outputs_of(model, image, device, amp, every_layer)]
+
+
+def outputs_of(model, image, device, amp="off", every_layer=False):
+    """What the model says of one image [3 H W]: a list of its final prediction, or of each."""
     with autocast(device, amp):
         outputs = model(image[None].to(device))
-    wanted = outputs["layers"] if every_layer else [outputs]
-    return [postprocess(layer, [image.shape[-2:]], [size])[0] for layer in wanted]
+    return outputs["layers"] if every_layer else [outputs]
+
+
+def few_at_a_time(outputs: dict, image_size: tuple, size: tuple, top: int = 100) -> Iterator[dict]:
+    """What `postprocess` gives for one image, in parts whose masks have few pixels together: those of a large photo
+    take much memory."""
+    few = max(1, PIXELS // (size[0] * size[1]))
+    logits = outputs["logits"].float()
+    best = logits.sigmoid().flatten().topk(min(top, logits.numel())).indices
+    for part in best.split(few):
+        alone = torch.full_like(logits, -math.inf)
+        alone.view(-1)[part] = logits.view(-1)[part]
+        yield postprocess({**outputs, "logits": alone}, [image_size], [size], top=len(part))[0]
+
+
+def results_of(outputs, image_size, size, image_id, category_ids, score=0.0, clip=False) -> list[dict]:
+    """COCO results of one image from the model's outputs, best first, those that reach a score."""
+    results = []
+    for found in few_at_a_time(outputs, image_size, size):
+        found = {name: x[found["scores"] >= score] for name, x in found.items()}
+        if clip:
+            found["boxes"] = clip_boxes_to_image(found["boxes"], size)
+        results += coco_results(found, image_id, category_ids)
+    return sorted(results, key=lambda result: -result["score"])
 
 
 def autocast(device, amp):
@@ -112,21 +143,21 @@ def predict_dataset(
     workers: int = 0,
     amp: str = "off",
     every_layer: bool = False,
+    found: dict[int, list] | None = None,
 ) -> list[list[dict]] | None:
     """COCO results of the whole data set: one list, or with every_layer one for each prediction from layer 0 on.
 
     The processes share out the images; process 0 returns the results, the others None. The model is left in evaluation
-    mode.
+    mode. found: a dict to fill, image by image, with the results by layer under the image's place in the data set.
     """
     model.eval()
     rank, world = rank_and_world()
-    mine = range(rank, len(dataset), world)
-    loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers, worker_init_fn=keep_working)
-    found = {}
-    for index, (image, target) in zip(mine, samples(loader), strict=True):
-        image_id = target["image_id"]
-        layers = detect(model, image, size_of(dataset, image_id), device, amp, every_layer)
-        found[index] = [coco_results(layer, image_id, dataset.category_ids) for layer in layers]
+    mine, found = range(rank, len(dataset), world), {} if found is None else found
+    loader = DataLoader(data.Images(dataset, mine), batch_size=None, num_workers=workers, worker_init_fn=keep_working)
+    for index, image in zip(mine, progress(samples(loader), len(mine), "evaluating"), strict=True):
+        image_id, size = dataset.image_ids[index], size_of(dataset, dataset.image_ids[index])
+        layers = outputs_of(model, image, device, amp, every_layer)
+        found[index] = [results_of(x, image.shape[-2:], size, image_id, dataset.category_ids) for x in layers]
     if world > 1:
         shards = [None] * world if rank == 0 else None
         dist.gather_object(found, shards)
@@ -135,6 +166,12 @@ def predict_dataset(
         found = {index: layers for shard in shards for index, layers in shard.items()}
     by_layer = zip(*(found[index] for index in sorted(found)), strict=True)
     return [[result for image in layer for result in image] for layer in by_layer]
+
+
+def progress(things, total, what):
+    """The things, with a progress bar where there is a terminal."""
+    hidden = rank_and_world()[0] != 0 or not sys.stderr.isatty()
+    return tqdm(things, total=total, desc=what, unit="image", leave=False, dynamic_ncols=True, disable=hidden)
 
 
 def coco_results(detections: dict, image_id: int | str, category_ids: Sequence[int]) -> list[dict]:
@@ -179,30 +216,21 @@ def evaluate(
 def average_precision(truth: dict, results: list[dict]) -> dict[str, float | None]:
     """AP_box and AP_mask, and each at IoU 0.5 (_50) and for objects of one size (_S, _M, _L), in percent.
 
-    truth: a COCO dict; results: COCO results. The numbers are pycocotools', None where no object has that size.
+    truth: a COCO dict; results: COCO results. The numbers are pycocotools', which takes five times as long; None where
+    no object has that size.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground = coco_index({**truth, "annotations": [dict(a) for a in truth["annotations"]]})
-        metrics = {}
-        for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):
-            # Given a box beside the mask, pycocotools would sort masks into S, M and L by the area of their boxes.
-            kept = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
-            found = ground.loadRes(kept) if kept else coco_index({**truth, "annotations": []})
-            evaluation = COCOeval(ground, found, kind)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-            for suffix, place in AREAS.items():
-                value = float(evaluation.stats[place])
-                metrics[name + suffix] = None if value < 0 else 100 * value
+    quiet, metrics = {"print_function": lambda *_: None}, {}
+    ground = COCO({**truth, "annotations": [dict(a) for a in truth["annotations"]]}, **quiet)
+    for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):
+        # Given a box beside the mask, masks would be sorted into S, M and L by the area of their boxes.
+        kept = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
+        found = ground.loadRes(kept) if kept else COCO({**truth, "annotations": []}, **quiet)
+        evaluation = COCOeval_faster(ground, found, kind, **quiet)
+        evaluation.run()
+        for suffix, place in AREAS.items():
+            value = float(evaluation.stats[place])
+            metrics[name + suffix] = None if value < 0 else 100 * value
     return metrics
-
-
-def coco_index(content):
-    index = COCO()
-    index.dataset = content
-    index.createIndex()
-    return index
 
 
 def table(rows: list[tuple[str, dict]]) -> str:
@@ -224,15 +252,15 @@ def speed(model, dataset, device, amp="off", warm_up=5, most=50):
     """Images a second as the paper's tables count them: one at a time, without the time to load them, post-processed to
     masks of the original size; and the same without post-processing. The median over the first `most` images."""
     model.eval()
-    loaded = [dataset[i] for i in range(min(most, len(dataset)))]
+    loaded = [dataset.image(place)[0] for place in range(min(most, len(dataset)))]
     seconds = {"FPS": [], "FPS_without_postprocessing": []}
     for step in range(warm_up + len(loaded)):
-        image, target = loaded[step % len(loaded)]
-        image, start = image[None].to(device), clock(device)
+        place = step % len(loaded)
+        image, start = loaded[place][None].to(device), clock(device)
         with autocast(device, amp):
             outputs = model(image)
         middle = clock(device)
-        postprocess(outputs, [image.shape[-2:]], [size_of(dataset, target["image_id"])])
+        postprocess(outputs, [image.shape[-2:]], [size_of(dataset, dataset.image_ids[place])])
         if step >= warm_up:
             seconds["FPS_without_postprocessing"].append(middle - start)
             seconds["FPS"].append(clock(device) - start)
@@ -245,134 +273,161 @@ def clock(device):
     return time.perf_counter()
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
-
-
-def draw(image: Image.Image, results: list[dict], names: dict[int, str], score: float = 0.3, side: int = 640) -> Tensor:
-    """The image, uint8 [3 H' W'], with masks, boxes, classes and scores of all COCO results that reach `score`.
-
-    image: RGB, of the size that the results speak of; names: class name by category_id. Small images are enlarged to
-    about `side` px, so that the words fit.
-    """
-    import colorsys
-
-    import matplotlib
-
-    zoom = max(1, round(side / max(image.size)))
-    image = pil_to_tensor(image).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    results = sorted((r for r in results if r["score"] >= score), key=lambda r: r["score"])
-    if not results:
-        return image
-    hues = {category_id: i / len(names) for i, category_id in enumerate(sorted(names))}
-    colors = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hues[r["category_id"]], 0.9, 1)) for r in results]
-    masks = torch.from_numpy(rle.decode([r["segmentation"] for r in results])).permute(2, 0, 1).bool()
-    masks = masks.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    image = pictures.draw_segmentation_masks(image, masks, alpha=0.45, colors=colors)
-    corners = torch.tensor([[x, y, x + max(w, 0), y + max(h, 0)] for x, y, w, h in (r["bbox"] for r in results)])
-    labels = [f"{names[r['category_id']]} {r['score']:.2f}" for r in results]
-    font = {"font": os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), "font_size": 14}
-    return pictures.draw_bounding_boxes(image, zoom * corners, labels, colors, width=2, fill_labels=True, **font)
-
-
-def draw_dataset(
-    dataset: data.CocoDataset, results: list[dict], indices: list[int], folder: Path, score: float = 0.3
-) -> None:
-    """Pictures of the images at the given places of the data set, as folder/<image id>.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = dict(zip(dataset.category_ids, dataset.classes, strict=True))
-    for index in indices:
-        image_id = dataset.image_ids[index]
-        mine = [r for r in results if r["image_id"] == image_id]
-        picture = draw(data.read_record(dataset.folder, dataset.images[image_id]), mine, names, score)
-        pictures.save_image(picture / 255, folder / f"{image_id}.png")
-
-
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="CKPT", help="checkpoint of train.py, such as runs/demo/best.pt")
-    add("--data", help="shapes, shapes-full, coco, bdd100k or a folder in COCO layout; None: that of the training")
-    add("--data-root", default="data", help="where the data sets lie")
+    add("--ckpt", required=True, type=user_path, metavar="CKPT", help="checkpoint, such as runs/demo/best.pt")
+    named = "shapes, shapes-full, coco, bdd100k or a folder in COCO layout (that of the training)"
+    add_data_flags(add, help=named)
     add("--layers", action="store_true", help="AP at every decoder layer, the initial prediction (layer 0) first")
     add("--speed", action="store_true", help="images a second, with and without post-processing")
-    add("--draw", type=int, default=0, metavar="N", help="pictures of N images with what was found")
-    add("--json", type=Path, metavar="OUT", help="write the metrics to this file")
-    add("--images", type=Path, nargs="+", help="find objects in these images instead of measuring AP")
-    add("--out", type=Path, help="folder for pictures and predictions.json; None: the checkpoint's")
-    add("--score", type=float, default=0.3, help="least score of what is drawn, and of what is kept for --images")
+    add("--draw", type=at_least(0), default=0, metavar="N", help="pictures of N images, truth beside what was found")
+    add("--json", type=user_path, metavar="OUT", help="write the metrics to this file")
+    images = "find objects in these images, and in all in these folders, instead of measuring AP"
+    add("--images", type=user_path, nargs="+", metavar="PATH", help=images)
+    add("--out", type=user_path, help="folder for pictures and predictions.json (a new one beside the checkpoint)")
+    add("--score", type=float, default=SCORE, help="least score of what is drawn, and kept for --images (%(default)s)")
     sides = ("SHORT", "LONG")
-    add("--test-size", type=int, nargs=2, metavar=sides, help="shortest and longest side of images; None: as trained")
-    add("--amp", choices=["bf16", "fp16", "off"], default="off", help="autocast")
-    add("--device", choices=["cpu", "cuda"], help="None: a GPU where there is one")
-    add("--workers", type=int, default=0, help="processes that load images")
+    sizes = "shortest and longest side of images (as trained)"
+    add("--test-size", type=at_least(1), nargs=2, metavar=sides, help=sizes)
+    add("--amp", choices=["bf16", "fp16", "off"], default="off", help="autocast (%(default)s)")
+    add("--device", choices=["cpu", "cuda"], help="(a GPU where there is one)")
+    add("--workers", type=at_least(0), help="processes that load images (4 for a GPU, 0 for a CPU)")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
+    print_anything()
+    Interruption().saved = True  # a signal ends this at once, as if by sys.exit
     args = parse_arguments(arguments)
-    args.out = args.out or Path(args.ckpt).parent
     try:
         device = join(args.device)
+        if args.workers is None:
+            args.workers = workers_for(device)
         model = load_model(args.ckpt, device)
         model.test_size = args.test_size or model.test_size
+        name = args.val_json or args.data or (None if args.images else model.trained_on)
+        dataset = open_data(model, name, args) if name else None
+        if not (dataset or args.images):
+            raise ValueError(f"{args.ckpt} does not say which data it was trained on: add --data or --val-json")
+        prepare_output(args, "images" if args.images else Path(name).stem)
         if args.images:
             return evaluate_images(model, args)
-        name = args.data or model.trained_on
-        dataset = data.open_dataset(name, args.data_root, "val", shortest_side(*model.test_size), training=False)
-        if dataset.classes != model.classes:
-            raise ValueError(
-                f"{args.ckpt} knows other classes ({', '.join(model.classes)}) than {name} has "
-                f"({', '.join(dataset.classes)})"
-            )
+        evaluate_dataset(model, dataset, device, args)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    evaluate_dataset(model, dataset, device, args)
+    except SystemExit as end:
+        if end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            print("stopped by a signal", file=sys.stderr)
+        raise
+
+
+def open_data(model, name, args):
+    """The validation images to measure on, or to take class names from. Raises ValueError where they do not fit."""
+    size, jsons = shortest_side(*model.test_size), {"val": args.val_json} if args.val_json else None
+    dataset = data.open_dataset(str(name), args.data_root, "val", size, False, 0, jsons, args.image_folder)
+    if sound := data.require_sound(dataset, f"validation images of {name}"):
+        say(sound)
+    if not model.named and len(model.classes) == len(dataset.classes):
+        if model.classes != dataset.classes:
+            say(f"{args.ckpt} has no names of its classes: they are called as those of {name}")
+        model.classes, model.category_ids, model.named = dataset.classes, dataset.category_ids, True
+    data.require_same_classes(model.classes, dataset.classes, str(args.ckpt), str(name))
+    return dataset
+
+
+def prepare_output(args, what):
+    """Settle the folder for results and try all that will be written, before any work."""
+    if args.out and (args.out / "log.jsonl").exists():
+        raise ValueError(f"{args.out} holds a run, whose predictions and pictures would be lost: choose another --out")
+    args.out = args.out or unused(args.ckpt.parent / f"{args.ckpt.stem}_on_{what}")
+    if rank_and_world()[0] == 0:
+        try_output(args.out)
+        for file in filter(None, (args.out / "predictions.json", args.json)):
+            try_output(file, folder=False)
 
 
 def evaluate_images(model, args):
-    """A picture of each of the user's own images, and predictions.json of all of them."""
-    if len({file.stem for file in args.images}) < len(args.images):
-        raise ValueError("two of the --images have the same name, and their pictures would too")
-    args.out.mkdir(parents=True, exist_ok=True)
-    classes, predictions = dict(enumerate(model.classes)), []
-    for file in args.images:
-        image = data.read_image(file)
-        found = predict(model, image, args.score, args.amp)
-        results = coco_results(found, file.name, range(len(classes)))
-        pictures.save_image(draw(image, results, classes, args.score) / 255, args.out / f"{file.stem}_found.png")
-        objects = zip(found["names"], found["scores"].tolist(), strict=True)
-        print(f"{file.name}: {', '.join(f'{name} {score:.2f}' for name, score in objects) or 'nothing'}")
-        predictions += [{**r, "category": name} for r, name in zip(results, found["names"], strict=True)]
-    (args.out / "predictions.json").write_text(json.dumps(predictions))
+    """A picture of each of the user's own images, and predictions.json of all of them. Images that cannot be read are
+    named, and the exit code is then 2 in the end."""
+    files = find_images(args.images, args.out)
+    stems = [os.path.splitext(name)[0] for name in files]
+    names = dict(zip(model.category_ids, model.classes, strict=True))
+    if not model.named:
+        say(
+            f"{args.ckpt} has no names of its classes: {'COCO has as many, so those are taken' * (len(names) == 80)}"
+            f"{'they are numbered; --data takes those of a data set' * (len(names) != 80)}"
+        )
+    predictions, unread, done = [], 0, 0
+    try:
+        for (name, file), stem in zip(progress(files.items(), len(files), "finding"), stems, strict=True):
+            try:
+                picture = read_image(file)
+            except ValueError as error:
+                unread += 1
+                tqdm.write(str(error), file=sys.stderr)
+                continue
+            results = find(model, picture, name, args.score, args.amp)
+            drawn = args.out / f"{stem if stems.count(stem) == 1 else name}_found.png"
+            drawn.parent.mkdir(parents=True, exist_ok=True)
+            draw(picture, results, names, args.score).save(drawn)
+            predictions += [{**result, "category": names[result["category_id"]]} for result in results]
+            said = ", ".join(f"{names[r['category_id']]} {r['score']:.2f}" for r in results)
+            say(f"{name}: {said or 'nothing'}")
+            done += 1
+    finally:
+        write_json(args.out / "predictions.json", predictions)
+        say(f"{args.out} has what was found on {done:,} of {len(files):,} images")
+    if unread:
+        print(f"{unread} of {len(files)} images could not be read", file=sys.stderr)
+        sys.exit(2)
+
+
+@torch.inference_mode()
+def find(model, picture, image_id, score, amp):
+    """COCO results of one upright PIL image, in a little memory: what `predict` finds."""
+    resized = pil_to_tensor(shortest_side(*model.test_size)(None, *picture.size).image(picture))
+    device, size = next(model.parameters()).device, (picture.height, picture.width)
+    (outputs,) = outputs_of(model.eval(), resized, device, amp)
+    return results_of(outputs, resized.shape[-2:], size, image_id, model.category_ids, score, clip=True)
 
 
 def evaluate_dataset(model, dataset, device, args):
     """The table, and what else the command line asks for."""
-    layers = predict_dataset(model, dataset, device, args.workers, args.amp, every_layer=args.layers)
+    found = {}
+    try:
+        layers = predict_dataset(model, dataset, device, args.workers, args.amp, args.layers, found)
+    except SystemExit:
+        results = [result for layers in found.values() for result in layers[-1]]
+        if rank_and_world()[0] == 0:
+            write_json(args.out / "predictions.json", results)
+            count = f"{len(found):,} of {len(dataset):,} images"
+            print(f"stopped: {args.out / 'predictions.json'} has what was found on {count}", file=sys.stderr)
+        raise
     if layers is None:
         return
+    write_json(args.out / "predictions.json", layers[-1])
     names = [f"layer {i}" for i in range(len(layers))] if args.layers else ["DI-MaskDINO"]
     rows = [(name, average_precision(dataset.json, layer)) for name, layer in zip(names, layers, strict=True)]
     print(table(rows))
-    metrics = dict(rows[-1][1])
+    print(f"over {len(dataset):,} images with {dataset.objects:,} objects; {args.out} has all that was found")
+    metrics = {**rows[-1][1], "images": len(dataset), "objects": dataset.objects}
     if args.layers:
         metrics["layers"] = [row for _, row in rows]
     if args.speed:
         metrics.update(speed(model, dataset, device, args.amp))
         print(f"{metrics['FPS']:.1f} images/s ({metrics['FPS_without_postprocessing']:.1f} without post-processing)")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "predictions.json").write_text(json.dumps(layers[-1]))
+    if args.json:
+        write_json(args.json, metrics, indent=2)
     if args.draw:
         indices = data.evenly_spaced(args.draw, len(dataset))
-        draw_dataset(dataset, layers[-1], indices, args.out / "pictures", args.score)
-    if args.json:
-        args.json.write_text(json.dumps(metrics, indent=2))
+        score = draw_dataset(dataset, layers[-1], indices, args.out / "pictures", args.score)
+        if score < args.score:
+            print(f"nothing on the pictures reaches a score of {args.score}: they show what reaches {score:.2g}")
 
 
 if __name__ == "__main__":

@@ -12,17 +12,11 @@ from tqdm import tqdm
 
 import deform_attn_cuda
 from data import evenly_spaced
-from evaluate import draw_dataset, table
-from processes import rank_and_world
+from evaluate import table
+from pictures import SCORE, draw_dataset
+from processes import rank_and_world, say
 
 PICTURES = 8  # validation images drawn after each epoch, always the same ones
-
-
-def say(message: str) -> None:
-    """Print a line for people: once, however many processes there are, and above the progress bar if there is one."""
-    if rank_and_world()[0] == 0:
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -44,7 +38,7 @@ class Log:
         self.bar = tqdm(total=run.steps, initial=run.step, unit="step", disable=not terminal, dynamic_ncols=True)
         if self.active:
             # A run that was killed may have logged steps that it did not save: they will be logged again.
-            kept = [record for record in self.records() if record["step"] <= run.step]
+            kept = [record for record in self.records() if record["step"] <= run.saved_step]
             with tolerant(self.out / "log.jsonl"):
                 (self.out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
             with contextlib.suppress(ImportError):
@@ -68,6 +62,12 @@ class Log:
         for name, value in values.items() if self.tensorboard else ():
             if value is not None:
                 self.tensorboard.add_scalar(name, value, run.step)
+
+    def follow(self, run, parts):
+        """Yields the parts of batches; the progress bar moves with the steps in which they are used."""
+        for part in parts:
+            self.bar.update(run.step - self.bar.n)
+            yield part
 
     def training(self, run, losses, seconds, waiting):
         """After some steps. losses: the mean of each; seconds: for a step; waiting: the share of them spent on waiting
@@ -96,7 +96,10 @@ class Log:
         say(table([(f"epoch {run.epoch + 1}", metrics)]))
         with tolerant(self.out):
             (self.out / "predictions.json").write_text(json.dumps(results))
-            draw_dataset(run.val_set, results, evenly_spaced(PICTURES, len(run.val_set)), self.out / "pictures")
+            places = evenly_spaced(PICTURES, len(run.val_set))
+            score = draw_dataset(run.val_set, results, places, self.out / "pictures")
+            if score < SCORE:
+                say(f"nothing on the pictures reaches a score of {SCORE}: they show what reaches {score:.2g}")
             self.draw_curves()
 
     def draw_curves(self):
@@ -105,7 +108,7 @@ class Log:
         records = self.records()
         figure = Figure((11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        training = [record for record in records if "loss" in record]
+        training = joined([record for record in records if "loss" in record])
         for kind in ("loss", "class", "box", "giou", "mask", "dice"):  # the sum of class_0, class_1, ...
             values = [sum(v for name, v in record.items() if name.split("_")[0] == kind) for record in training]
             left.plot([record["epoch"] for record in training], values, label=kind)
@@ -120,18 +123,44 @@ class Log:
         figure.savefig(self.out / "curves.png", dpi=110)
 
 
+def joined(records):
+    """Records of training, each the mean since the one before, with those of few steps joined to the one before: the
+    mean of two steps at the end of an epoch would be a spike among means of fifty."""
+    steps = [
+        record["step"] - before for record, before in zip(records, [0] + [r["step"] for r in records], strict=False)
+    ]
+    usual, whole = sorted(steps)[len(steps) // 2] if steps else 0, []
+    for record, count in zip(records, steps, strict=True):
+        if len(whole) > 1 and 0 < count < usual / 2:
+            before, weight = whole.pop()
+            shared = record.keys() & before.keys() - {"epoch", "step"}
+            mean = {name: (before[name] * weight + record[name] * count) / (weight + count) for name in shared}
+            record, count = {**record, **mean}, weight + count
+        whole.append((record, count))
+    return [record for record, _ in whole]
+
+
+def counted(number, thing):
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
 def describe(run):
     """The first lines of a run."""
     device, world = run.device, rank_and_world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    recipe, classes = run.recipe, run.train_set.classes
+    recipe, classes, config = run.recipe, run.train_set.classes, run.config
+    kernel = deform_attn_cuda.status(device.type)
+    deform_attn_cuda._said.add(kernel)  # or the operator's first call would say it again
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     say(
         f"device: {name}{f' x {world}' if world > 1 else ''}, autocast {run.args.amp}\n"
-        f"{deform_attn_cuda.status(device.type)}\n"
+        f"{kernel}\n"
         f"data: {run.args.data}, {len(run.train_set):,} training and {len(run.val_set):,} validation images, "
         f"{len(classes)} classes ({', '.join(classes[:8])}{', ...' * (len(classes) > 8)})\n"
-        f"model: {run.args.preset}, {run.config.backbone}, {parameters:.1f} M parameters\n"
-        f"training: {recipe.epochs} epochs of {run.steps_per_epoch:,} steps of {recipe.batch_size} images, "
-        f"lr {recipe.lr:.1e}, into {run.args.out}" + f"; going on after step {run.step:,}" * bool(run.step)
+        f"model: {run.args.preset}{f', {config.backbone}' * (config.backbone != run.args.preset)}, "
+        f"{parameters:.1f} M parameters\n"
+        f"training: {counted(recipe.epochs, 'epoch')} of {counted(run.steps_per_epoch, 'step')} of "
+        f"{counted(recipe.batch_size, 'image')}, lr {recipe.lr:.1e}, into {run.args.out}"
+        + f"; going on after step {run.step:,}"
+        * bool(run.step)
     )

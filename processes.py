@@ -4,6 +4,7 @@ Everything here also works in a single process that nobody launched: it is then 
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 # ---- Starting and joining --------------------------------------------------------------------------------------------
 
@@ -66,10 +68,18 @@ def join(device: str | None) -> torch.device:
         )
     if device == "cuda":
         torch.cuda.set_device(local_rank)
-    if "RANK" in os.environ:
+    if launched_processes() > 1:
         # gloo carries what lives on the CPU, so that small decisions never wait for the GPU.
         dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+
+
+def launched_processes() -> int:
+    """How many processes a launcher such as torchrun has started; 1 without one, or if it started just this."""
+    try:
+        return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
+    except ValueError:
+        raise ValueError(f"WORLD_SIZE in the environment is {os.environ['WORLD_SIZE']!r}, not a number") from None
 
 
 # ---- Deciding together -----------------------------------------------------------------------------------------------
@@ -89,6 +99,20 @@ def any_rank(flag: Any) -> bool:
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def say(message: str) -> None:
+    """Print a line for people: once, however many processes there are, and above the progress bar if there is one."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def print_anything() -> None:
+    """Let stdout and stderr show names that the terminal has no letters for as \\u0000, rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def stop(message: object, code: int) -> None:
@@ -157,6 +181,11 @@ def samples(loader: Iterable) -> Iterator:
         # An error from a worker brings that worker's traceback with it; the message is its last line.
         print(str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
         sys.exit(2)
+
+
+def workers_for(device: torch.device) -> int:
+    """How many processes load images unless somebody says otherwise."""
+    return 4 if device.type == "cuda" else 0
 
 
 def keep_working(worker: int) -> None:

@@ -1,97 +1,100 @@
-"""What dimaskdino.py and losses.py promise, in the paper's order. `pytest -v` reads as the list of promises."""
+"""What dimaskdino.py promises, in the paper's order. `pytest -v` reads as the list of promises."""
 
 import dataclasses
 import itertools
-import os
-import pickle
+import math
+import re
 
-import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.ops import StochasticDepth
 
-from dimaskdino import Backbone, Config, DIMaskDINO, mask_to_box, postprocess, select
-from losses import Criterion, Denoising, denoising_queries
-from recipe import Recipe
-from weights import config_of, load_weights, read_checkpoint
+import dimaskdino
+from deform_attn_cuda import locate
+from dimaskdino import (
+    MLP,
+    Backbone,
+    Config,
+    DeformableAttention,
+    DIMaskDINO,
+    PositionToken,
+    mask_to_box,
+    postprocess,
+    select,
+    sine_of_grid,
+)
+from losses import denoising_queries
+from small_models import RELEASED, SMALL, TRAINING, build, close, law, objects, pictures, step
+from weights import load_weights
 
-law = settings(deadline=None, max_examples=25)
-
-SMALL = dataclasses.replace(
-    Config.tiny(), num_classes=5, dim=32, heads=2, ffn=48, encoder_layers=1, decoder_layers=3, selection=(12, 6),
-)  # fmt: skip
-TRAINING = dataclasses.replace(Recipe.tiny(), denoising=9, mask_points=48)
-RELEASED = {name: getattr(Config.released(), name) for name in ("guide_networks", "guide_value", "pixel_tokens")}
 SWITCHES = [  # every switch of the paper, as it is set in its tables
     {"selection": (12,)}, {"selection": (12, 9, 6)}, {"selection": (6, 6)}, {"selection": (12, 12)}, {"bato": False},
     {"selection": (12,), "bato": False}, {"guidance": "T_s1"}, {"guidance": "T_s2"}, {"gtg": False},
     {"position_token": "random"}, {"position_token": "random", "selection": (12,)}, {"guide_networks": "heads"},
-    {"guiding_tokens": 3}, {"guide_value": "T_g_mask"}, {"pixel_tokens": "T_bal"}, 
+    {"guiding_tokens": 3}, {"guide_value": "T_g_mask"}, {"pixel_tokens": "T_bal"},
     {"decoder_layers": 2}, {"interaction_layers": 1}, {**RELEASED, "guiding_tokens": 3}, {},
 ]  # fmt: skip
-
-
-def build(seed=0, trained=True, **changes):
-    """A small model; `trained` moves its weights off their start, where some are zero."""
-    torch.manual_seed(seed)
-    model = DIMaskDINO(dataclasses.replace(SMALL, **changes))
-    with torch.no_grad():
-        for parameter in model.parameters() if trained else ():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.eval()
-
-
-def pictures(*shape, seed=0):
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
-
-def objects(*counts, size=(64, 64), classes=5, seed=0):
-    """Targets with so many objects in each image: boxes anywhere inside, masks that fill them."""
-    generator, targets = torch.Generator().manual_seed(seed), []
-    for n in counts:
-        centers = torch.rand(n, 2, generator=generator) * 0.4 + 0.3
-        sides = torch.rand(n, 2, generator=generator) * 0.4 + 0.1
-        masks = torch.zeros(n, *size, dtype=torch.bool)
-        corners = torch.cat((centers - sides / 2, centers + sides / 2), 1) * torch.tensor([size[1], size[0]] * 2)
-        for mask, (x0, y0, x1, y1) in zip(masks, corners.int().tolist(), strict=True):
-            mask[y0 : y1 + 1, x0 : x1 + 1] = True
-        labels, boxes = torch.randint(0, classes, (n,), generator=generator), torch.cat((centers, sides), 1)
-        targets.append({"labels": labels, "boxes": boxes, "masks": masks, "image_id": len(targets)})
-    return targets
-
-
-def step(model, images, targets, recipe=TRAINING):
-    """The losses of one training step, with the random points of seed 0."""
-    torch.manual_seed(0)
-    outputs = model(images, denoising_queries(targets, model.config.num_classes, recipe.denoising))
-    return Criterion(recipe)(outputs, targets)
-
-
-def close(a, b, tolerance=1e-4):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_config_is_the_paper():
-    c = Config()
-    assert (c.dim, c.ffn, c.encoder_layers, c.decoder_layers, c.selection) == (256, 2048, 6, 6, (600, 300))
-    assert c == Config.paper()
+PAPER = [  # field, value, where the paper says so
+    ("num_classes", 80, "4.1, COCO"),
+    ("backbone", "resnet50", "4.1"),
+    ("dim", 256, "appendix B"),
+    ("heads", 8, "as MaskDINO"),
+    ("levels", 4, "3.2.1, i = 3 to 6"),
+    ("points", 4, "as MaskDINO"),
+    ("ffn", 2048, "appendix B"),
+    ("encoder_layers", 6, "3.2.1, appendix B"),
+    ("decoder_layers", 6, "table 9"),
+    ("selection", (600, 300), "tables 7 and 8"),
+    ("interaction_layers", 2, "3.2.2, Eq. 2"),
+    ("bato", True, "table 4"),
+    ("guidance", "Q_bal", "table 5"),
+    ("gtg", True, "table 6"),
+    ("position_token", "learned", "table 3"),
+    ("guide_networks", "own", "Eq. 5 and 6"),
+    ("guiding_tokens", None, "Eq. 7"),
+    ("guide_value", "T_g", "Eq. 8"),
+    ("pixel_tokens", "T_i", "Eq. 11"),
+]
+PRESETS = {  # what differs from the paper
+    "paper": {},
+    "released": dict(guide_networks="heads", guiding_tokens=50, guide_value="T_g_mask", pixel_tokens="T_bal"),
+    "maskdino": dict(selection=(300,), bato=False, decoder_layers=9),
+    "tiny": dict(
+        num_classes=8, backbone="tiny", dim=64, heads=4, ffn=128, encoder_layers=1, decoder_layers=3, selection=(60, 30)
+    ),
+}
 
 
-def test_released_differs_from_the_paper_in_four_fields():
-    paper, released = dataclasses.asdict(Config.paper()), dataclasses.asdict(Config.released())
-    assert {name for name in paper if paper[name] != released[name]} == {*RELEASED, "guiding_tokens"}
+def test_every_default_is_the_papers():
+    assert dataclasses.asdict(Config()) == {field: value for field, value, _ in PAPER}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_differs_from_the_paper_in_these_fields_and_no_other(preset):
+    assert getattr(Config, preset)() == dataclasses.replace(Config(), **PRESETS[preset])
+
+
+@pytest.mark.parametrize("preset, parameters", [("paper", 52_143_768), ("tiny", 1_145_776)])
+def test_a_preset_has_so_many_parameters(preset, parameters):
+    with torch.device("meta"):
+        model = DIMaskDINO(getattr(Config, preset)())
+    assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("preset, parameters", [("released", 52_286_232), ("maskdino", 52_058_004)])
 def test_presets_have_as_many_trained_parameters_as_the_authors_models(preset, parameters):
-    model = DIMaskDINO(getattr(Config, preset)())
-    model.backbone.freeze_norm()
+    with torch.device("meta"):
+        model = DIMaskDINO(getattr(Config, preset)())
+        model.backbone.freeze_norm()
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
 
 
@@ -111,6 +114,17 @@ def test_a_config_that_makes_no_model_is_refused_by_the_name_of_its_field(wrong)
         dataclasses.replace(SMALL, **wrong)
 
 
+# ---- Leaf blocks -----------------------------------------------------------------------------------------------------
+
+
+def test_an_mlp_has_a_relu_between_its_layers_and_none_after_the_last():
+    mlp = MLP(1, 1, 1, 3)
+    for parameter in mlp.parameters():
+        nn.init.constant_(parameter, 1.0 if parameter.ndim == 2 else 0.0)
+    nn.init.constant_(mlp.layers[2].weight, -1.0)
+    assert mlp(torch.tensor([[-2.0], [3.0]])).flatten().tolist() == [0.0, -3.0]
+
+
 # ---- Feature Tokens Extractor (3.2.1) --------------------------------------------------------------------------------
 
 
@@ -122,6 +136,21 @@ def test_backbones_give_features_at_strides_4_to_32(name):
     assert [tuple(x.shape) for x in features] == [
         (1, c, 256 // s, 384 // s) for c, s in zip(backbone.channels, (4, 8, 16, 32), strict=True)
     ]
+
+
+@pytest.mark.parametrize("name, drop", [("swin_t", 0.2), ("swin_s", 0.3), ("swin_b", 0.5)])
+def test_a_swin_backbone_has_the_shape_of_torchvisions_and_drops_as_many_blocks(name, drop):
+    with torch.device("meta"):
+        ours, theirs = Backbone(name), getattr(torchvision.models, name)().features
+    shapes = [sorted(tuple(p.shape) for p in x.parameters()) for x in (ours.stages, theirs)]
+    drops = [max(m.p for m in x.modules() if isinstance(m, StochasticDepth)) for x in (ours, theirs)]
+    assert shapes[0] == shapes[1] and drops == [drop, drop]
+
+
+def test_an_image_of_the_mean_colour_is_zero_and_one_deviation_brighter_is_one():
+    mean, deviation = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])  # of ImageNet, RGB
+    images = torch.stack((mean, mean + deviation))[..., None, None].expand(-1, -1, 32, 32)
+    close(build().normalize(images)[:, :, 0, 0], torch.tensor([[0.0] * 3, [1.0] * 3]), 1e-5)
 
 
 def test_pretrained_batch_norms_are_frozen_and_stay_so_in_training():
@@ -144,6 +173,76 @@ def test_an_image_of_800x1216_becomes_20197_tokens_then_600_then_300():
         "T_bal": 20197,
         "Q_ref": 300,
     }
+
+
+@law
+@given(st.integers(1, 200), st.integers(1, 200))
+@torch.no_grad()
+def test_N_is_the_sum_over_i_from_3_to_6_and_no_more_are_selected_than_there_are(height, width):
+    trace = build(selection=(60, 30))(torch.zeros(1, 3, height, width), trace=True)["trace"]
+    height, width = (-(-side // 32) * 32 for side in (height, width))  # padded
+    N = sum(math.ceil(height / 2**i) * math.ceil(width / 2**i) for i in (3, 4, 5, 6))
+    assert [trace[name].shape[1] for name in ("T_i", "T_s1", "T_s2", "T_bal")] == [N, min(60, N), min(30, N), N]
+
+
+@torch.no_grad()
+def test_tokens_run_from_the_finest_level_to_the_coarsest_row_by_row():
+    model, maps = build(encoder_layers=0), []
+    for projection in model.encoder.projections:
+        projection.register_forward_hook(lambda _, inputs, output: maps.append(output))
+    T_i = model(pictures(1, 3, 64, 96), trace=True)["trace"]["T_i"]
+    assert [tuple(x.shape[2:]) for x in maps] == [(8, 12), (4, 6), (2, 3), (1, 2)]
+    assert torch.equal(T_i, torch.cat([x.flatten(2) for x in maps], 2).transpose(1, 2))
+
+
+def test_the_position_of_a_cell_counts_from_1_and_turns_once_over_a_side():
+    position = sine_of_grid([(4, 8)], 8, "cpu").view(4, 8, 8)  # sine, cosine, and a hundredth of the turn; y, then x
+    for place, channels, turns in [
+        ((0, 0), slice(0, 2), 1 / 4), ((1, 7), slice(0, 2), 2 / 4), ((3, 0), slice(2, 4), 1 / 100),
+        ((3, 0), slice(4, 6), 1 / 8), ((2, 5), slice(4, 6), 6 / 8), ((0, 3), slice(6, 8), 4 / 8 / 100),
+    ]:  # fmt: skip
+        close(position[place][channels], torch.tensor([math.sin(math.tau * turns), math.cos(math.tau * turns)]))
+
+
+def test_the_position_token_of_a_box_turns_with_cy_cx_w_and_h():
+    position, seen = PositionToken(8), []  # for each of the four: sine, cosine, and a hundredth of the turn
+    position.layers[0].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    position(torch.tensor([[[0.25, 0.5, 1.0, 0.75]]]))
+    turns = torch.tensor([0.5, 0.25, 1.0, 0.75])[:, None] / torch.tensor([1, 100])
+    close(seen[0][0, 0].view(4, 2, 2), torch.stack(((math.tau * turns).sin(), (math.tau * turns).cos()), -1))
+
+
+def sampling(reference, shapes, monkeypatch):
+    """Where, and with what logits, fresh deformable attention of eight heads samples [Q h L P 2], [Q h L P]."""
+    seen, config = [], dataclasses.replace(SMALL, heads=8)
+    monkeypatch.setattr(dimaskdino, "deform_attn", lambda value, *rest: seen.append(rest) or torch.zeros(1, 3, 32))
+    attention = DeformableAttention(config)
+    attention.start()
+    N = sum(height * width for height, width in shapes)
+    attention(torch.rand(1, 3, 32), torch.rand(1, 3, 32), reference, torch.rand(1, N, 32), shapes)
+    shapes, reference, offsets, logits = seen[0]
+    return locate(shapes, reference, offsets)[0], logits[0]
+
+
+DIRECTIONS = torch.tensor([[1, 0], [1, 1], [0, 1], [-1, 1], [-1, 0], [-1, -1], [0, -1], [1, -1]]).float()
+LEVELS = [(8, 16), (4, 8), (2, 4), (1, 2)]
+
+
+def test_the_encoder_starts_with_points_one_to_four_cells_away_in_eight_directions(monkeypatch):
+    centers = torch.rand(3, 2)
+    locations, logits = sampling(centers, LEVELS, monkeypatch)
+    cells = (locations - centers[:, None, None, None]) * torch.tensor([(w, h) for h, w in LEVELS])[:, None]
+    expected = DIRECTIONS[:, None, None] * torch.arange(1, 5)[:, None]
+    close(cells, expected.expand(3, -1, 4, -1, -1))
+    assert not logits.any()  # all 16 weigh the same
+
+
+def test_the_decoder_starts_with_points_from_the_centre_to_the_edge_of_the_box(monkeypatch):
+    boxes = torch.rand(1, 3, 4) + 0.1
+    locations, _ = sampling(boxes, LEVELS, monkeypatch)
+    center, size = boxes[0, :, None, None, None].chunk(2, -1)
+    share = DIRECTIONS[:, None, None] * torch.tensor([1, 2, 3, 4])[:, None] / 8  # the fourth is half a box away
+    close((locations - center) / size, share.expand(3, -1, 4, -1, -1))
 
 
 @law
@@ -206,6 +305,30 @@ def test_a_selection_gathers_tokens_of_any_shape_by_the_same_index():
         assert torch.equal(picked[b], tokens[b][index[b]]) and torch.equal(picked_boxes[b], boxes[b][index[b]])
 
 
+def test_a_token_scores_as_its_best_class():
+    head, x = build().det_head, torch.rand(2, 7, 32)
+    assert torch.equal(head.scores(x), head.classes(x).max(-1).values)
+
+
+@torch.no_grad()
+def test_first_boxes_are_on_their_cell_and_double_from_the_coarsest_level_to_the_finest():
+    out = build(trained=False, selection=(340, 6))(pictures(1, 3, 128, 128), trace=True)  # fresh: nothing is refined
+    boxes = out["selection"]["boxes"][0, out["trace"]["index_1"][0].argsort()]
+    sizes = torch.cat([torch.full((n, 2), size) for n, size in ((256, 0.4), (64, 0.2), (16, 0.1), (4, 0.05))])
+    close(boxes[:, 2:], sizes, 1e-6)
+    close(boxes[[0, 1, 16, 339], :2], torch.tensor([[1, 1], [3, 1], [1, 3], [24, 24]]) / 32, 1e-6)
+
+
+@pytest.mark.parametrize("cells, border", [(48, False), (52, True)])
+def test_tokens_at_the_border_of_a_map_wider_than_50_cells_are_blank_and_have_no_box(cells, border):
+    tokens, anchors_logit = build().candidates(torch.rand(1, 2 * cells, 32), [(2, cells)])
+    without = torch.zeros(2, cells, dtype=torch.bool)
+    without[:, [0, -1]] = border
+    assert torch.equal(anchors_logit[0].isinf().all(-1), without.flatten())
+    blank = build().transform(torch.zeros(32))
+    assert torch.equal((tokens[0] == blank).all(-1), without.flatten())
+
+
 @torch.no_grad()
 def test_eq1_selects_no_token_that_scores_less_than_one_it_leaves_out():
     model = build()
@@ -235,6 +358,42 @@ def test_eq2_does_not_depend_on_the_order_of_the_tokens():
 
 
 @torch.no_grad()
+def test_eq2_every_token_hears_every_other():
+    interact, T, box = build().interactions[0], torch.rand(1, 8, 32), torch.rand(1, 8, 4)
+    before, _, _ = interact(T, box)
+    T[0, 3] += 1
+    assert (interact(T, box)[0] != before).any(-1).all()
+
+
+@torch.no_grad()
+def test_eq4_sees_tokens_that_no_selection_kept():
+    model, images = build(), pictures(1, 3, 64, 64)
+    before = model(images, trace=True)["trace"]
+    left_out = [token for token in range(64, 85) if token not in before["index_1"]]  # not of 1/8: pixels know those
+
+    def changed(_, inputs, output):
+        T_i = output[0].clone()
+        T_i[:, left_out] += 0.01 * torch.rand(32)
+        return T_i, *output[1:]
+
+    model.encoder.register_forward_hook(changed)
+    after = model(images, trace=True)["trace"]
+    assert torch.equal(before["index_1"], after["index_1"]) and torch.equal(before["T_s2"], after["T_s2"])
+    assert (before["Q_bal"] != after["Q_bal"]).any()
+
+
+@pytest.mark.parametrize("preset", [{}, {**RELEASED, "guiding_tokens": 3}], ids=["paper", "released"])
+@torch.no_grad()
+def test_eq4_attends_to_T_i_and_every_later_layer_to_T_bal(preset):
+    model, memories = build(**preset), []
+    for layer in (model.residual, *model.decoder):
+        layer.register_forward_hook(lambda _, inputs, output: memories.append(inputs[3]))
+    trace = model(pictures(1, 3, 64, 64), trace=True)["trace"]
+    for memory, expected in zip(memories, ("T_i", "T_bal", "T_bal"), strict=True):
+        assert torch.equal(memory, trace[expected])
+
+
+@torch.no_grad()
 def test_eq4_does_not_depend_on_the_order_of_the_queries():
     layer, Q, box, order = build().residual, torch.rand(1, 8, 32), torch.rand(1, 8, 4), torch.randperm(8)
     memory, shapes, position = torch.rand(1, 22, 32), [(4, 4), (2, 2), (1, 1), (1, 1)], torch.rand(1, 8, 32)
@@ -244,10 +403,57 @@ def test_eq4_does_not_depend_on_the_order_of_the_queries():
     )
 
 
-def test_T_s1_and_its_boxes_are_not_trained_through_what_follows():
-    trace = build()(pictures(1, 3, 64, 64), trace=True)["trace"]
-    assert not trace["T_s1"].requires_grad and not trace["box_s1"].requires_grad
-    assert trace["T_s2"].requires_grad and trace["box_s2"].requires_grad
+@pytest.mark.parametrize(
+    "symbol, part, trains",
+    [
+        ("T_i", "encoder.level_embed", True),
+        ("T_s1", "transform.0.weight", False),
+        ("box_s1", "seg_head.embed.weight", False),
+        ("T_s2", "transform.0.weight", False),
+        ("T_s2", "interactions.0.layers.0.ffn.linear1.weight", True),
+        ("T_s2", "interactions.0.box_mlp.layers.0.weight", False),
+        ("box_s2", "interactions.0.box_mlp.layers.0.weight", True),
+        ("box_s2", "interactions.0.layers.0.ffn.linear1.weight", True),
+        ("Q_bal", "interactions.0.layers.0.ffn.linear1.weight", True),
+        ("Q_bal", "interactions.0.box_mlp.layers.0.weight", True),
+        ("Q_bal", "encoder.level_embed", True),
+        ("Q_bal", "transform.0.weight", False),
+        ("T_g_mask", "residual.ffn.linear1.weight", True),
+        ("T_g_box", "residual.ffn.linear1.weight", True),
+        ("T_bal", "encoder.level_embed", True),
+        ("T_bal", "N_mask.mlp.layers.0.weight", True),
+        ("T_bal", "N_box.mlp.layers.0.weight", True),
+        ("Q_ref", "bato.ffn.linear1.weight", True),
+        ("Q_ref", "residual.ffn.linear1.weight", True),
+        ("Q_ref", "det_head.box_mlp.layers.0.weight", False),
+        ("m", "seg_head.embed.weight", True),
+        ("m", "encoder.lateral.0.weight", True),
+        ("m", "bato.ffn.linear1.weight", True),
+    ],
+)
+def test_a_symbol_trains_what_made_it_up_to_where_the_authors_cut_the_gradient(symbol, part, trains):
+    model = build()
+    value = model(pictures(1, 3, 64, 64), trace=True)["trace"][symbol].sin().sum()
+    weight = model.get_parameter(part)
+    (gradient,) = torch.autograd.grad(value, weight, allow_unused=True) if value.requires_grad else (None,)
+    assert (gradient is not None and gradient.any().item()) == trains
+
+
+def deltas(prediction, bias):
+    """Through how many changes a predicted box trains the last bias of the network that makes them."""
+    boxes = prediction["boxes"][0]
+    box = boxes[torch.minimum(boxes, 1 - boxes).amin(-1).argmax()]  # far from 0 and 1, where logits are clamped
+    (gradient,) = torch.autograd.grad(box.logit().sum(), bias, allow_unused=True, retain_graph=True)
+    return 0 if gradient is None else round(gradient.mean().item(), 3)
+
+
+def test_predicted_boxes_train_the_change_before_theirs_too_but_no_earlier_one():
+    model = build()
+    out = model(pictures(1, 3, 64, 64))
+    bias, interaction_bias = (x.box_mlp.layers[-1].bias for x in (model.det_head, model.interactions[0]))
+    assert deltas(out["selection"], bias) == 1
+    assert [deltas(x, interaction_bias) for x in out["interaction"]] == [2, 2]
+    assert [deltas(x, bias) for x in out["layers"]] == [0, 1, 2, 2]  # the initial prediction changes nothing
 
 
 @law
@@ -274,12 +480,69 @@ def test_eq7_the_guiding_tokens_are_the_sum_of_mask_and_box_guiding_tokens():
     assert trace["T_g_mask"].ne(trace["T_g_box"]).any()
 
 
+@pytest.mark.parametrize("network", ["N_mask", "N_box"])
+def test_eq5_and_eq6_are_three_layers_on_the_query_alone(network):
+    guide = getattr(build(), network)
+    layers = [(m.in_features, m.out_features) for m in guide.modules() if isinstance(m, nn.Linear)]
+    assert layers == [(32, 32)] * 3
+
+
 @torch.no_grad()
-def test_eq8_moves_every_token_of_T_i_and_does_not_depend_on_the_order_of_the_guiding_tokens():
-    bato, T_i, T_g, grid = build().bato, torch.rand(1, 20, 32), torch.rand(1, 5, 32), torch.rand(20, 32)
-    T_bal, order = bato(T_i, grid, T_g, T_g), torch.randperm(5)
-    assert T_bal.shape == T_i.shape and (T_bal != T_i).any(-1).all()
-    close(T_bal, bato(T_i, grid, T_g[:, order], T_g[:, order]))
+def test_eq5_and_eq6_make_each_guiding_token_of_its_own_query_and_of_no_box():
+    model, Q, box = build(), torch.rand(1, 5, 32), torch.rand(2, 1, 5, 4)
+    a = torch.cat((model.N_mask(Q, model.seg_head.mask_mlp), model.N_box(Q, box[0], model.position)))
+    Q[0, 2] += 1
+    b = torch.cat((model.N_mask(Q, model.seg_head.mask_mlp), model.N_box(Q, box[1], model.position)))
+    assert (a != b).any(-1).tolist() == [[False, False, True, False, False]] * 2
+
+
+@torch.no_grad()
+def test_eq8_does_not_depend_on_the_order_of_the_guiding_tokens():
+    bato, T_i, T_g, grid, order = (
+        build().bato,
+        torch.rand(1, 20, 32),
+        torch.rand(1, 5, 32),
+        torch.rand(20, 32),
+        [3, 1, 0, 4, 2],
+    )
+    close(bato(T_i, grid, T_g, T_g), bato(T_i, grid, T_g[:, order], T_g[:, order]))
+
+
+@torch.no_grad()
+def test_eq8_each_token_moves_by_itself():
+    bato, T_i, T_g, grid, order = (
+        build().bato,
+        torch.rand(1, 20, 32),
+        torch.rand(1, 5, 32),
+        torch.rand(20, 32),
+        torch.randperm(20),
+    )
+    T_bal = bato(T_i, grid, T_g, T_g)
+    close(T_bal[:, order], bato(T_i[:, order], grid[order], T_g, T_g))
+    T_i[0, 7] += torch.rand(32)
+    assert (bato(T_i, grid, T_g, T_g) != T_bal).any(-1)[0].nonzero()[:, 0].tolist() == [7]
+
+
+@torch.no_grad()
+def test_eq8_what_a_token_is_told_depends_on_what_it_is_and_on_where_it_is():
+    bato, T_g, told = build().bato, torch.rand(1, 5, 32), []
+    bato.attention.mha.register_forward_hook(lambda _, inputs, output: told.append(output[0][0]))
+    T_i, grid = torch.rand(1, 4, 32) * 3, torch.rand(4, 32) * 3
+    T_i[0, 1], grid[2] = T_i[0, 0], grid[0]  # token 1 is as token 0, token 2 is where token 0 is
+    bato(T_i, grid, T_g, T_g)
+    assert (told[0][0] != told[0][1]).any() and (told[0][0] != told[0][2]).any()
+
+
+@pytest.mark.parametrize("value, moves", [("T_g", (True, False)), ("T_g_mask", (True, True))])
+@torch.no_grad()
+def test_eq8_attends_to_T_g_with_T_g_as_value_or_as_released_with_T_g_mask(value, moves):
+    bato, T_i, grid = build(guide_value=value).bato, torch.rand(1, 4, 32), torch.rand(4, 32)
+    T_g, T_g_mask = torch.rand(2, 1, 5, 32)
+    T_bal = bato(T_i, grid, T_g, T_g_mask)
+    others = bato(T_i, grid, T_g + torch.rand(5, 32), T_g_mask), bato(T_i, grid, T_g, T_g_mask + torch.rand(5, 32))
+    assert tuple((other != T_bal).any().item() for other in others) == moves
+    key, same_value = bato(T_i, grid, T_g.flip(1), T_g_mask), bato(T_i, grid, T_g.flip(1), T_g_mask.flip(1))
+    assert torch.allclose(key, T_bal, atol=1e-5) == (value == "T_g") and torch.allclose(same_value, T_bal, atol=1e-5)
 
 
 def test_released_box_guiding_tokens_do_not_train_the_boxes_they_come_from():
@@ -298,6 +561,17 @@ def test_eq9_there_is_a_prediction_for_T_s2_and_for_every_decoder_layer_eq4_incl
     out = build(decoder_layers=layers)(pictures(1, 3, 64, 64))
     assert len(out["layers"]) == 1 + layers
     assert all(torch.equal(out[name], out["layers"][-1][name]) for name in ("logits", "boxes", "masks"))
+
+
+@torch.no_grad()
+def test_eq9_every_layer_starts_from_the_box_that_the_layer_before_refined():
+    model, boxes = build(), []
+    for layer in (model.residual, *model.decoder):
+        layer.register_forward_hook(lambda _, inputs, output: boxes.append((inputs[2], output)))
+    trace = model(pictures(1, 3, 64, 64), trace=True)["trace"]
+    assert torch.equal(boxes[0][0], trace["box_s2"]) and torch.equal(boxes[1][0], trace["box_bal"])
+    for (box, Q), (refined, _) in itertools.pairwise(boxes):
+        close(refined, (model.det_head.delta(Q) + box.logit(1e-5)).sigmoid(), 1e-6)
 
 
 @torch.no_grad()
@@ -322,6 +596,43 @@ def test_eq11_masks_are_products_of_query_and_pixel_embeddings():
     Q, pixels = torch.rand(2, 1, 3, 32), torch.rand(1, 32, 6, 5)
     for x, masks in zip(Q, head(Q, [pixels, pixels]), strict=True):
         close(masks.all()[0, :, 4, 2], head.mask_mlp(x)[0] @ pixels[0, :, 4, 2])
+
+
+def test_eq11_pixels_are_made_of_T_i_and_of_F_cnn():
+    out = build()(pictures(1, 3, 64, 64), trace=True)
+    pixels = out["mask_product"].pixels.sin().sum()
+    gradients = torch.autograd.grad(pixels, [out["trace"]["T_i"], out["trace"]["F_cnn"]])
+    assert all(gradient.any() for gradient in gradients)
+    assert gradients[0][0].any(-1).tolist() == [True] * 64 + [False] * 21  # of T_i, the level that is nearest in size
+
+
+def test_matrices_start_uniform_within_the_bound_of_xavier():
+    model = build(trained=False, dim=64)
+    for part in (model.encoder.layers, model.residual, model.decoder, model.position, model.bato):
+        for name, x in part.named_parameters():
+            if x.ndim > 1 and x.any():  # offsets and weights of deformable attention are zero
+                assert 0.9 < x.abs().max() / (6 / sum(x.shape)) ** 0.5 <= 1, name
+
+
+def test_convolutions_start_uniform_within_the_bound_of_xavier_or_kaiming_and_without_bias():
+    model = build(trained=False, dim=64)
+    for convs, bound in [
+        ([x[0] for x in model.encoder.projections], lambda inputs, outputs: 6 / (inputs + outputs)),
+        ([model.encoder.lateral[0], model.seg_head.fuse[0], model.seg_head.embed], lambda inputs, _: 3 / inputs),
+    ]:
+        for conv in convs:
+            inputs, outputs = conv.weight[0].numel(), conv.weight[:, 0].numel()
+            assert 0.9 < conv.weight.abs().max() / bound(inputs, outputs) ** 0.5 <= 1
+            assert conv.bias is None or not conv.bias.any()
+
+
+def test_a_fresh_model_refines_no_box():
+    out = build(trained=False)(pictures(1, 3, 64, 64), trace=True)
+    start = out["trace"]["box_s1"][
+        0, [out["trace"]["index_1"][0].tolist().index(i) for i in out["trace"]["index_2"][0]]
+    ]
+    for layer in out["layers"]:
+        close(layer["boxes"][0], start, 2e-5)
 
 
 # ---- Switches --------------------------------------------------------------------------------------------------------
@@ -420,187 +731,6 @@ def test_gradients_reach_every_parameter_for_every_switch(change):
         assert parameter.grad.any(), f"{name} has a gradient of zero"
 
 
-# ---- Losses ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "counts",
-    [(2, 3), (0, 3), (0, 0), (1, 0), (1, 1), (10, 2), (14, 0)],
-    ids=[
-        "some",
-        "one image empty",
-        "all empty",
-        "one object",
-        "one each",
-        "more than denoising slots",
-        "more than queries",
-    ],
-)
-def test_losses_and_gradients_are_finite_and_reach_every_parameter_for_any_number_of_objects(counts):
-    model = build().train()
-    terms = step(model, pictures(2, 3, 64, 64), objects(*counts))
-    sum(terms.values()).backward()
-    assert all(value.isfinite() for value in terms.values())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_objects_of_no_size_and_objects_without_a_pixel_train():
-    targets = objects(2, 2)
-    targets[0]["boxes"][0, 2:] = 0
-    targets[1]["masks"][0] = False
-    terms = step(build().train(), pictures(2, 3, 64, 64), targets)
-    assert all(value.isfinite() for value in terms.values())
-
-
-def test_every_stage_is_trained_by_every_loss_it_has():
-    terms = step(build(), pictures(1, 3, 64, 64), objects(2))
-    sets = ["selection", "interaction_0", "interaction_1", *"0123", *(f"denoising_{i}" for i in range(4))]
-    losses = ["class", "box", "giou", "mask", "dice"]
-    no_masks = {f"{loss}_interaction_{i}" for loss in ("mask", "dice") for i in (0, 1)}
-    assert terms.keys() == {f"{loss}_{s}" for s in sets for loss in losses} - no_masks
-
-
-def test_losses_are_divided_by_the_number_of_objects_that_is_given():
-    model, targets = build(), objects(2, 3)
-    with torch.no_grad():
-        outputs = model(pictures(2, 3, 64, 64))
-    criterion = Criterion(TRAINING)
-    torch.manual_seed(0)
-    own = criterion(outputs, targets)
-    torch.manual_seed(0)
-    for name, value in criterion(outputs, targets, num_objects=10).items():
-        close(value * 2, own[name], 1e-6)
-
-
-def perfect(targets, queries, classes):
-    """Predictions that are the targets, the first objects first, and background."""
-    size = [side // 4 for side in targets[0]["masks"].shape[1:]]
-    logits, boxes = torch.full((len(targets), queries, classes), -20.0), torch.full((len(targets), queries, 4), 0.5)
-    masks = torch.full((len(targets), queries, *size), -20.0)
-    for b, target in enumerate(targets):
-        n = len(target["labels"])
-        logits[b, range(n), target["labels"]], boxes[b, :n] = 20.0, target["boxes"]
-        masks[b, :n] = nn.functional.max_pool2d(target["masks"].float(), 4) * 40 - 20
-    return {"logits": logits, "boxes": boxes, "masks": masks}
-
-
-def whole_cells(targets):
-    """The same targets with masks that are whole cells of 4x4 pixels."""
-    for t in targets:
-        t["masks"] = torch.kron(nn.functional.max_pool2d(t["masks"].float(), 4), torch.ones(4, 4)).bool()
-    return targets
-
-
-def test_perfect_predictions_are_matched_to_their_objects_and_cost_almost_nothing():
-    torch.manual_seed(0)
-    targets, criterion = whole_cells(objects(2, 3)), Criterion(TRAINING)
-    best = perfect(targets, 6, 5)
-    queries, found = criterion.match({"0": best}, targets)["0"]
-    assert queries.tolist() == [0, 1, 6, 7, 8] and found.tolist() == [0, 1, 2, 3, 4]
-
-    def cost(prediction):
-        return criterion(
-            {**best, "layers": [prediction], "selection": best, "interaction": [], "denoising": []}, targets
-        )
-
-    right, inverted = cost(best), cost({**best, "masks": -best["masks"]})
-    assert max(right["class_0"], right["box_0"], right["giou_0"]) < 1e-4
-    # Masks cost a little where a point falls between two cells; three in four points are chosen there.
-    assert right["mask_0"] < 1 < 50 < inverted["mask_0"] and right["dice_0"] < 1 < 4 < inverted["dice_0"]
-
-
-@law
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
-def test_the_match_has_the_least_total_cost_of_all_matches(number, queries, seed):
-    torch.manual_seed(seed)
-    target, criterion = objects(number, seed=seed)[0], Criterion(TRAINING)
-    prediction = {"logits": torch.randn(1, queries, 5), "boxes": torch.rand(1, queries, 4) * 0.5 + 0.2}
-    found_queries, found_objects = (x.tolist() for x in criterion.match({"0": prediction}, [target])["0"])
-    terms = dimaskdino_costs(prediction, target)
-    best = min(
-        sum(terms[q, o] for q, o in zip(qs, os_, strict=True))
-        for qs in itertools.permutations(range(queries), min(queries, number))
-        for os_ in itertools.combinations(range(number), min(queries, number))
-    )
-    assert sum(terms[q, o] for q, o in zip(found_queries, found_objects, strict=True)) == pytest.approx(best, abs=1e-4)
-
-
-def dimaskdino_costs(prediction, target):
-    """Class, box and GIoU costs, one pair at a time from their definitions: an oracle for small sizes."""
-    total = {}
-    for q, o in itertools.product(range(prediction["logits"].shape[1]), range(len(target["labels"]))):
-        p = prediction["logits"][0, q].double().sigmoid()[target["labels"][o]]
-        focal = 0.25 * (1 - p) ** 2 * -torch.log(p) - 0.75 * p**2 * -torch.log(1 - p)
-        a, b = prediction["boxes"][0, q], target["boxes"][o]
-        corners = [torchvision.ops.box_convert(x[None], "cxcywh", "xyxy") for x in (a, b)]
-        giou = torchvision.ops.generalized_box_iou(*corners)[0, 0]
-        total[q, o] = float(4 * focal + 5 * (a - b).abs().sum() - 2 * giou)
-    return total
-
-
-@pytest.mark.parametrize("part", ["logits", "boxes", "masks"])
-def test_a_prediction_that_is_not_finite_is_reported_with_its_name_set_and_image(part):
-    targets = objects(2, 1)
-    prediction = perfect(targets, 4, 5)
-    prediction[part][1, 2] = torch.nan
-    with pytest.raises(FloatingPointError, match=f"predicted {part}, in set 3, image 1"):
-        Criterion(TRAINING).match({"3": prediction}, targets)
-
-
-def test_a_target_that_is_not_finite_is_reported():
-    targets = objects(2, 1)
-    prediction = perfect(targets, 4, 5)
-    targets[0]["boxes"][1, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match="target's boxes, in set 0, image 0"):
-        Criterion(TRAINING).match({"0": prediction}, targets)
-
-
-# ---- Denoising queries -----------------------------------------------------------------------------------------------
-
-
-@law
-@given(st.lists(st.integers(0, 7), min_size=1, max_size=3), st.integers(0, 20))
-def test_denoising_fills_as_many_groups_as_fit_and_leaves_other_slots_empty(counts, queries):
-    targets = objects(*counts)
-    denoising = denoising_queries(targets, 5, queries)
-    groups = queries // max(counts) if max(counts) else 0
-    assert denoising.groups == groups and denoising.labels.shape == (len(counts), groups * max(counts))
-    assert (denoising.labels >= 0).sum(1).tolist() == [n * groups for n in counts]
-
-
-def test_without_noise_denoising_queries_are_the_objects():
-    targets = objects(2, 3)
-    denoising = denoising_queries(targets, 5, queries=6, label_noise=0, box_noise=0)
-    assert denoising.labels.tolist() == [[*targets[0]["labels"], -1] * 2, [*targets[1]["labels"]] * 2]
-    close(denoising.boxes_logit[1, 3:].sigmoid(), targets[1]["boxes"], 1e-5)
-
-
-def test_box_noise_moves_centres_by_up_to_a_fifth_and_sizes_by_up_to_two_fifths_of_the_size():
-    targets = objects(1)
-    boxes = denoising_queries(targets, 5, queries=2000).boxes_logit[0].sigmoid()
-    moved = (boxes - targets[0]["boxes"]).abs() / targets[0]["boxes"][:, 2:].repeat(1, 2)
-    assert moved.amax(0).tolist() == pytest.approx([0.2, 0.2, 0.4, 0.4], rel=0.02)  # 2,000 uniform draws come that near
-
-
-@pytest.mark.parametrize("given, share, near", [({}, 0.2, 0.03), ({"label_noise": 0.5}, 0.5, 0.04)])
-def test_a_fifth_of_the_labels_is_redrawn_or_as_many_as_asked_for(given, share, near):
-    targets = objects(1)
-    labels = denoising_queries(targets, 1000, queries=4000, **given).labels
-    assert (labels != targets[0]["labels"][0]).float().mean().item() == pytest.approx(share, abs=near)  # 5 sigma
-
-
-@torch.no_grad()
-def test_denoising_groups_see_neither_each_other_nor_are_they_seen():
-    model, images = build(), pictures(1, 3, 64, 64)
-    first = Denoising(torch.tensor([[1, 2, 3, 4]]), torch.zeros(1, 4, 4), groups=2)
-    other = Denoising(torch.tensor([[1, 2, 0, 0]]), torch.tensor([[[0.0] * 4] * 2 + [[1.0] * 4] * 2]), groups=2)
-    a, b, none = model(images, first), model(images, other), model(images)
-    for name in ("logits", "boxes", "masks"):
-        close(a["denoising"][-1][name][:, :2], b["denoising"][-1][name][:, :2])
-        assert not torch.equal(a["denoising"][-1][name][:, 2:], b["denoising"][-1][name][:, 2:])
-        close(a[name], none[name])
-
-
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -671,129 +801,56 @@ def test_postprocess_gives_the_best_of_all_classes_best_first_at_any_output_size
     assert found["masks"].shape == (len(found["scores"]), height, width) and found["masks"].dtype == torch.bool
 
 
+def test_a_query_may_be_found_as_two_classes_before_another_query_is_found():
+    outputs = hand_made_outputs()
+    outputs["logits"][0, 1, 0] = 1.0
+    (found,) = postprocess(outputs, [(48, 64)], [(48, 64)], top=2)
+    assert found["labels"].tolist() == [2, 0] and torch.equal(found["boxes"][0], found["boxes"][1])
+
+
+def test_a_score_is_the_class_times_the_mean_of_the_mask_inside_the_mask():
+    outputs = hand_made_outputs()
+    outputs["masks"][0, 1] = 1.5
+    (found,) = postprocess(outputs, [(48, 64)], [(48, 64)], top=1)
+    expected = torch.tensor(2.0).sigmoid() * torch.tensor(1.5).sigmoid()
+    close(found["scores"][0], expected, 1e-5)
+
+
+def test_at_most_100_objects_are_found_unless_told_otherwise():
+    outputs = {"logits": torch.rand(1, 30, 5), "boxes": torch.rand(1, 30, 4), "masks": torch.rand(1, 30, 8, 8)}
+    assert len(postprocess(outputs, [(32, 32)], [(32, 32)])[0]["scores"]) == 100
+
+
 def test_an_empty_mask_scores_zero():
     outputs = hand_made_outputs()
     outputs["masks"][:] = -8.0
     assert not postprocess(outputs, [(48, 64)], [(48, 64)])[0]["scores"].any()
 
 
-# ---- Weights ---------------------------------------------------------------------------------------------------------
+# ---- The file as a program -------------------------------------------------------------------------------------------
 
 
-def test_weights_saved_and_loaded_give_the_same_model(tmp_path):
-    a, b, images = build(seed=0), build(seed=1), pictures(1, 3, 64, 64)
-    torch.save({"model": a.state_dict(), "config": dataclasses.asdict(a.config)}, tmp_path / "a.pt")
-    assert config_of(read_checkpoint(tmp_path / "a.pt")) == a.config
-    assert load_weights(b, tmp_path / "a.pt") == []
-    assert torch.equal(a(images)["masks"], b(images)["masks"])
-
-
-def test_a_file_that_does_not_fit_names_the_odd_tensors_with_both_shapes_and_changes_nothing():
-    model, other = build(), build(num_classes=7)
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"det_head.classifier.bias: \(7,\) in the file, \(5,\) in the model"):
-        load_weights(model, other.state_dict())
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-
-
-def test_partial_loading_keeps_what_fits_and_lists_the_rest():
-    model, other = build(seed=0), build(seed=1, num_classes=7)
-    left_out = load_weights(model, other.state_dict(), partial=True)
-    names = {"det_head.classifier.weight", "det_head.classifier.bias", "label_embed.weight"}
-    assert {line.split(":")[0] for line in left_out} == names
-    assert torch.equal(model.head_norm.weight, other.head_norm.weight)
-
-
-def detectron2_names(state):
-    """torchvision's names of a ResNet -> detectron2's."""
-    renamed = {}
-    for name, x in state.items():
-        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-        for i in (1, 2, 3):
-            name = name.replace(f"bn{i}", f"conv{i}.norm").replace(f"layer{i}.", f"res{i + 1}.")
-        name = name.replace("layer4.", "res5.").replace("fc.", "stem.fc.")
-        renamed[name if name.startswith(("res", "stem")) else f"stem.{name}"] = x
-    return {name: x for name, x in renamed.items() if "num_batches_tracked" not in name}
-
-
-def microsoft_names(state):
-    """torchvision's names of a Swin Transformer -> Microsoft's."""
-    renamed = {"layers.0.blocks.1.attn_mask": torch.zeros(3)}
-    for name, x in state.items():
-        if name.startswith("features"):
-            _, n, rest = name.split(".", 2)
-            if n == "0":
-                name = "patch_embed." + rest.replace("0.", "proj.", 1).replace("2.", "norm.", 1)
-            elif int(n) % 2:
-                name = f"layers.{int(n) // 2}.blocks.{rest}".replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
-            else:
-                name = f"layers.{int(n) // 2 - 1}.downsample.{rest}"
-        if name.endswith("relative_position_index"):
-            x = x.view(49, 49)
-        renamed[name] = x
-    return renamed
-
-
-@pytest.mark.parametrize(
-    "backbone, naming",
-    [("resnet18", dict), ("resnet18", detectron2_names), ("swin_t", dict), ("swin_t", microsoft_names)],
-    ids=["torchvision resnet", "detectron2 resnet", "torchvision swin", "microsoft swin"],
-)
-@torch.no_grad()
-def test_imagenet_backbones_load_under_every_common_naming(backbone, naming):
-    torch.manual_seed(1)
-    source, model = getattr(torchvision.models, backbone)(weights=None).eval(), build(backbone=backbone)
-    assert load_weights(model, {"model": naming(source.state_dict())}) == []
-    image = torch.rand(1, 3, 64, 64)
-    if backbone == "resnet18":
-        body = nn.Sequential(*list(source.children())[:-2])
-        assert torch.equal(model.backbone(image)[-1], body(image))
-    else:
-        assert torch.equal(model.backbone.stages[3](model.backbone.stages[2](model.backbone.stages[1](
-            model.backbone.stages[0](image)))), source.features(image))  # fmt: skip
-
-
-class Bomb:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-def test_a_file_that_carries_code_is_refused_and_nothing_of_it_runs(tmp_path, suffix):
-    file, crater = tmp_path / f"weights{suffix}", tmp_path / "crater"
-    content = {"model": {"head_norm.weight": torch.ones(2) if suffix == ".pth" else np.ones(2), "x": Bomb(crater)}}
-    torch.save(content, file) if suffix == ".pth" else file.write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match="weights.* cannot be read as weights"):
-        load_weights(build(), file)
-    assert not crater.exists()
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_of_arrays_loads(tmp_path, protocol):
-    source, model = torchvision.models.resnet18(weights=None), build(backbone="resnet18")
-    arrays = {name: x.numpy() for name, x in detectron2_names(source.state_dict()).items()}
-    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}, protocol))
-    assert load_weights(model, tmp_path / "R-18.pkl") == []
-    assert torch.equal(model.backbone.stages[0].conv1.weight, source.conv1.weight)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a checkpoint"])
-def test_a_damaged_file_is_named(tmp_path, content):
-    (tmp_path / "broken.pth").write_bytes(content)
-    with pytest.raises(ValueError, match="broken.pth cannot be read as weights"):
-        load_weights(build(), tmp_path / "broken.pth")
-
-
-def test_a_checkpoint_made_before_settings_of_training_left_the_config_still_loads():
-    config = dataclasses.asdict(SMALL) | {"detection_loss": 1.0, "denoising": 100, "mask_points": 12544}
-    assert config_of({"config": config}) == SMALL
-
-
-def test_a_field_of_a_checkpoints_config_that_nobody_knows_is_named():
-    with pytest.raises(ValueError, match="not know: colour"):
-        config_of({"config": {**dataclasses.asdict(SMALL), "colour": "red"}})
+def test_run_as_a_program_it_prints_what_each_equation_makes_of_an_image_of_800x1216(monkeypatch, capsys):
+    monkeypatch.setattr(Config, "paper", lambda: SMALL)
+    dimaskdino.main()
+    head, *steps, counts = capsys.readouterr().out.splitlines()
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DIMaskDINO(SMALL).parameters())
+    assert head == f"DI-MaskDINO, {parameters:,} parameters, image [1, 3, 800, 1216]"
+    made = [tuple(re.search(r"^(FTE|Eq. \d+) .* (\w+) +(\[.*\]) +\d+\.\d ms$", line).groups()) for line in steps]
+    assert made == [
+        ("FTE", "T_i", "[1, 20197, 32]"),
+        ("Eq. 1", "T_s1", "[1, 12, 32]"),
+        ("Eq. 2", "T_s1_sa", "[1, 12, 32]"),
+        ("Eq. 3", "T_s2", "[1, 6, 32]"),
+        ("Eq. 4", "Q_bal", "[1, 6, 32]"),
+        ("Eq. 5", "T_g_mask", "[1, 6, 32]"),
+        ("Eq. 6", "T_g_box", "[1, 6, 32]"),
+        ("Eq. 7", "T_g", "[1, 6, 32]"),
+        ("Eq. 8", "T_bal", "[1, 20197, 32]"),
+        ("Eq. 9", "Q_ref", "[1, 6, 32]"),
+        ("Eq. 10", "c", "[1, 6, 5]"),
+        ("Eq. 10", "b", "[1, 6, 4]"),
+        ("Eq. 11", "m", "[1, 6, 200, 304]"),
+    ]
+    assert counts == "tokens: 20,197 -> 12 -> 6"

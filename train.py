@@ -11,7 +11,6 @@ that augment an image on the seed, the epoch and the image).
 """
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import math
@@ -19,7 +18,6 @@ import os
 import signal
 import sys
 import time
-import typing
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -33,11 +31,13 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 import data
-from dimaskdino import Config, DIMaskDINO
+from dimaskdino import DIMaskDINO
 from evaluate import autocast, evaluate
+from flags import SETTABLE, add_data_flags, at_least, choose_config, choose_recipe, setting, user_path
 from geometry import AUGMENTATIONS, shortest_side
-from log import Log, describe, say
+from log import Log, counted, describe
 from losses import Criterion, denoising_queries
+from outputs import try_output
 from processes import (
     Interruption,
     any_rank,
@@ -45,79 +45,44 @@ from processes import (
     join,
     keep_working,
     launch,
+    launched_processes,
     on_every_rank,
+    print_anything,
     rank_and_world,
     samples,
+    say,
     share_statistics,
     stop,
+    workers_for,
 )
-from recipe import Recipe, parameter_groups
-from weights import load_weights, read_checkpoint
+from recipe import parameter_groups
+from weights import imagenet, load_weights, read_checkpoint
 
 LOG_EVERY = 50  # steps
+MOST_SKIPPED = 30  # steps in a row; fp16's scale then is a billionth of its first
 SAVE_EVERY = 1000  # steps, beside the end of each epoch
 
 
 # ---- Building a run --------------------------------------------------------------------------------------------------
 
 
-# What --set may change: every field of Config and Recipe that has no flag of its own.
-FLAGS = ("epochs", "batch_size", "lr", "augmentation", "image_size")
-SETTABLE = typing.get_type_hints(Config) | typing.get_type_hints(Recipe)
-SETTABLE = {name: kind for name, kind in SETTABLE.items() if name not in ("num_classes", *FLAGS)}
-
-
-def setting(text):
-    """(field, value) of FIELD=VALUE, as --set takes it."""
-    name, _, value = text.partition("=")
-    if name not in SETTABLE:
-        raise argparse.ArgumentTypeError(f"{name}: the fields are {', '.join(SETTABLE)}")
-    kind = SETTABLE[name]
-    if kind is not str:
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value)
-    allowed = tuple if typing.get_origin(kind) is tuple else float | int if kind is float else kind
-    if not isinstance(value, allowed):
-        raise argparse.ArgumentTypeError(f"{text}: that is no {getattr(kind, '__name__', kind)}")
-    return name, value
-
-
-def with_settings(settings, args):
-    """The Config or Recipe with the values of --set for its fields."""
-    return dataclasses.replace(settings, **{name: value for name, value in args.set if hasattr(settings, name)})
-
-
-def choose_recipe(args):
-    recipe = Recipe.tiny() if args.preset == "tiny" else Recipe.bdd100k() if args.data == "bdd100k" else Recipe()
-    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    recipe = with_settings(recipe.replace(**given), args)
-    shares = rank_and_world()[1] * args.accumulate
-    if recipe.batch_size % shares:
-        raise ValueError(f"--batch-size {recipe.batch_size} must be a multiple of processes x --accumulate, {shares}")
-    if recipe.image_size % data.STRIDE:
-        raise ValueError(f"--image-size {recipe.image_size} must be a multiple of {data.STRIDE}")
-    return recipe
-
-
-def choose_config(args, num_classes):
-    return with_settings(dataclasses.replace(getattr(Config, args.preset)(), num_classes=num_classes), args)
-
-
 def open_data(args, recipe):
     """The training and the validation set. Raises ValueError with all that is wrong with them."""
     augment = partial(AUGMENTATIONS[recipe.augmentation], recipe.image_size)
-    train_set = data.open_dataset(args.data, args.data_root, "train", augment, training=True, seed=args.seed)
-    val_set = data.open_dataset(args.data, args.data_root, "val", shortest_side(*recipe.test_size), training=False)
+    jsons = {split: path for split, path in (("train", args.train_json), ("val", args.val_json)) if path}
+    files = jsons, args.image_folder
+    train_set = data.open_dataset(args.data, args.data_root, "train", augment, True, args.seed, *files)
+    val_set = data.open_dataset(args.data, args.data_root, "val", shortest_side(*recipe.test_size), False, 0, *files)
     for split, dataset in (("training", train_set), ("validation", val_set)):
-        report = data.check(dataset, decode=args.check)
-        if report.fatal or not len(dataset):
-            raise ValueError(f"{split} images of {args.data}:\n{report if report.fatal else 'none has an object'}")
-        if report.warnings:
-            say(f"{split} images of {args.data}:\n{report}")
-    if train_set.classes != val_set.classes:
-        train_classes, val_classes = (", ".join(dataset.classes) for dataset in (train_set, val_set))
-        raise ValueError(
-            f"{args.data} has other classes for training ({train_classes}) than for validation ({val_classes})"
+        if sound := data.require_sound(dataset, f"{split} images of {args.data}", decode=args.check):
+            say(sound)
+    data.require_same_classes(train_set.classes, val_set.classes, "the training json", "that for validation")
+    queries = choose_config(args, len(train_set.classes)).selection[-1]
+    crowded = sum(len(objects) > queries for objects in train_set.annotations.values())
+    if crowded:
+        say(
+            f"{crowded:,} training images have more objects than the model has queries ({queries}), so it cannot find "
+            "all: the last number of --set selection=(...) changes that"
         )
     return train_set, val_set
 
@@ -130,14 +95,12 @@ class Run:
     """
 
     def __init__(self, args, device):
-        last = args.out / "last.pt"
-        if last.exists() and not args.resume:
-            raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or choose another --out")
-        checkpoint = read_checkpoint(last) if last.exists() else None
+        checkpoint = last_checkpoint(args)
         self.args, self.device, self.recipe = args, device, choose_recipe(args)
         self.train_set, self.val_set = open_data(args, self.recipe)
         self.config = choose_config(args, len(self.train_set.classes))
         self.epoch, self.step, self.best = 0, 0, -1.0
+        self.saved_step, self.skipped = 0, 0  # the step of the checkpoint; steps in a row that fp16 has skipped
         self.steps_per_epoch = max(1, len(self.train_set) // self.recipe.batch_size)
         self.steps = self.recipe.epochs * self.steps_per_epoch
         if checkpoint:
@@ -157,8 +120,22 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
-            self.epoch, self.step, self.best = (checkpoint[name] for name in ("epoch", "step", "best"))
+            if checkpoint["scaler"]:  # empty without fp16
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self.epoch, self.saved_step, self.best = (checkpoint[name] for name in ("epoch", "step", "best"))
+            self.step = self.saved_step
+            if (images := checkpoint["training_images"]) != len(self.train_set):
+                self.count_steps_anew(images)
+
+    def count_steps_anew(self, images):
+        """Where the number of training images has changed: as many epochs and steps of this one are done as before."""
+        before = max(1, images // self.recipe.batch_size)
+        done = self.saved_step - self.epoch * before
+        self.step = self.epoch * self.steps_per_epoch + min(done, self.steps_per_epoch)
+        say(
+            f"there were {images:,} training images and are {len(self.train_set):,} now: the run goes on with those, "
+            f"from step {self.step:,} in epoch {self.epoch + 1} on"
+        )
 
     def settings(self):
         """What must be as in the checkpoint for a run to go on from it."""
@@ -167,16 +144,21 @@ class Run:
         return {"config": dataclasses.asdict(self.config), "recipe": recipe, **run}
 
     def require_same_settings(self, checkpoint):
-        """Raises ValueError if the checkpoint was made with other settings. The number of epochs may differ."""
+        """Raises ValueError if the checkpoint was made with other settings; numbers of epochs and images may differ."""
 
         def flat(settings):
             every = {**settings, **settings["config"], **settings["recipe"]}
-            return {name: value for name, value in every.items() if name not in ("config", "recipe", "epochs")}
+            return {
+                name: value
+                for name, value in every.items()
+                if name not in ("config", "recipe", "epochs", "training_images")
+            }
 
         path, now = self.args.out / "last.pt", self.settings()
         needed = (*now, "model", "optimizer", "scaler", "epoch", "step", "best")
         if missing := [name for name in needed if name not in checkpoint]:
             raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}; --init takes weights")
+        data.require_same_classes(checkpoint["classes"], now["classes"], str(path), self.args.data)
         then, now = flat({name: checkpoint[name] for name in now}), flat(now)
         changed = [f"{name} was {then.get(name)!r}, not {now[name]!r}" for name in now if then.get(name) != now[name]]
         if changed:
@@ -195,20 +177,14 @@ class Run:
             load_weights(self.model, args.backbone_weights or imagenet(self.config.backbone))
 
 
-def imagenet(backbone):
-    """Torchvision's weights of a backbone trained on ImageNet-1k, downloaded on first use. Raises ValueError, with the
-    way out, where they cannot be had."""
-    if backbone == "swin_l":
-        source = "swin_large_patch4_window12_384_22k.pth of https://github.com/microsoft/Swin-Transformer"
-        raise ValueError(f"torchvision has no Swin-L: give {source} with --backbone-weights")
-    import torchvision
-
-    url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except OSError as error:
-        message = f"{url} cannot be downloaded ({error}): give the file with --backbone-weights, or none to go without"
-        raise ValueError(message) from None
+def last_checkpoint(args):
+    """The checkpoint to go on from, or None for a new run. Raises ValueError if that would write over another run."""
+    last, best, log = (args.out / name for name in ("last.pt", "best.pt", "log.jsonl"))
+    if not args.resume and (last.exists() or best.exists() or log.exists()):
+        raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or choose another --out")
+    if not last.exists() and best.exists():
+        raise ValueError(f"{args.out} has no last.pt to go on from: start from {best} with --init and another --out")
+    return read_checkpoint(last) if last.exists() else None
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
@@ -284,24 +260,23 @@ def update(run, losses, parts):
         group["lr"] = group["base_lr"] * rate
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
-    numbers = dict(losses)
     if not run.scaler.is_enabled():  # fp16's scaler looks for itself, skips such a step and lowers its scale
         run.optimizer.found_inf = (~norm.isfinite()).float()  # as the scaler would say it
-        numbers["the gradient's norm"] = norm
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    run.sent = Sent(run.step, parts, [*numbers], torch.stack([*numbers.values()]).to("cpu", non_blocking=True))
+    numbers = torch.stack([*losses.values(), norm]).to("cpu", non_blocking=True)
+    run.sent = Sent(run.step, parts, [*losses], numbers)
     run.step += 1
 
 
 class Sent(NamedTuple):
-    """What the CPU is to know of a step: names and values of its losses and of the gradient's norm."""
+    """What the CPU is to know of a step: the names of its losses; their values and the gradient's norm."""
 
     step: int
     parts: list
     names: list
-    values: Tensor
+    numbers: Tensor
 
 
 def arrived(run, wait):
@@ -309,15 +284,26 @@ def arrived(run, wait):
     processes end. wait: False if the device has been waited for since then."""
     if run.sent is None:
         return {}
-    (step, parts, names, values), run.sent = run.sent, None
+    (step, parts, names, numbers), run.sent = run.sent, None
     if wait and run.device.type == "cuda":
         torch.cuda.synchronize(run.device)
-    numbers = dict(zip(names, values.tolist(), strict=True))
+    *values, norm = numbers.tolist()
+    losses = dict(zip(names, values, strict=True))
+    checked = losses if run.scaler.is_enabled() else {**losses, "the gradient's norm": norm}
     with finite_or_stop(run, step, [targets for _, targets in parts]):
-        if not all(map(math.isfinite, numbers.values())):
-            raise FloatingPointError(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-    numbers.pop("the gradient's norm", None)
-    return numbers
+        if not all(map(math.isfinite, checked.values())):
+            raise FloatingPointError(", ".join(f"{name} {value:.4g}" for name, value in checked.items()))
+    stop_if_always_skipped(run, step, norm)
+    return losses
+
+
+def stop_if_always_skipped(run, step, norm):
+    """With fp16, ends all processes where the gradient has not been finite for many steps in a row: the scaler skips
+    each, and would do so for ever."""
+    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
+    if run.skipped == MOST_SKIPPED:
+        steps = f"the {MOST_SKIPPED} steps up to step {step + 1} (epoch {step // run.steps_per_epoch + 1})"
+        stop(f"fp16 trains nothing: the gradient was not finite in any of {steps}. --amp bf16 or off may help", 1)
 
 
 def to_device(device, images, targets, noised):
@@ -352,7 +338,7 @@ def finite_or_stop(run, step, parts):
 def train_epoch(run, interruption, log):
     """Train for the rest of the epoch, or until the end of the step in which a signal comes."""
     rank, world = rank_and_world()
-    loaded, last = samples(loader_of(run)), (run.epoch + 1) * run.steps_per_epoch
+    loaded, last = log.follow(run, samples(loader_of(run))), (run.epoch + 1) * run.steps_per_epoch
     totals, steps, waited, since = Counter(), 0, 0.0, time.perf_counter()
     while run.step < last and not any_rank(interruption.number):
         begin = time.perf_counter()
@@ -383,7 +369,7 @@ def save(run, name):
         return
     state = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
     progress = {"epoch": run.epoch, "step": run.step, "best": run.best}
-    origin = {"data": run.args.data, "torch": str(torch.__version__)}
+    origin = {"data": run.args.data, "category_ids": run.train_set.category_ids, "torch": str(torch.__version__)}
     path, unfinished = run.args.out / name, run.args.out / f"{name}.tmp"
     try:
         with open(unfinished, "wb") as file:
@@ -400,15 +386,17 @@ def save(run, name):
 
 
 def parse_arguments(arguments):
-    def positive(text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-        return int(text)
-
+    positive = at_least(1)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", default="shapes", help="shapes, shapes-full, coco, bdd100k, or a folder in COCO layout (%(default)s)")
-    add("--data-root", default="data", help="where the data sets lie (%(default)s)")
+    named = (
+        "shapes, shapes-full, coco, bdd100k, or a folder as COCO, Roboflow, CVAT or Label Studio lay it out (shapes)"
+    )
+    add_data_flags(add, help=named)
+    outright = (
+        "COCO json of the training images, in place of --data; every tenth is held out where there is no --val-json"
+    )
+    add("--train-json", type=user_path, metavar="FILE", help=outright)
     presets = ["paper", "released", "maskdino", "tiny"]
     add("--preset", choices=presets, help="model and recipe (tiny for shapes, paper for all other data)")
     fields = f"change a field of the model or of its training: {', '.join(SETTABLE)}"
@@ -418,7 +406,7 @@ def parse_arguments(arguments):
     add("--batch-size", type=positive, help="of all processes together (paper: 16; tiny: 8)")
     add("--accumulate", type=positive, default=1, help="parts to do each batch in, to save memory (%(default)s)")
     add("--checkpoint-activations", action="store_true", help="recompute activations, to save memory")
-    add("--lr", type=float, help="learning rate (paper: 1e-4; tiny: 2e-3)")
+    add("--lr", type=at_least(1e-12, float), help="learning rate (paper: 1e-4; tiny: 2e-3)")
     add(
         "--image-size",
         type=positive,
@@ -427,16 +415,31 @@ def parse_arguments(arguments):
     add("--augmentation", choices=[*AUGMENTATIONS], help="(paper: jitter; tiny: flips)")
     add("--amp", choices=["bf16", "fp16", "off"], help="autocast (bf16 on a GPU, off on a CPU)")
     add("--device", choices=["cpu", "cuda"], help="(a GPU where there is one)")
-    add("--workers", type=int, help="processes that load images, for each training process (4 for a GPU, 0 for a CPU)")
-    add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--out", type=Path, help="the run's folder (runs/DATA)")
+    add(
+        "--workers",
+        type=at_least(0),
+        help="processes that load images, for each training process (4 for a GPU, 0 for a CPU)",
+    )
+    add("--seed", type=at_least(0), default=0, help="(%(default)s)")
+    add("--out", type=user_path, help="the run's folder (runs/DATA)")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    add("--init", metavar="CKPT", help="start from those weights of a checkpoint, ours or the authors', that fit")
-    add("--backbone-weights", metavar="PATH", help="(torchvision's, of ImageNet-1k); none: start from scratch")
+    add(
+        "--init",
+        type=user_path,
+        metavar="CKPT",
+        help="start from those weights of a checkpoint, ours or the authors', that fit",
+    )
+    add(
+        "--backbone-weights",
+        type=os.path.expanduser,
+        metavar="PATH",
+        help="(torchvision's, of ImageNet-1k); none: start from scratch",
+    )
     add("--check", action="store_true", help="only check the data: decode every image, measure the loading")
     args = parser.parse_args(arguments)
+    args.data = args.data or str(args.train_json or args.val_json or "shapes")
     args.preset = args.preset or ("tiny" if args.data == "shapes" else "paper")
-    args.out = args.out or Path("runs") / Path(args.data).name
+    args.out = args.out or Path("runs") / (Path(args.data).stem if args.train_json else Path(args.data).resolve().name)
     return args
 
 
@@ -459,11 +462,12 @@ def train(args):
         stop(error, 2)
     on_gpu = device.type == "cuda"
     args.amp = args.amp or ("bf16" if on_gpu else "off")
-    args.workers = (4 if on_gpu else 0) if args.workers is None else args.workers
+    args.workers = workers_for(device) if args.workers is None else args.workers
     if args.check:
         return on_every_rank(partial(check_data, args))
+    on_every_rank(lambda: rank_and_world()[0] or try_output(args.out))
     run = on_every_rank(partial(Run, args, device))
-    args.out.mkdir(parents=True, exist_ok=True)
+    on_every_rank(partial(args.out.mkdir, parents=True, exist_ok=True))
     describe(run)
     if dist.is_initialized():
         run.parallel = nn.parallel.DistributedDataParallel(run.model, device_ids=[device] if on_gpu else None)
@@ -487,13 +491,27 @@ def train(args):
         save(run, "last.pt")
         if better:
             save(run, "best.pt")
-    say(f"trained for {run.epoch} epochs; {args.out / 'best.pt'} is the best, {run.best:.1f}, the mean of both AP")
+    epochs = counted(run.epoch, "epoch")
+    say(f"trained for {epochs}; {args.out / 'best.pt'} is the best, {run.best:.1f}, the mean of both AP")
+
+
+def must_launch(gpus):
+    """Whether --gpus has to start processes. Where a launcher has started another number, that is said, and the end."""
+    try:
+        processes = launched_processes()
+    except ValueError as error:
+        stop(error, 2)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
+    if processes > 1 and here != gpus:
+        stop(f"a launcher has started {here} processes here (RANK, WORLD_SIZE), not {gpus}: leave out --gpus", 2)
+    return processes == 1
 
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
+    print_anything()
     args = parse_arguments(arguments)
-    if args.gpus > 1 and "RANK" not in os.environ:
+    if args.gpus > 1 and must_launch(args.gpus):
         if args.device != "cpu" and args.gpus > torch.cuda.device_count():
             stop(f"this machine has {torch.cuda.device_count()} GPUs, not {args.gpus}; --device cpu goes without", 2)
         sys.exit(launch(__file__, arguments, args.gpus))

@@ -1,12 +1,14 @@
 """Files of weights, ours and others': reading them safely, translating their names, filling a model.
 
 load_model       a model that is ready for use, from any checkpoint
+imagenet         torchvision's weights of a backbone
 load_weights     fills a model that exists
 read_checkpoint  the content of a file, without running any code that it may hold
 """
 
 import dataclasses
 import math
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -94,7 +96,11 @@ RENAMES = [
     (r"\.output_proj", ".output"),
     (r"^((encoder\.layers|interactions|residual|decoder|bato)\b.*?)\.?linear(\d)", r"\1.ffn.linear\3"),
 ]
-COCO = [name for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if name[0] not in "_N"]
+COCO = {  # category_id -> name; ids that nothing has are called N/A there
+    category_id: name
+    for category_id, name in enumerate(MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+    if name[0] not in "_N"
+}
 
 # Names in our own older checkpoints -> names now.
 FORMER_NAMES = {"mask_net": "N_mask.mlp", "box_net": "N_box.mlp", "pixel_update": "seg_head.update"}
@@ -118,7 +124,9 @@ def read_checkpoint(path):
                 return ArrayUnpickler(file, encoding="latin1").load()
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(f"there is no checkpoint {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder, not a checkpoint such as {path}/best.pt") from None
     except Exception as error:  # the readers raise a dozen types on damaged input
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} cannot be read as weights (cut short, or not a file of tensors): {reason}") from error
@@ -222,16 +230,47 @@ def load_weights(model, source, partial=False):
 def load_model(path, device="cpu"):
     """The model of a checkpoint, ours or the authors', in evaluation mode on a device.
 
-    It carries what else the file knows: `classes`, their names by label; `test_size`, the shortest side of test images
-    and how far the longest may go; `trained_on`, the name of the data set. The authors trained on COCO.
+    It carries what else the file knows: `classes`, their names by label, and `category_ids`, theirs in the data set;
+    `test_size`, the shortest side of test images and how far the longest may go; `trained_on`, the name of the data
+    set. The authors' files know none of it: `named` is False, and 80 classes are taken for COCO's, others are called
+    "class 0" and so on. category_ids of our older files count from 0, but for COCO's.
     """
     checkpoint = read_checkpoint(path)
-    model = DIMaskDINO(config_of(checkpoint))
-    load_weights(model, checkpoint)
-    model.classes = checkpoint.get("classes", COCO)
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
+    try:
+        model = DIMaskDINO(config_of(checkpoint))
+        load_weights(model, checkpoint)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit: {error}") from None
+    count, names = model.config.num_classes, list(COCO.values())
+    model.named = "classes" in checkpoint
+    model.classes = checkpoint.get("classes", names if count == len(names) else [f"class {i}" for i in range(count)])
+    ids = list(COCO) if model.classes == names else list(range(count))
+    model.category_ids = checkpoint.get("category_ids", ids)
     model.test_size = tuple(checkpoint.get("recipe", {}).get("test_size", (800, 1333)))
-    model.trained_on = checkpoint.get("data", "coco")
+    model.trained_on = checkpoint.get("data", "coco" if model.classes == names else None)
     return model.to(device).eval()
+
+
+def imagenet(backbone):
+    """Torchvision's weights of a backbone trained on ImageNet-1k, downloaded on first use. Raises ValueError, with the
+    way out, where they cannot be had."""
+    if backbone == "swin_l":
+        source = "swin_large_patch4_window12_384_22k.pth of https://github.com/microsoft/Swin-Transformer"
+        raise ValueError(f"torchvision has no Swin-L: give {source} with --backbone-weights")
+    import torchvision
+
+    url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except OSError as error:
+        message = f"{url} cannot be downloaded ({error}): give the file with --backbone-weights, or none to go without"
+        raise ValueError(message) from None
+    except Exception as error:  # the readers raise a dozen types on damaged files
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged ({reason}): delete it, and it is downloaded again") from None
 
 
 def shape(state, name):

@@ -1,9 +1,9 @@
 // The CUDA kernels, forward and backward. No PyTorch in here.
 //
 // Who owns what. A pair is one query and one head. LANES threads of a warp own a pair and take 32 of its channels at a
-// time, WIDTH neighbours for each thread: 16 bytes of memory. So a warp owns WIDTH pairs: consecutive queries of one
-// head of one image, whose samples are often of the same rows, which are then found in L1. Blocks go head by head:
-// those that run at one time share one or two heads' rows of the value, which stay in L2.
+// time, WIDTH neighbours for each thread: 16 bytes of memory. So a warp owns WIDTH pairs, and a block a tile of queries
+// that lie side by side, of one head of one image, whose samples are often of the same rows, which are then found in
+// L1. Blocks go head by head: those that run at one time share one or two heads' rows of the value, which stay in L2.
 //
 // First the threads of a pair find the sum that its softmax divides by. Then its L * P points are taken in steps of
 // 2 * LANES. Each thread computes two of them, its items (`locate`), and leaves the tokens of their corners and what
@@ -14,7 +14,7 @@
 // It issues 0.93 million warp instructions a microsecond, and the forward is 32 million of them in float32 and 37
 // million in 16 bit, so 35 or 39 us, while its 1.3 (0.66) GB of rows leave L1 in 45 (22) us. Most are those that a
 // point needs: for each corner a load, its address, WIDTH multiplications, and in 16 bit WIDTH conversions. The
-// backward is 104 to 117 million instructions, and adds up to 331 million float32 numbers to grad_value in L2.
+// backward is 105 to 118 million instructions, and adds up to 331 million float32 numbers to grad_value in L2.
 // `python -m deform_attn_cuda.sass` counts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -41,7 +41,10 @@ __device__ __forceinline__ float log_2(float x) {
   asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(x));
   return x;
 }
-__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1, x); }
+__device__ __forceinline__ float reciprocal(float x) {
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
 __device__ __forceinline__ double power_of_2(double x) { return exp2(x); }
 __device__ __forceinline__ double log_2(double x) { return log2(x); }
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
@@ -156,12 +159,12 @@ __device__ __forceinline__ Point<A> locate(const CudaProblem& problem, const Pai
   return p;
 }
 
-// Where this thread works.
+// Where this thread works. A block owns a tile of queries: WARPS columns, one for each warp, by PAIRS lines.
 template <int WIDTH>
 struct Place {
   static constexpr int LANES = CHANNELS / WIDTH, PAIRS = 32 / LANES, STEP = 2 * LANES;
   int warp, pair, lane;  // number of its warp in the block, of its pair in the warp, and of itself in the pair
-  bool asks;             // false beyond the last query; such a thread computes what the last one's does, for nothing
+  bool asks;             // false where there is no query; such a thread computes what another does, for nothing
   int row;               // number of its pair in [B Q h]
   int reference;         // first element of its query in the reference
   int64_t slice;         // first element of its image and head in the value
@@ -170,15 +173,40 @@ struct Place {
     warp = threadIdx.x / 32;
     pair = threadIdx.x % 32 / LANES;
     lane = threadIdx.x % LANES;
-    const int query = (blockIdx.x * WARPS + warp) * PAIRS + pair, head = blockIdx.y, image = blockIdx.z;
-    asks = query < problem.Q;
-    const int asked = min(query, problem.Q - 1), asked_of_all = image * problem.Q + asked;
+    const int head = blockIdx.y, image = blockIdx.z;
+    const Field* field = problem.fields;
+    while (blockIdx.x >= field[1].first_tile) ++field;
+    const unsigned tile = blockIdx.x - field->first_tile, tile_line = __umulhi(2 * tile, field->lines_per_tile);
+    const int line = tile_line * PAIRS + pair, column = (tile - tile_line * field->columns) * WARPS + warp;
+    const int query = field->start + line * field->W + column;
+    asks = line < field->H && column < field->W && query < problem.Q;
+    const int asked = asks ? query : 0, asked_of_all = image * problem.Q + asked;
     reference = problem.boxes ? 4 * asked_of_all : 2 * asked;
     row = asked_of_all * problem.h + head;
     slice = int64_t(image * problem.N * problem.h + head) * problem.c;
     keep(slice);
   }
 };
+
+// Cuts the queries into tiles of `lines` lines: where every token asks, in the levels, as neighbours sample the same
+// rows; else, or where a level has too many tiles to number them so, as if they were one level of so many lines.
+dim3 cut(CudaProblem& problem, int lines) {
+  const auto columns = [](const Level& level) { return unsigned(level.W - 1) / WARPS + 1; };
+  const auto tiles = [&](const Level& level) { return columns(level) * ((level.H - 1) / lines + 1); };
+  bool levels = problem.Q == problem.N;
+  for (int l = 0; l < problem.L; ++l)
+    levels &= uint64_t(tiles(problem.level[l])) * columns(problem.level[l]) < 1u << 31;
+  const Level single = {(problem.Q - 1) / lines + 1, lines, 0};
+  unsigned first_tile = 0;
+  Field* field = problem.fields;
+  for (int l = 0; l < (levels ? problem.L : 1); ++l, ++field) {
+    const Level& level = levels ? problem.level[l] : single;
+    *field = {level.W, level.H, level.start, first_tile, columns(level), levels ? (1u << 31) / columns(level) + 1 : 0};
+    first_tile += tiles(level);
+  }
+  field->first_tile = ~0u;
+  return dim3(first_tile, problem.h, problem.B);
+}
 
 // The rows of one channel or WIDTH neighbours, one row a token.
 template <typename T>
@@ -227,12 +255,10 @@ forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value
         const Offset<A>* __restrict__ offsets, const A* __restrict__ logits, V* __restrict__ output) {
   using At = Place<WIDTH>;
   const At at(problem);
-  struct Step {  // one slot more than points, against bank conflicts
-    Corners<unsigned> tokens[At::PAIRS][At::STEP + 1];
-    Corners<A> counts[At::PAIRS][At::STEP + 1];
-  };
-  __shared__ Step steps[WARPS];
-  Step& step = steps[at.warp];
+  struct Slot { Corners<unsigned> tokens; Corners<A> counts; };
+  struct Step { Slot slots[At::STEP]; int4 apart; };  // so that pairs read from different banks
+  __shared__ Step steps[WARPS][At::PAIRS];
+  Slot* const slots = steps[at.warp][at.pair].slots;
   const Pair<A> pair = pair_of(problem, at, reference, offsets, logits);
   const int points = problem.L * problem.P;
 
@@ -248,16 +274,16 @@ forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value
       for (int item = 0; item < 2; ++item) {
         const int slot = item * At::LANES + at.lane, point = min(first + slot, points - 1);
         const Point<A> p = locate(problem, pair, point);
-        step.tokens[at.pair][slot] = p.tokens;
-        step.counts[at.pair][slot] = p.counts;
+        slots[slot].tokens = p.tokens;
+        slots[slot].counts = p.counts;
       }
       __syncwarp();
       if (active) {
-        const int end = min(At::STEP, points - first);
+        const Slot* const end = slots + min(At::STEP, points - first);
 #pragma unroll 1
-        for (int slot = 0; slot < end; ++slot) {
-          const Corners<unsigned> tokens = step.tokens[at.pair][slot];
-          const Corners<A> counts = step.counts[at.pair][slot];
+        for (const Slot* slot = slots; slot < end; ++slot) {
+          const Corners<unsigned> tokens = slot->tokens;
+          const Corners<A> counts = slot->counts;
           Row<V, WIDTH> rows[4];
 #pragma unroll
           for (int k = 0; k < 4; ++k) rows[k] = table[tokens.corner[k]];
@@ -275,7 +301,11 @@ forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value
       Row<V, WIDTH> row;
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) row.channel[i] = narrow<V>(sum[i]);
-      *reinterpret_cast<Row<V, WIDTH>*>(output + int64_t(at.row) * problem.c + channel) = row;
+      Row<V, WIDTH>* const to = reinterpret_cast<Row<V, WIDTH>*>(output + int64_t(at.row) * problem.c + channel);
+      if constexpr (sizeof row == 16)  // nvcc would split a plain store
+        __stcg(reinterpret_cast<int4*>(to), *reinterpret_cast<const int4*>(&row));
+      else
+        *to = row;
     }
   }
 }
@@ -314,12 +344,10 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
          A* __restrict__ grad_logits) {
   using At = Place<WIDTH>;
   const At at(problem);
-  struct Step {
-    Corners<unsigned> tokens[At::PAIRS][At::STEP + 1];
-    Corners<A> counts[At::PAIRS][At::STEP + 1], sums[At::PAIRS][At::STEP + 1];
-  };
-  __shared__ Step steps[WARPS];
-  Step& step = steps[at.warp];
+  struct Slot { Corners<unsigned> tokens; Corners<A> counts, sums; };
+  struct Step { Slot slots[At::STEP]; int4 apart; };
+  __shared__ Step steps[WARPS][At::PAIRS];
+  Slot* const slots = steps[at.warp][at.pair].slots;
   const Pair<A> pair = pair_of(problem, at, reference, offsets, logits);
   const int points = problem.L * problem.P;
   grad_output += int64_t(at.row) * problem.c;
@@ -358,8 +386,8 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
       for (int item = 0; item < 2; ++item) {
         const int slot = item * At::LANES + at.lane, point = min(first + slot, points - 1);
         items[item] = locate(problem, pair, point);
-        step.tokens[at.pair][slot] = items[item].tokens;
-        step.counts[at.pair][slot] = items[item].counts;
+        slots[slot].tokens = items[item].tokens;
+        slots[slot].counts = items[item].counts;
       }
       __syncwarp();
       const int end = min(At::STEP, points - first);
@@ -367,8 +395,8 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
       for (int slot = 0; slot < end; ++slot) {  // by the whole warp, as its threads exchange numbers
         A d[4] = {};
         if (active) {
-          const Corners<unsigned> tokens = step.tokens[at.pair][slot];
-          const Corners<A> counts = step.counts[at.pair][slot];
+          const Corners<unsigned> tokens = slots[slot].tokens;
+          const Corners<A> counts = slots[slot].counts;
           Row<V, WIDTH> rows[4];
 #pragma unroll
           for (int k = 0; k < 4; ++k) rows[k] = table[tokens.corner[k]];
@@ -385,7 +413,7 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
           }
         }
         const A sum = sum_of_lanes<At::LANES>(d, at.lane);
-        if (at.lane < 4) step.sums[at.pair][slot].corner[at.lane] = sum;
+        if (at.lane < 4) slots[slot].sums.corner[at.lane] = sum;
       }
       __syncwarp();
 #pragma unroll
@@ -393,7 +421,7 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
         const int slot = item * At::LANES + at.lane, point = first + slot;
         if (at.asks && point < points) {
           const Point<A>& p = items[item];
-          Corners<A> d = step.sums[at.pair][slot];
+          Corners<A> d = slots[slot].sums;
 #pragma unroll
           for (int k = 0; k < 4; ++k) d.corner[k] = p.inside >> k & 1 ? d.corner[k] : A(0) * d.corner[k];
           const A upper = d.corner[1] - d.corner[0], lower = d.corner[3] - d.corner[2];
@@ -425,47 +453,44 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
   }
 }
 
-template <int WIDTH>
-dim3 grid(const CudaProblem& problem) {
-  return dim3((problem.Q - 1) / (WARPS * Place<WIDTH>::PAIRS) + 1, problem.h, problem.B);
-}
-
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
 
 template <typename V, typename A>
-void launch_forward(const CudaProblem& problem, const Inputs<V, A>& in, V* output, cudaStream_t stream) {
-  const auto start = [&](auto kernel, dim3 blocks) {
+void launch_forward(CudaProblem problem, const Inputs<V, A>& in, V* output, cudaStream_t stream) {
+  const auto start = [&](auto kernel, int width) {
+    const dim3 blocks = cut(problem, width);  // a warp owns as many pairs as a thread has channels
     LAUNCH(kernel, blocks, stream, problem, in.value, in.reference, reinterpret_cast<const Offset<A>*>(in.offsets),
            in.logits, output);
   };
   constexpr int WIDTH = 16 / sizeof(V);
   if (problem.c % WIDTH == 0 && aligned(in.value) && aligned(output))
-    start(forward<V, A, WIDTH>, grid<WIDTH>(problem));
+    start(forward<V, A, WIDTH>, WIDTH);
   else
-    start(forward<V, A, 1>, grid<1>(problem));
+    start(forward<V, A, 1>, 1);
 }
 
 // A thread adds 16 bytes of grad_value, whose type is A, at once.
 template <typename V, typename A>
-void launch_backward(const CudaProblem& problem, const V* grad_output, const Inputs<V, A>& in,
+void launch_backward(CudaProblem problem, const V* grad_output, const Inputs<V, A>& in,
                      const Gradients<A>& gradients, cudaStream_t stream) {
-  const auto start = [&](auto kernel, dim3 blocks) {
+  const auto start = [&](auto kernel, int width) {
+    const dim3 blocks = cut(problem, width);  // a warp owns as many pairs as a thread has channels
     LAUNCH(kernel, blocks, stream, problem, grad_output, in.value, in.reference,
            reinterpret_cast<const Offset<A>*>(in.offsets), in.logits, gradients.value, gradients.reference,
            reinterpret_cast<Offset<A>*>(gradients.offsets), gradients.logits);
   };
   constexpr int WIDTH = 16 / sizeof(A);
   if (problem.c % WIDTH == 0 && aligned(in.value) && aligned(grad_output) && aligned(gradients.value))
-    start(backward<V, A, WIDTH>, grid<WIDTH>(problem));
+    start(backward<V, A, WIDTH>, WIDTH);
   else
-    start(backward<V, A, 1>, grid<1>(problem));
+    start(backward<V, A, 1>, 1);
 }
 
 #define INSTANTIATE(V, A)                                                                            \
-  template void launch_forward(const CudaProblem&, const Inputs<V, A>&, V*, cudaStream_t);           \
-  template void launch_backward(const CudaProblem&, const V*, const Inputs<V, A>&, const Gradients<A>&, cudaStream_t)
+  template void launch_forward(CudaProblem, const Inputs<V, A>&, V*, cudaStream_t);           \
+  template void launch_backward(CudaProblem, const V*, const Inputs<V, A>&, const Gradients<A>&, cudaStream_t)
 INSTANTIATE(float, float);
 INSTANTIATE(double, double);
 INSTANTIATE(__half, float);

@@ -23,6 +23,7 @@ template <typename T> T max(T a, T b) { return a > b || b != b ? a : b; }  // of
 template <typename T> T min(T a, T b) { return a < b || b != b ? a : b; }
 
 void keep(int64_t&) {}
+void __stcg(int4* to, int4 bytes) { *to = bytes; }
 unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
 template <typename A> A power_of_2(A x) { return std::exp2(x); }
 template <typename A> A log_2(A x) { return std::log2(x); }

@@ -1,8 +1,9 @@
 """What the CUDA kernels cost, read from their machine code: `python -m deform_attn_cuda.sass`. It needs no GPU.
 
 Prints for each kernel its registers, shared memory and spills, and the instructions that its warps issue at the shape
-of the encoder of a 800x1216 image: 20,197 queries, 8 heads, 32 channels, 16 points. Beside them stand the microseconds
-an H100 needs to issue these instructions, and to read the corners' rows from L1: no run can be faster than either.
+of the encoder of a 800x1216 image: 20,197 queries, 8 heads, 32 channels, 16 points; warps that idle where a tile of
+queries reaches beyond its level are left out. Beside them stand the microseconds an H100 needs to issue these
+instructions, and to read the corners' rows from L1.
 """
 import argparse
 import importlib.util

@@ -92,7 +92,7 @@ def without_chance():
     """Sampled points and noise are always the same, so that runs differ in nothing but how they divide a batch."""
 
     def points(*size, device=None):
-        return torch.linspace(0.1, 0.9, size[-2] * 2).view(-1, 2).expand(size)
+        return torch.linspace(0.1, 0.9, size[-2] * 2).view(-1, 2).expand(size).clone()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", points)

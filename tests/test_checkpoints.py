@@ -99,6 +99,37 @@ def test_fp16s_scale_survives_a_resume(folder, tmp_path):
     assert new_run(folder, tmp_path, "--amp", "fp16", "--resume").scaler.get_scale() == 123.0
 
 
+@pytest.mark.parametrize("order", [("off", "fp16", "bf16"), ("fp16", "off", "fp16"), ("bf16", "fp16", "off")])
+def test_a_run_goes_on_with_another_autocast(folder, tmp_path, order):
+    for epochs, amp in enumerate(order, 1):
+        assert train_in(folder, tmp_path, "--epochs", epochs, "--amp", amp, "--resume") == 0
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 9
+
+
+def test_a_run_goes_on_where_a_damaged_image_was_taken_out_and_says_so(tmp_path, capsys):
+    write_images(tmp_path, "train", 12)
+    write_images(tmp_path, "val", 1)
+    assert train_in(tmp_path, tmp_path / "run") == 0
+    path = tmp_path / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["images"] = content["images"][:7]  # an epoch has one step now, and had three
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] <= 7]
+    path.write_text(json.dumps(content))
+    before = log_of(tmp_path / "run")
+    assert train_in(tmp_path, tmp_path / "run", "--resume", "--epochs", 3) == 0
+    assert "there were 12 training images and are 7 now" in capsys.readouterr().out
+    checkpoint = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (checkpoint["epoch"], checkpoint["step"]) == (3, 3) and log_of(tmp_path / "run")[: len(before)] == before
+
+
+def test_other_classes_are_refused_with_those_that_differ(folder, trained, tmp_path, capsys):
+    for split in ("train", "val"):
+        write_images(tmp_path, split, 4, classes=("box", "plate", "lid"))
+    assert train_in(tmp_path, trained, "--resume") == 2
+    message = capsys.readouterr().err
+    assert "only" in message and "tile" in message and "lid" in message and "plate" not in message
+
+
 def test_best_is_never_overwritten_by_a_worse_epoch_also_after_a_resume(folder, tmp_path, monkeypatch):
     scores = iter([10.0, 30.0, 20.0, 25.0])
     nothing = {name + area: None for name in ("AP_box", "AP_mask") for area in ("", "_50", "_S", "_M", "_L")}
@@ -203,6 +234,17 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder, trained, capsys):
     assert "--resume" in capsys.readouterr().err and (trained / "last.pt").read_bytes() == before
 
 
+def test_a_folder_with_nothing_but_a_best_checkpoint_is_not_overwritten(folder, trained, tmp_path, capsys):
+    (tmp_path / "best.pt").write_bytes((trained / "best.pt").read_bytes())
+    for flags in ((), ("--resume",)):
+        assert train_in(folder, tmp_path, *flags) == 2
+    assert (tmp_path / "best.pt").read_bytes() == (trained / "best.pt").read_bytes()
+
+
+def test_any_seed_of_64_bits_trains(folder, tmp_path):
+    assert train_in(folder, tmp_path, "--seed", 2**64 - 1) == 0
+
+
 def test_init_takes_every_tensor_that_fits_and_names_the_others(trained, tmp_path, capsys):
     write_images(tmp_path / "data", "train", 4, classes=("box", "lid"))
     write_images(tmp_path / "data", "val", 2, classes=("box", "lid"))
@@ -232,6 +274,17 @@ def test_pretrained_weights_downloaded_once_need_no_network_and_freeze_their_nor
     assert (started.model.backbone.stages[2][0].conv1.weight == 0.25).all()
     norms = [module for module in started.model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert norms and not any(norm.training or norm.weight.requires_grad for norm in norms)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 cut"])
+def test_a_damaged_download_is_named_with_what_to_do(folder, tmp_path, monkeypatch, capsys, content):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    assert train_in(folder, tmp_path / "out", *RESNET18) == 2
+    message = capsys.readouterr().err
+    assert str(file) in message and "delete it" in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize("backbone, named", [("resnet18", "https://download"), ("swin_l", "Swin-Transformer")])
@@ -286,6 +339,21 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(folder, tmp_path, capsy
     assert same(before, run.model.state_dict()) and "gradient" in capsys.readouterr().err
 
 
+def test_fp16_that_never_steps_ends_with_a_message(folder, tmp_path, capsys):
+    run = new_run(folder, tmp_path, "--amp", "fp16")
+    before = {name: x.clone() for name, x in run.model.state_dict().items()}
+    for _ in range(train.MOST_SKIPPED):
+        for parameter in run.model.parameters():
+            parameter.grad = torch.full_like(parameter, math.inf)
+        run.scaler.scale(torch.zeros(1))
+        train.update(run, {}, [])
+        if code := exit_code(train.arrived, run, True):
+            break
+    message = capsys.readouterr().err
+    assert code == 1 and run.step == train.MOST_SKIPPED and "fp16 trains nothing" in message
+    assert same(before, run.model.state_dict())
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_cannot_be_read_is_named(tmp_path, capfd, split, workers):
@@ -307,6 +375,14 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, capfd, split, workers):
         (("--init", "nowhere.pt"), "nowhere.pt"),
         (("--data", "nowhere"), "expected annotations"),
         (("--epochs", 0), "at least 1"),
+        (("--seed", -1), "-1 is not at least 0"),
+        (("--seed", 2**64), "too large"),
+        (("--workers", -1), "-1 is not at least 0"),
+        (("--batch-size", -8), "-8 is not at least 1"),
+        (("--lr", "-1"), "-1 is not at least"),
+        (("--lr", "nan"), "nan is not at least"),
+        (("--val-json", "x.json"), "add --train-json"),
+        (("--train-json", "x.json"), "there is no x.json"),
         (("--gpus", 2, "--device", "cuda"), "GPU"),
     ],
 )

@@ -4,20 +4,27 @@ import contextlib
 import io
 import json
 import shutil
+import struct
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 import data
 import shapes
+import soundness
 from data import collate, open_dataset
+from evaluate import average_precision
 from geometry import Geometry, identity
+from images import read_image
+from soundness import compressed as compressed_runs
 
 COCO_MINI = Path(__file__).parents[2] / "shared" / "coco_mini"
 needs_coco_mini = pytest.mark.skipif(not COCO_MINI.is_dir(), reason="needs the 96 COCO images of ../shared/coco_mini")
@@ -144,7 +151,7 @@ def test_images_of_every_mode_load_as_upright_rgb(tmp_path, mode):
 
 def test_16_bits_a_pixel_become_8(tmp_path):
     Image.fromarray(np.full((2, 2), 100 * 257, np.uint16)).save(tmp_path / "a.png")
-    assert np.unique(data.read_image(tmp_path / "a.png")).tolist() == [100]
+    assert np.unique(read_image(tmp_path / "a.png")).tolist() == [100]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated", "another size"])
@@ -161,6 +168,45 @@ def test_an_unreadable_image_is_named_and_no_other_is_affected(tmp_path, content
     assert dataset[1][0].shape == (3, 60, 80)
     assert not data.check(dataset, decode=False).fatal
     assert "a.png" in str(data.check(dataset, decode=True))
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0])
+def test_float_images_of_either_range_keep_their_greys(tmp_path, white):
+    Image.fromarray(np.array([[0, 0.4, 1, np.nan]], np.float32) * white).save(tmp_path / "a.tif")
+    assert np.asarray(read_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 102, 255, 0]
+
+
+@pytest.mark.parametrize("white", [255, 65535, 2**31 - 1])
+def test_32_bits_a_pixel_become_8_whatever_is_white(tmp_path, white):
+    Image.fromarray(np.array([[0, white // 2, white]], np.int32)).save(tmp_path / "a.tif")
+    assert np.asarray(read_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 127, 255]
+
+
+def test_a_photo_is_turned_upright_though_the_rest_of_its_metadata_is_damaged(tmp_path):
+    maker = struct.pack(">HHII", 0x010F, 2, 500, 9999)  # a text that begins far behind the end
+    turned = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + maker + turned + bytes(4)
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").size == (20, 30)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("two\nlines"), KeyError(7), MemoryError(), OverflowError("x")])
+def test_whatever_the_image_library_raises_names_the_file_in_one_line(tmp_path, monkeypatch, error):
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: raised(error))
+    with pytest.raises(ValueError, match="a.png cannot be read as an image: ") as caught:
+        read_image(tmp_path / "a.png")
+    assert "\n" not in str(caught.value)
+
+
+def raised(error):
+    raise error
+
+
+def test_a_folder_and_a_missing_file_are_called_so(tmp_path):
+    for path, word in ((tmp_path, "is a folder"), (tmp_path / "a.png", "no such file")):
+        with pytest.raises(ValueError, match=word):
+            read_image(path)
 
 
 # ---- Targets ---------------------------------------------------------------------------------------------------------
@@ -312,6 +358,13 @@ WARNING = {
     "box that is not finite": (annotation(bbox=[1, 2, float("inf"), 4]), "annotation 100"),
     "box without a width": (annotation(bbox=[1, 2, 0, 4]), "annotation 100"),
     "box of three numbers": (annotation(bbox=[1, 2, 3]), "annotation 100"),
+    "box outside the image": (annotation(bbox=[90, 5, 20, 20]), "annotation 100"),
+    "box of corners": (annotation(bbox=[70, 50, 75, 58]), "(x0, y0, x1, y1), not (x, y, w, h) (1): annotation 100"),
+    "area below zero": (annotation(area=-3), "annotation 100"),
+    "area beyond any": (annotation(area=1e11), "annotation 100"),
+    "polygon outside the image": (segmentation([[200, 200, 220, 200, 220, 220]]), "annotation 100"),
+    "polygon without area": (segmentation([[10, 10, 20, 10, 30, 10]]), "annotation 100"),
+    "runs without a pixel": (segmentation(compressed(0 * MASK)), "annotation 100"),
 }
 
 
@@ -328,8 +381,90 @@ def test_a_fault_that_can_be_left_out_is_a_warning_and_left_out(tmp_path, fault,
     assert not report.fatal and len(report.warnings) == 1 and place in str(report)
     assert all(len(target["labels"]) <= 1 for _, target in dataset)
     for whole in dataset.json["annotations"]:
-        assert np.array_equal(rle.decode(data._compressed(whole["segmentation"], 60, 80)), MASK)
+        assert np.array_equal(rle.decode(compressed_runs(whole["segmentation"], 60, 80)), MASK)
         assert whole["bbox"] == [10, 20, 20, 20]
+
+
+def numbers_as_floats(coco):
+    return json.loads(json.dumps(coco), parse_int=float)
+
+
+@pytest.mark.parametrize("form", [compressed, uncompressed])
+def test_whole_numbers_that_passed_through_floats_are_whole_again(tmp_path, form):
+    folder = write(tmp_path, [{"segmentation": form(MASK)}])
+    path = folder / "annotations" / "instances_val.json"
+    path.write_text(json.dumps(numbers_as_floats(json.loads(path.read_text()))))
+    dataset = opened(folder)
+    assert str(data.check(dataset, decode=True)) == ""
+    assert np.array_equal(dataset[0][1]["masks"][0], MASK == 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (image(id="7"), "id is '7', not a whole number"),
+        (image(width="80"), "width is '80', not a whole number"),
+        (annotation(category_id="cat"), "category_id is 'cat', not a whole number"),
+        ({"categories": [{"id": 7, "name": 5}]}, "name is '5', not text"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_shown_with_what_is_wanted(tmp_path, fault, said):
+    assert said in str(data.check(opened(write(tmp_path, [{}], fault=fault)), decode=False))
+
+
+def test_names_with_backslashes_and_absolute_ones_inside_the_folder_are_found(tmp_path):
+    folder = write(tmp_path, [{}])
+    for name in ("val\\a.png", str(folder / "val" / "a.png")):
+        dataset = opened(write(folder, [{}], fault=image(file_name=name)))
+        assert str(data.check(dataset, decode=True)) == "" and len(dataset[0][1]["labels"]) == 1
+
+
+place = st.integers(-30, 110)
+outlines = st.lists(place | st.floats(-5, 90), min_size=4, max_size=12)
+runs = st.sampled_from([compressed(MASK), uncompressed(MASK), compressed(0 * MASK)])
+anything = st.fixed_dictionaries(
+    {
+        "segmentation": st.lists(outlines, max_size=2) | runs,
+        "iscrowd": st.sampled_from([0, 0, 0, 1, "0", None]),
+        "image_id": st.sampled_from([1, 2]),
+        "category_id": st.sampled_from([3, 7]),
+    },
+    optional={
+        "bbox": st.lists(place, min_size=4, max_size=4),
+        "area": st.sampled_from([0, -1, 5, 1e11, "7", None, float("nan")]),
+    },
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(anything, max_size=8))
+def test_perfect_predictions_of_whatever_the_check_lets_pass_have_an_ap_of_100(annotations):
+    truth, _ = soundness.sound(
+        {
+            "images": [{"id": i, "file_name": "conftest.py", "width": 80, "height": 60} for i in (1, 2)],
+            "annotations": [{"id": number, **a} for number, a in enumerate(annotations)],
+            "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+        },
+        Path(__file__).parent,
+    )
+    seen = [a for a in truth["annotations"] if not a["iscrowd"]]
+    keys = ("image_id", "category_id", "bbox")
+    masks = [compressed_runs(a["segmentation"], 60, 80) for a in seen]
+    perfect = [{k: a[k] for k in keys} | {"segmentation": m, "score": 0.9} for a, m in zip(seen, masks, strict=True)]
+    metrics = average_precision(truth, perfect)
+    assert all(value is None or value == pytest.approx(100) for value in metrics.values())
+    assert not seen or metrics["AP_box"] == metrics["AP_mask"] == pytest.approx(100)
+
+
+def test_crowds_are_counted_with_what_that_means_and_said_to_be_why_nothing_is_left(tmp_path):
+    folder = write(tmp_path, [{"iscrowd": 1}, {"iscrowd": 1}, {"image_id": 2}])
+    assert "2 of 3 objects are crowds" in data.require_sound(opened(folder), "x")
+    with pytest.raises(ValueError, match="no images with objects.*CVAT"):
+        data.require_sound(opened(write(folder, [{"iscrowd": 1}]), training=True), "x")
+
+
+def test_more_objects_in_an_image_than_ap_counts_are_reported(tmp_path):
+    assert "image 1 (101)" in str(data.check(opened(write(tmp_path, [{}] * 101)), decode=False))
 
 
 def test_sound_data_has_nothing_to_report(tmp_path):
@@ -397,6 +532,61 @@ def test_two_jsons_for_one_split_are_refused(tmp_path):
     shutil.copy(folder / "instances_val.json", folder / "instances_val2.json")
     with pytest.raises(ValueError, match="which one"):
         opened(tmp_path)
+
+
+def exported(folder, layout):
+    """The folder of `write` as a tool exports it."""
+    content = json.loads((write(folder, [{}, {"image_id": 2}]) / "annotations" / "instances_val.json").read_text())
+    (folder / "annotations" / "instances_val.json").unlink()
+    file = "_annotations.coco.json"
+    cvat = [(f"annotations/instances_{subset}.json", f"images/{subset}", "") for subset in ("Train", "Validation")]
+    places = {  # json, folder of the images, and what stands before their names
+        "Roboflow": [(f"train/{file}", "train", ""), (f"valid/{file}", "valid", "")],
+        "Roboflow without valid": [(f"train/{file}", "train", ""), (f"test/{file}", "test", "")],
+        "CVAT": [("annotations/instances_default.json", "images", "")],
+        "CVAT subsets": cvat,
+        "Label Studio": [("result.json", "images", "images\\")],
+    }[layout]
+    for path, images, before in places:
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        (folder / path).parent.mkdir(exist_ok=True)
+        for image, name in zip(content["images"], ("a.png", "b.png"), strict=True):
+            image["file_name"] = before + name
+            shutil.copy(folder / "val" / name, folder / images / name)
+        (folder / path).write_text(json.dumps(content))
+    shutil.rmtree(folder / "val")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["Roboflow", "Roboflow without valid", "CVAT", "CVAT subsets", "Label Studio"])
+def test_what_labelling_tools_export_opens_as_it_is(tmp_path, layout):
+    folder = exported(tmp_path, layout)
+    sets = [open_dataset(str(folder), ".", split, identity, split == "train") for split in ("train", "val")]
+    shared = layout in ("CVAT", "Label Studio")  # a single json: one image of ten, here one of two, is held out
+    assert [len(dataset) for dataset in sets] == ([1, 1] if shared else [2, 2])
+    for dataset in sets:
+        report = data.check(dataset, decode=True)
+        assert not report.fatal and bool(report.warnings) == shared
+    if shared:
+        assert set(sets[0].image_ids).isdisjoint(sets[1].image_ids)
+
+
+def test_a_json_and_a_folder_can_be_given_outright(tmp_path):
+    write(tmp_path, [{}, {"image_id": 2}])
+    (tmp_path / "val").rename(tmp_path / "photos")
+    path = (tmp_path / "annotations" / "instances_val.json").rename(tmp_path / "my.json")
+    for jsons, lengths in (({"train": path}, [1, 1]), ({"train": path, "val": path}, [2, 2])):
+        files = {"jsons": jsons, "image_folder": tmp_path / "photos"}
+        sets = [open_dataset("x", ".", split, identity, False, **files) for split in ("train", "val")]
+        assert [len(dataset) for dataset in sets] == lengths
+
+
+def test_images_are_taken_from_the_folder_that_has_most_of_them(tmp_path):
+    write(tmp_path, [{}], images=[(i, f"{i}.png") for i in range(1, 6)])
+    (tmp_path / "images").mkdir()
+    for number in range(2, 6):
+        (tmp_path / "val" / f"{number}.png").rename(tmp_path / "images" / f"{number}.png")
+    assert opened(tmp_path).folder == tmp_path / "images"
 
 
 # ---- BDD100K ---------------------------------------------------------------------------------------------------------

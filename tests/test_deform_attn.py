@@ -290,7 +290,7 @@ def test_one_compiled_graph_serves_images_of_all_sizes(path):
     compiled = torch.compile(Pyramid(path), dynamic=True, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(recompile_limit=1):
         for height, width in [(12, 10), (8, 14), (6, 20), (16, 18)]:
-            image = torch.randn(2, 8, height, width, requires_grad=True)
+            image = torch.rand(2, 8, height, width, dtype=torch.float64, requires_grad=True)
             output, expected = compiled(image), Pyramid(path)(image)
             torch.testing.assert_close(output, expected)
             gradients = (torch.autograd.grad(result.sum(), image) for result in (output, expected))
@@ -427,6 +427,14 @@ def test_the_cuda_source_takes_many_blocks_of_queries_and_tensors_of_any_alignme
     if shift:
         tensors = [misaligned(tensor) for tensor in tensors]
     assert_close(cuda_on_cpu(LEVELS, tensors), outputs(deform_attn_pytorch, LEVELS, tensors), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("shapes", [[(19, 21), (5, 9), (1, 1)], [(1, 30), (30, 1)], [(8, 8)]], ids=str)
+@pytest.mark.parametrize("c", [4, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_cuda_source_serves_every_token_of_every_level_in_tiles(cuda_on_cpu, dtype, c, shapes):
+    tensors = inputs(shapes, Q=sum(H * W for H, W in shapes), h=2, c=c, dtype=dtype)
+    assert_close(cuda_on_cpu(shapes, tensors), outputs(deform_attn_pytorch, shapes, tensors), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("c", [136, 264])

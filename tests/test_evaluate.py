@@ -1,25 +1,48 @@
 """What evaluate.py promises."""
 
+import contextlib
+import dataclasses
+import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import data
 import evaluate
+from dimaskdino import Config, DIMaskDINO
 from geometry import identity
-from small_runs import exit_code, log_of, same, write_images
+from pictures import draw, draw_dataset
+from small_runs import exit_code, log_of, same, train_in, write_images
 from weights import load_model, read_checkpoint
+
+HERE = Path(__file__).parents[1]
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
+def coco_index(content):
+    index = COCO()
+    index.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        index.createIndex()
+    return index
+
+
 def predictions(truth, shift=0, score=0.9):
     """Every object of a COCO dict as a result, its mask moved right by some pixels and its box by twice as many."""
-    index, results = evaluate.coco_index(json.loads(json.dumps(truth))), []
+    index, results = coco_index(json.loads(json.dumps(truth))), []
     for annotation in truth["annotations"]:
         mask = np.roll(index.annToMask(annotation), shift, 1)
         code = rle.encode(np.asfortranarray(mask))
@@ -56,6 +79,24 @@ def square(x, y, width, height):
     mask[y : y + height, x : x + width] = 1
     code = rle.encode(mask)
     return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+@pytest.mark.parametrize("shift", [0, 2, 7])
+def test_average_precision_is_that_of_pycocotools(folder, shift):
+    truth = truth_of(folder)
+    results = [r for i in range(3) for r in predictions(truth, shift * i, score=0.9 - 0.3 * i)]
+    ours = evaluate.average_precision(truth, results)
+    for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):
+        ground = coco_index(json.loads(json.dumps(truth)))
+        kept = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(ground, ground.loadRes(kept), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        for suffix, place in evaluate.AREAS.items():
+            theirs = evaluation.stats[place]
+            assert ours[name + suffix] == (None if theirs < 0 else pytest.approx(100 * theirs, abs=1e-9))
 
 
 def test_average_precision_of_a_small_set_is_what_one_works_out_by_hand():
@@ -155,11 +196,11 @@ def test_evaluate_prints_the_ap_that_training_logged_and_every_layers(folder, tr
     assert len(list((tmp_path / "pictures").iterdir())) == 2 and (tmp_path / "predictions.json").exists()
 
 
-def test_evaluate_refuses_data_of_other_classes_and_names_both(trained, tmp_path, capsys):
+def test_evaluate_refuses_data_of_other_classes_and_names_those_that_differ(trained, tmp_path, capsys):
     write_images(tmp_path, "val", 1, classes=("box", "lid"))
     assert exit_code(evaluate.main, ["--ckpt", str(trained / "last.pt"), "--data", str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert "box, plate, tile" in message and "box, lid" in message
+    assert "last.pt has plate, tile;" in message and f"{tmp_path} has lid" in message and "box" not in message
 
 
 def test_own_images_get_pictures_and_only_what_reaches_the_score(folder, trained, tmp_path):
@@ -240,6 +281,266 @@ def test_a_picture_shows_what_reaches_the_score_and_nothing_else(folder):
     names = dict(zip(dataset.category_ids, dataset.classes, strict=True))
     found = [r for r in predictions(dataset.json) if r["image_id"] == 1]
     found[0]["bbox"] = [-30, -5, 400, 0]  # boxes are not clipped to the image
-    plain, shown = evaluate.draw(image, found, names, score=0.95), evaluate.draw(image, found, names, score=0.5)
-    assert plain.shape == shown.shape == (3, 480, 640)
-    assert np.array_equal(plain.permute(1, 2, 0)[5::10, 5::10], np.asarray(image)) and not torch.equal(plain, shown)
+    plain, shown = (np.asarray(draw(image, found, names, score)) for score in (0.95, 0.5))
+    assert plain.shape == shown.shape == (480, 640, 3)
+    assert np.array_equal(plain[5::10, 5::10], np.asarray(image)) and not np.array_equal(plain, shown)
+
+
+def test_each_query_is_drawn_once_with_its_best_class_and_masks_never_hide_one_another_in_black(folder):
+    dataset = data.open_dataset(str(folder), ".", "val", identity, training=False)
+    image = data.read_record(dataset.folder, dataset.images[1])
+    names = dict(zip(dataset.category_ids, dataset.classes, strict=True))
+    found = [r for r in predictions(dataset.json) if r["image_id"] == 1]
+    doubts = [{**one, "category_id": c, "score": 0.4} for one in found for c in names if c != one["category_id"]]
+    best = draw(image, found, names)
+    assert np.array_equal(np.asarray(draw(image, doubts + found, names)), np.asarray(best))
+    whole = {**found[0], "bbox": [0, 0, 64, 48], "category_id": 5, "segmentation": compressed(np.ones((48, 64)))}
+    black = (np.asarray(draw(image, [whole, *found], names)) == 0).all(2)
+    assert black.mean() < 0.1  # the thin line inside an outline
+
+
+def compressed(mask):
+    code = rle.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+def test_where_nothing_reaches_the_score_the_best_are_drawn(folder, tmp_path):
+    dataset = data.open_dataset(str(folder), ".", "val", identity, training=False)
+    assert draw_dataset(dataset, predictions(dataset.json, score=0.02), [0, 1], tmp_path) == 0.02
+    assert draw_dataset(dataset, predictions(dataset.json), [0, 1], tmp_path) == 0.3
+    assert Image.open(tmp_path / "1.png").size == (2 * 640 + 8, 480 + 26)  # the truth beside what was found
+
+
+# ---- Data, names and ids ---------------------------------------------------------------------------------------------
+
+
+def run(checkpoint, *flags):
+    return exit_code(evaluate.main, ["--ckpt", str(checkpoint), "--device", "cpu", *map(str, flags)])
+
+
+def spoiled(folder, tmp_path, change):
+    """A copy of the data whose validation json is changed."""
+    copy = tmp_path / "data"
+    shutil.copytree(folder, copy)
+    path = copy / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    change(content, copy)
+    path.write_text(json.dumps(content))
+    return copy
+
+
+FAULTS = {
+    "missing file": (lambda coco, copy: (copy / "val" / "2.png").unlink(), 2, "2.png"),
+    "ids twice": (lambda coco, copy: coco["images"].append(coco["images"][0]), 2, "ids used twice"),
+    "unknown category": (lambda coco, copy: coco["annotations"][0].update(category_id=91), 2, "(91)"),
+    "no image": (lambda coco, copy: coco.update(images=[], annotations=[]), 2, "no images"),
+    "no mask": (lambda coco, copy: coco["annotations"][0].update(segmentation=None), 0, "cannot be decoded (1)"),
+    "crowd": (lambda coco, copy: coco["annotations"][0].update(iscrowd=1), 0, "are crowds"),
+}
+
+
+@pytest.mark.parametrize(("change", "code", "said"), [pytest.param(*case, id=name) for name, case in FAULTS.items()])
+def test_evaluation_stops_and_warns_as_training_does(folder, trained, tmp_path, capsys, change, code, said):
+    copy = spoiled(folder, tmp_path, change)
+    assert run(trained / "best.pt", "--data", copy, "--out", tmp_path / "out") == code
+    evaluated = "".join(capsys.readouterr())
+    assert train_in(copy, tmp_path / "run") == code
+    assert said in evaluated and said in "".join(capsys.readouterr())
+
+
+def test_evaluation_says_over_how_many_images_and_objects_ap_is(folder, trained, tmp_path, capsys):
+    assert run(trained / "best.pt", "--data", folder, "--out", tmp_path) == 0
+    assert f"over 5 images with {len(truth_of(folder)['annotations'])} objects" in capsys.readouterr().out
+
+
+def test_category_ids_are_kept_and_written_everywhere(folder, trained, tmp_path):
+    assert read_checkpoint(trained / "best.pt")["category_ids"] == [2, 5, 8]
+    image = folder / "val" / "1.png"
+    assert run(trained / "best.pt", "--images", image, "--out", tmp_path, "--score", 0) == 0
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    assert {(r["category_id"], r["category"]) for r in found} <= {(2, "box"), (5, "plate"), (8, "tile")}
+
+
+def changed(trained, path, **changes):
+    checkpoint = {**read_checkpoint(trained / "best.pt"), **changes}
+    torch.save({name: value for name, value in checkpoint.items() if value is not None}, path)
+    return path
+
+
+def test_an_older_checkpoint_without_ids_still_evaluates_and_finds(folder, trained, tmp_path):
+    old = changed(trained, tmp_path / "old.pt", category_ids=None)
+    assert load_model(old).category_ids == [0, 1, 2]
+    assert run(old, "--data", folder, "--out", tmp_path / "a") == 0
+    assert run(old, "--images", folder / "val" / "1.png", "--out", tmp_path / "b") == 0
+
+
+def test_a_file_without_names_gets_neutral_ones_or_those_of_the_data_but_never_cocos(folder, trained, tmp_path, capsys):
+    bare = changed(trained, tmp_path / "bare.pt", classes=None, category_ids=None, data=None)
+    image = ["--images", folder / "val" / "1.png", "--score", 0]
+    assert run(bare, *image, "--out", tmp_path / "a") == 0
+    said = capsys.readouterr().out
+    assert "class 0" in said and "--data" in said and "person" not in said
+    assert run(bare, *image, "--data", folder, "--out", tmp_path / "b") == 0
+    assert "plate" in capsys.readouterr().out
+    assert run(bare, "--data", folder, "--out", tmp_path / "c") == 0
+    assert run(bare, "--out", tmp_path / "d") == 2 and "add --data" in capsys.readouterr().err
+
+
+def test_80_classes_without_names_are_cocos_with_its_ids(trained, tmp_path):
+    model = DIMaskDINO(dataclasses.replace(Config.tiny(), num_classes=80))
+    torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config)}, tmp_path / "80.pt")
+    loaded = load_model(tmp_path / "80.pt")
+    assert (loaded.classes[79], loaded.category_ids[79], loaded.trained_on) == ("toothbrush", 90, "coco")
+
+
+# ---- Nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def photos(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), "red").save(folder / name)
+    return folder
+
+
+def found_in(out):
+    return sorted({result["image_id"] for result in json.loads((out / "predictions.json").read_text())})
+
+
+def test_an_unreadable_image_is_named_and_the_others_are_found(trained, tmp_path, capsys):
+    photos(tmp_path / "in", "a.jpg", "c.jpg")
+    (tmp_path / "in" / "b.jpg").write_bytes(b"no image")
+    assert run(trained / "best.pt", "--images", tmp_path / "in", "--out", tmp_path / "out", "--score", 0) == 2
+    assert found_in(tmp_path / "out") == ["a.jpg", "c.jpg"] and "b.jpg cannot be read" in capsys.readouterr().err
+
+
+def signal_in(patch, name, number):
+    """A signal at the second call of a function of evaluate.py."""
+    action, calls = getattr(evaluate, name), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return action(*args)
+
+    patch.setattr(evaluate, name, interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("work", ["--images", "--data"])
+def test_a_signal_ends_in_a_line_and_keeps_what_was_found(folder, trained, tmp_path, monkeypatch, capsys, number, work):
+    signal_in(monkeypatch, "outputs_of", number)
+    where = folder / "val" if work == "--images" else folder
+    assert run(trained / "best.pt", work, where, "--out", tmp_path, "--score", 0) == 128 + number
+    assert len(found_in(tmp_path)) == 1
+    said = "".join(capsys.readouterr())
+    assert "found on 1 of 5 images" in said and "Traceback" not in said
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_no_command_takes_or_changes_what_was_there(folder, trained, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(trained, home / "run")
+    shutil.copytree(folder, home / "data")
+    photos(home / "photos", "a.jpg")
+    best = home / "run" / "best.pt"
+    commands = [
+        lambda: run(best, "--data", home / "data", "--draw", 1),
+        lambda: run(best, "--images", home / "photos"),
+        lambda: run(best, "--images", home / "photos", "--out", home / "run"),
+        lambda: train_in(home / "data", home / "run"),
+        lambda: train_in(home / "data", home / "run", "--check"),
+    ]
+    for command in commands * 2:
+        before = tree(home)
+        command()
+        after = tree(home)
+        assert all(after.get(path) == content for path, content in before.items())
+    names = {path.name for path in (home / "run").iterdir() if path.is_dir()}
+    assert names == {"pictures", "best_on_data", "best_on_data_2", "best_on_images", "best_on_images_2"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--json", "new/m.json"), ("--out", "file/b"), ("--out", "file"), ("--json", "file/m.json"), ("--json", ".")],
+)
+def test_outputs_are_made_or_refused_before_any_work(folder, trained, tmp_path, monkeypatch, capsys, flags):
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    sound = flags[1] == "new/m.json"
+    if not sound:
+        monkeypatch.setattr(evaluate, "outputs_of", None)
+    assert run(trained / "best.pt", "--data", folder, "--out", "out", *flags) == (0 if sound else 2)
+    assert (tmp_path / "new" / "m.json").exists() == sound
+    assert sound or flags[1] in capsys.readouterr().err
+    if flags[0] == "--out":
+        assert train_in(folder, flags[1]) == 2 and flags[1] in capsys.readouterr().err
+
+
+def test_folders_of_images_are_searched_and_equal_names_stay_apart(trained, tmp_path):
+    photos(tmp_path / "in", "a.jpg", "x/a.JPG", "x/y/b.png", "x/b.jpg")
+    (tmp_path / "in" / "notes.txt").write_text("")
+    assert run(trained / "best.pt", "--images", tmp_path / "in", "--out", tmp_path / "out", "--score", 0) == 0
+    assert found_in(tmp_path / "out") == ["a.jpg", "x/a.JPG", "x/b.jpg", "x/y/b.png"]
+    drawn = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
+    assert drawn == {"a_found.png", "x/a_found.png", "x/b_found.png", "x/y/b_found.png"}
+    files = [tmp_path / "in" / name for name in ("a.jpg", "x/a.JPG")]
+    assert run(trained / "best.pt", "--images", *files, "--out", tmp_path / "two", "--score", 0) == 0
+    assert found_in(tmp_path / "two") == ["a.jpg", "x/a.JPG"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--workers", -1), "-1 is not at least 0"),
+        (("--draw", -2), "-2 is not at least 0"),
+        (("--test-size", 0, 9), "0 is not at least 1"),
+        (("--ckpt", "nowhere.pt"), "there is no checkpoint nowhere.pt"),
+        (("--ckpt", "."), ". is a folder"),
+        (("--images", "nothing.jpg"), "nothing.jpg cannot be read as an image: there is no such file"),
+    ],
+)
+def test_a_wrong_flag_gets_a_line_and_exit_code_2(trained, tmp_path, capsys, flags, named):
+    assert run(trained / "best.pt", "--out", tmp_path, *flags) == 2
+    message = capsys.readouterr().err
+    assert named in message and "Traceback" not in message and "Errno" not in message
+
+
+def test_masks_are_encoded_a_few_at_a_time_and_equal_those_of_all_at_once(model, folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "PIXELS", 8 * 48 * 64)
+    image = torch.from_numpy(np.array(Image.open(folder / "val" / "1.png"))).permute(2, 0, 1)
+    with torch.inference_mode():
+        (outputs,) = evaluate.outputs_of(model, image, torch.device("cpu"))
+        whole = evaluate.coco_results(evaluate.detect(model, image, (48, 64), torch.device("cpu"))[0], 1, [2, 5, 8])
+        parts = [*evaluate.few_at_a_time(outputs, (48, 64), (48, 64))]
+        found = evaluate.results_of(outputs, (48, 64), (48, 64), 1, [2, 5, 8])
+    assert [len(part["masks"]) for part in parts] == [8, 8, 2]
+    assert [r["segmentation"] for r in found] == [r["segmentation"] for r in whole]
+    assert [r["score"] for r in found] == pytest.approx([r["score"] for r in whole])
+
+
+def test_evaluation_reads_no_target_masks(folder, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_mask", None)
+    assert run(trained / "best.pt", "--data", folder, "--out", tmp_path, "--speed") == 0
+
+
+def test_names_that_the_terminal_has_no_letters_for_are_shown_and_not_fatal(trained, tmp_path):
+    changed(trained, tmp_path / "a.pt", classes=["盒子", "čaša", "b"])
+    photos(tmp_path, "é.jpg")
+    command = [
+        sys.executable,
+        "evaluate.py",
+        "--ckpt",
+        tmp_path / "a.pt",
+        "--images",
+        tmp_path / "é.jpg",
+        "--score",
+        "0",
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*map(str, command)], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "\\u" in done.stdout

@@ -1,5 +1,7 @@
 """What geometry.py promises: an image and its objects move together."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 
-from geometry import AUGMENTATIONS, Geometry, decode, large_scale_jitter, shortest_side
+from geometry import AUGMENTATIONS, Geometry, decode, identity, large_scale_jitter, run_lengths, shortest_side
 
 # ---- One description for pixels, polygons and masks ------------------------------------------------------------------
 
@@ -70,6 +72,19 @@ def test_a_crop_is_a_part_of_the_whole(source, height, width, new_height, new_wi
     assert abs(part - image[top:, left:]).max() <= 2  # Pillow resizes in two passes, each rounded to whole grey values
 
 
+polygons = st.lists(st.tuples(st.floats(0, 30), st.floats(0, 20)), min_size=3, max_size=6)
+
+
+@given(polygons, st.integers(1, 50), st.integers(1, 50), st.integers(0, 49), st.integers(0, 49))
+@settings(deadline=None, max_examples=100)
+def test_the_crop_of_a_polygon_is_cut_from_what_pycocotools_makes_of_the_resized_one(corners, height, width, top, left):
+    top, left = min(top, height - 1), min(left, width - 1)
+    resized = (np.array(corners) * (width / 30, height / 20)).ravel().tolist()
+    whole = rle.decode(rle.merge(rle.frPyObjects([resized], height, width)))
+    geometry = Geometry((height, width), (height - top, width - left), (top, left))
+    assert np.array_equal(geometry.polygons([np.ravel(corners).tolist()], 20, 30), whole[top:, left:])
+
+
 def test_a_bitmask_is_read_at_the_centres_of_the_pixels():
     mask = np.tile(np.array([0, 1, 0], np.uint8), (3, 3))
     assert Geometry((1, 3), (1, 3)).bitmask(mask).tolist() == [[1, 1, 1]]
@@ -114,6 +129,24 @@ def test_large_scale_jitter_scales_from_a_tenth_to_double_and_flips_half_the_ima
     assert len({geometry.offset for geometry in drawn if max(geometry.size) > 1500}) > 100
 
 
+def test_a_jittered_crop_starts_anywhere_in_the_image_up_to_its_last_place():
+    drawn = [large_scale_jitter(8, np.random.default_rng(seed), 10, 10) for seed in range(3000)]
+    by_size = {size: {g.offset[0] for g in drawn if g.size[0] == size} for size in range(1, 17)}
+    assert all(by_size[size] == set(range(max(size - 8, 0) + 1)) for size in range(1, 16))
+
+
+def test_flips_and_transposes_turn_an_image_in_each_of_eight_ways_equally_often():
+    drawn = [AUGMENTATIONS["flips"](64, np.random.default_rng(seed), 64, 32) for seed in range(4000)]
+    ways = Counter((g.transpose, g.horizontal_flip, g.vertical_flip) for g in drawn)
+    assert len(ways) == 8 and all(abs(n - 500) < 105 for n in ways.values())  # five standard deviations
+    assert all(g.size == ((64, 32) if g.transpose else (32, 64)) for g in drawn)
+
+
+def test_an_image_that_fits_is_as_large_as_the_square_allows():
+    assert AUGMENTATIONS["none"](96, None, 200, 100) == Geometry((48, 96), (96, 96))
+    assert identity(None, 200, 100) == Geometry((100, 200), (100, 200))
+
+
 # ---- Run-length encoding ---------------------------------------------------------------------------------------------
 
 
@@ -122,3 +155,12 @@ def test_large_scale_jitter_scales_from_a_tenth_to_double_and_flips_half_the_ima
 def test_run_lengths_decode_as_pycocotools_decodes_them(height, width, seed, share):
     mask = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
     assert np.array_equal(decode(rle.encode(np.asfortranarray(mask))), mask)
+
+
+@pytest.mark.parametrize("counts", ["\x10", "P", "\x80", "1P"])
+def test_run_lengths_that_are_malformed_are_none(counts):
+    assert run_lengths(counts) is None
+
+
+def test_run_lengths_are_read_from_text_and_from_bytes():
+    assert run_lengths("04") == run_lengths(b"04") == [0, 4]

@@ -107,6 +107,32 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_all_together(pair):
     assert [seen["end"] for seen in pair] == [1, 1]
 
 
+def test_gpus_are_started_where_a_cluster_has_set_rank_for_a_single_process(monkeypatch):
+    started = []
+    monkeypatch.setattr(train, "launch", lambda program, arguments, processes: started.append(processes) or 0)
+    for world in ("1", ""):
+        for name, value in {"RANK": "0", "WORLD_SIZE": world}.items():
+            monkeypatch.setenv(name, value)
+        assert exit_code(train.main, ["--gpus", "4", "--device", "cpu"]) == 0
+    assert started == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("world", "here", "said"), [("8", "2", "started 2 processes here"), ("2", "", "leave out --gpus"), ("x", "", "'x'")]
+)
+def test_gpus_are_refused_where_a_launcher_has_started_another_number(monkeypatch, capsys, world, here, said):
+    for name, value in {"RANK": "0", "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": here}.items():
+        monkeypatch.setenv(name, value)
+    assert exit_code(train.main, ["--gpus", "4", "--device", "cpu"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_one_process_joins_nobody_whatever_a_cluster_has_set(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no-such-host.invalid"}.items():
+        monkeypatch.setenv(name, value)
+    assert processes.join("cpu") == torch.device("cpu") and not dist.is_initialized()
+
+
 def start(folder, out, *more):
     """train.py --gpus 2 on a machine whose host name has no address, once its first step is logged."""
     (out / "log.jsonl").unlink(missing_ok=True)

@@ -1,32 +1,30 @@
 """Config.released() and Config.maskdino() compute the numbers of the authors' code, given the same weights.
 
-The arrays were recorded from the authors' code with made-up weights (golden_*.npz beside released_weights.py, which
-makes the weights); they are not part of this project, and the tests are skipped where they are absent. Arrays of tokens
-count from the coarsest level there, from the finest here; selections are compared as sets, and what follows them query
-by query, aligned by token. Tolerances are absolute, several times what the authors' code differs from itself between
-thread counts; the root mean square has to stay within three times that difference (noise_floor.json), or 1e-6.
+The arrays were recorded from the authors' code with made-up weights: see goldens/README.md. Arrays of tokens count from
+the coarsest level there, from the finest here; selections are compared as sets, and what follows them query by query,
+aligned by token. Tolerances are absolute, several times what the authors' code differs from itself between thread
+counts; the root mean square has to stay within three times that difference (goldens/noise.json), or 1e-6.
 """
 
+import dataclasses
+import functools
 import json
-import sys
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
 import torch
 from einops import rearrange
 from PIL import Image
+from torchvision.ops import box_convert
 
 import deform_attn_cuda
 import dimaskdino
 from dimaskdino import Config, DIMaskDINO, postprocess
+from goldens import HERE, Recorded, numbers
 from losses import Criterion, denoising_queries
 from recipe import Recipe
-from weights import config_of, load_model, load_weights
-
-GOLDEN = Path(__file__).parents[2] / "shared/released"
-pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"the recorded arrays are not at {GOLDEN}")
-sys.path.append(str(GOLDEN))
+from weights import coarse_to_fine, config_of, load_model, load_weights, translate
 
 OPERATORS = [
     pytest.param(
@@ -42,30 +40,39 @@ def operator(request, monkeypatch):
         monkeypatch.setattr(dimaskdino, "deform_attn", deform_attn_cuda.deform_attn_pytorch)
 
 
-def released_weights(model, seed):
-    import released_weights
+SEEDS = {"dimaskdino_r50": 26, "maskdino3s_r50": 29}
+NOISE = json.loads((HERE / "noise.json").read_text())
 
-    return released_weights.load(GOLDEN / f"manifest_{model}.json", GOLDEN / f"aliases_{model}.json", int(seed))
+
+@functools.cache
+def released_weights(model):
+    return numbers.weights(model, SEEDS[model])
+
+
+@functools.cache
+def released_model(model):
+    weights = released_weights(model)
+    filled = DIMaskDINO(config_of({"model": weights})).eval()
+    load_weights(filled, weights)
+    return filled
 
 
 class Run:
-    """One image through the model with the recorded run's weights; `ours` maps the recorded names to our arrays."""
+    """One image through the model with the recorded run's weights."""
 
-    def __init__(self, name, model, batch=1):
-        self.golden = np.load(GOLDEN / f"golden_{name}.npz")
-        weights = released_weights(model, self.golden["weight_seed"])
-        self.config = config_of({"model": weights})
-        self.model = DIMaskDINO(self.config).eval()
-        load_weights(self.model, weights)
-        image = torch.from_numpy(self.golden["image0"])
-        self.seen = {}
+    def __init__(self, name, model, batch=1, bf16=False):
+        self.golden, self.noise, self.model = Recorded(name), NOISE[name], released_model(model)
+        assert self.golden["weight_seed"] == SEEDS[model]
+        image = torch.from_numpy(numbers.image(256, 320, 200))
+        self.seen, hooks = {}, []
         for part, module in self.model.named_modules():
-            module.register_forward_hook(
-                lambda _, inputs, output, part=part: self.seen.setdefault(part, []).append(output)
-            )
-        with torch.no_grad():
+            keep = lambda _, inputs, output, part=part: self.seen.setdefault(part, []).append(output)  # noqa: E731
+            hooks.append(module.register_forward_hook(keep))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             # In a batch of two, the second image is another one: the first upside down.
             self.outputs = self.model(torch.stack((image, image.flip(1))[:batch]), trace=True)
+        for hook in hooks:
+            hook.remove()
         self.trace = self.outputs["trace"]
 
         start, shapes = self.golden["T_i_level_start"], self.golden["T_i_level_hw"]
@@ -79,16 +86,15 @@ class Run:
         assert set(rank) == set(theirs[0].tolist()), "another set of tokens is selected"
         return [rank[token] for token in theirs[0]]
 
-    def check(self, stages, noise):
+    def check(self, stages):
         """Compare stage after stage, so that the first one to part is the one that is named."""
         for name, tolerance, ours in stages:
-            ours, theirs = np.asarray(ours, dtype=np.float64), self.golden[name]
-            ours = ours[tuple(slice(n) for n in theirs.shape)]  # some arrays hold the first queries only
+            ours, theirs = self.golden.cut(name, ours), self.golden[name]
             difference = np.abs(ours - theirs)
             assert ours.shape == theirs.shape, f"{name} is the first to part: {ours.shape}, not {theirs.shape}"
             assert difference.max() <= tolerance, f"{name} is the first to part: by {difference.max():.2g}"
-            if name in noise:
-                limit = max(3 * noise[name]["rms"], 1e-6)
+            if name in self.noise:
+                limit = max(3 * self.noise[name], 1e-6)
                 rms = np.sqrt((difference**2).mean())
                 assert rms <= limit, f"{name} is the first to part: by {rms:.2g} in the mean, more than {limit:.2g}"
 
@@ -168,10 +174,9 @@ def predictions(run, rank):
 def check_final(run, index, chosen):
     """The 100 objects: scores, labels, boxes and masks, aligned by (token, class)."""
     g = run.golden
-    height, width = g["image0"].shape[1:]
     first = {name: run.outputs[name][:1] for name in ("logits", "boxes", "masks")}
     size = tuple(g["final0_masks_hw"].tolist())
-    (ours,) = postprocess(first, [(height, width)], [size])
+    (ours,) = postprocess(first, [(256, 320)], [size])
     rank = run.align(index, chosen)
     scores = first["logits"].sigmoid()[0, rank].flatten()[g["final0_flat_idx"]]
     order = dict.fromkeys(range(100))  # ours are sorted by the final score: match them by label and box
@@ -193,9 +198,8 @@ def check_final(run, index, chosen):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_released_every_recorded_array_agrees_from_backbone_to_the_100_objects(operator, batch):
     run = Run("r50_a", "dimaskdino_r50", batch)
-    assert run.config == Config.released()
-    noise = json.loads((GOLDEN / "noise_floor.json").read_text())["golden_r50_a"]
-    run.check(stages_of_dimaskdino(run), noise)
+    assert run.model.config == Config.released()
+    run.check(stages_of_dimaskdino(run))
     check_final(run, run.trace["index_2"], run.golden["T_s2_token_idx"])
 
 
@@ -218,32 +222,29 @@ def stages_of_maskdino(run):
 
 def test_maskdino_every_recorded_array_agrees(operator):
     run = Run("maskdino3s_r50", "maskdino3s_r50")
-    assert run.config == Config.maskdino()
-    noise = json.loads((GOLDEN / "noise_floor.json").read_text())["golden_maskdino3s_r50"]
-    run.check(stages_of_maskdino(run), noise)
+    assert run.model.config == Config.maskdino()
+    run.check(stages_of_maskdino(run))
     check_final(run, run.trace["index_1"], run.golden["sel1_idx"])
 
 
 def test_released_bf16_autocast_stays_near_the_recorded_tokens_and_selection():
-    run = Run("r50_a", "dimaskdino_r50")
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        trace = run.model(torch.from_numpy(run.golden["image0"])[None], trace=True)["trace"]
-    theirs = torch.from_numpy(run.golden["T_i"])
+    run = Run("r50_a", "dimaskdino_r50", bf16=True)
+    ours, theirs = run.golden.cut("T_i", run.trace["T_i"][:, run.tokens].float()), run.golden["T_i"]
     # bf16 keeps 8 bits; the backbone's fifty layers of made-up weights, which damp nothing, already part by 4 to 7 %.
-    assert (trace["T_i"][:, run.tokens] - theirs).norm() < 0.08 * theirs.norm()
-    both = set(run.theirs[trace["index_1"][0].numpy()]) & set(run.golden["sel1_idx"][0].tolist())
+    assert np.linalg.norm(ours - theirs) < 0.08 * np.linalg.norm(theirs)
+    both = set(run.theirs[run.trace["index_1"][0].numpy()]) & set(run.golden["sel1_idx"][0].tolist())
     assert len(both) > 540  # of 600: those whose scores differ by less than the rounding may change places
 
 
 def test_a_weight_that_differs_between_its_names_is_refused():
-    weights = released_weights("dimaskdino_r50", 0)
+    weights = dict(released_weights("dimaskdino_r50"))
     weights["sem_seg_head.predictor.oldm.class_embed.bias"] = weights["sem_seg_head.predictor.class_embed.bias"] + 1
     with pytest.raises(ValueError, match="class_embed.bias differs"):
         config_of({"model": weights})
 
 
 def test_the_decoders_levels_are_turned_from_coarse_first_to_fine_first():
-    weights = released_weights("dimaskdino_r50", 0)
+    weights = released_weights("dimaskdino_r50")
     model = DIMaskDINO(Config.released())
     load_weights(model, weights)
     theirs = weights["sem_seg_head.predictor.decoder.layers.3.cross_attn.sampling_offsets.bias"]
@@ -274,7 +275,7 @@ NAMES |= {
 
 @pytest.fixture
 def recorded_losses():
-    return np.load(GOLDEN / "golden_losses.npz")
+    return Recorded("losses")
 
 
 def recorded_outputs(g, denoising):
@@ -306,12 +307,10 @@ def recorded_targets(g, prefix):
 
 
 @pytest.fixture
-def recorded_randomness():
+def recorded_randomness(monkeypatch):
     """torch.rand and its kin give what they gave when the arrays were recorded."""
-    import det_random
-
-    with det_random.patched():
-        yield
+    for name in ("rand", "rand_like", "randint_like"):
+        monkeypatch.setattr(torch, name, getattr(numbers, name))
 
 
 CASES = [("full", "dn"), ("full", "nodn"), ("half", "dn"), ("half", "nodn"), ("none", "nodn")]
@@ -320,7 +319,9 @@ CASES = [("full", "dn"), ("full", "nodn"), ("half", "dn"), ("half", "nodn"), ("n
 @pytest.mark.parametrize("case, denoising", CASES)
 def test_released_every_loss_and_their_total_agree(recorded_losses, recorded_randomness, case, denoising):
     g = recorded_losses
-    terms = Criterion(Recipe(mask_points=112))(recorded_outputs(g, denoising == "dn"), recorded_targets(g, f"tgt_{case}"))
+    terms = Criterion(Recipe(mask_points=112))(
+        recorded_outputs(g, denoising == "dn"), recorded_targets(g, f"tgt_{case}")
+    )
     prefix = f"loss_{case}_{denoising}_"
     for name, value, weight in zip(*(g[prefix + part] for part in ("names", "values", "weights")), strict=True):
         ours = terms.get(NAMES[str(name)], torch.zeros(()))  # without denoising, ours has no such terms: zero there
@@ -332,7 +333,9 @@ def test_released_every_loss_and_their_total_agree(recorded_losses, recorded_ran
 def test_released_assignments_agree(recorded_losses, recorded_randomness, case):
     g, outputs = recorded_losses, recorded_outputs(recorded_losses, False)
     targets = recorded_targets(g, f"tgt_{case}")
-    matches = Criterion(Recipe(mask_points=112)).match({"main": outputs["layers"][-1], "oldm0": outputs["interaction"][0]}, targets)
+    matches = Criterion(Recipe(mask_points=112)).match(
+        {"main": outputs["layers"][-1], "oldm0": outputs["interaction"][0]}, targets
+    )
     for name, (queries, objects) in matches.items():
         theirs = [
             (b * 30 + q, sum(len(t["labels"]) for t in targets[:b]) + o)
@@ -340,6 +343,18 @@ def test_released_assignments_agree(recorded_losses, recorded_randomness, case):
             for q, o in zip(g[f"match_{case}_{name}_src{b}"], g[f"match_{case}_{name}_tgt{b}"], strict=True)
         ]
         assert list(zip(queries.tolist(), objects.tolist(), strict=True)) == theirs
+
+
+@pytest.mark.parametrize("case", ["full", "half"])
+@pytest.mark.parametrize("name", ["main", "oldm0"])
+def test_released_costs_of_matching_agree(recorded_losses, recorded_randomness, case, name):
+    g, targets = recorded_losses, recorded_targets(recorded_losses, f"tgt_{case}")
+    outputs = recorded_outputs(g, False)
+    prediction = outputs["layers"][-1] if name == "main" else outputs["interaction"][0]
+    costs = Criterion(Recipe(mask_points=112)).costs([prediction], targets)
+    for b, target in enumerate(targets):
+        theirs = g[f"match_{case}_{name}_cost{b}"]
+        assert np.abs(costs[b, :, : len(target["labels"])].detach().numpy() - theirs).max(initial=0) <= 1e-4
 
 
 def test_released_gradients_of_the_total_agree(recorded_losses, recorded_randomness):
@@ -354,8 +369,8 @@ def test_released_gradients_of_the_total_agree(recorded_losses, recorded_randomn
     }  # fmt: skip
     for name, x in recorded.items():
         assert np.allclose(x.grad, g[f"grad_{name}"], rtol=1e-4, atol=1e-5), name
-    masks = main["masks"].grad
-    assert np.allclose(masks[0], g["grad_main_pred_masks_img0"], atol=1e-3, rtol=1e-3)  # recorded in float16
+    name, masks = "grad_main_pred_masks_img0", main["masks"].grad
+    assert np.allclose(g.cut(name, masks[0]), g[name], atol=1e-3, rtol=1e-3)  # recorded in float16
     assert masks.norm().item() == pytest.approx(g["gradnorm_main_pred_masks"][0], rel=1e-4)
 
 
@@ -372,15 +387,124 @@ def test_released_denoising_queries_agree(recorded_losses, recorded_randomness, 
         assert np.array_equal(denoising.attention_mask(300), blocked.astype(bool))
 
 
+# ---- A whole step of training ----------------------------------------------------------------------------------------
+
+LAST = 6  # decoder layers: their prediction without a number is our last one
+STAGES = {"": LAST, "_interm": "selection"} | {f"_{i}": i for i in range(LAST)}
+STAGES |= {f"_dn{stage}": f"denoising_{i}" for stage, i in STAGES.items() if i != "selection"}
+OBJECTS = "selection", *(f"interaction_{i}" for i in (0, 1)), *map(str, range(LAST + 1))
+MATCHES = dict(zip(OBJECTS, ("interm", "oldm0", "oldm1", *(f"aux{i}" for i in range(LAST)), "final"), strict=True))
+
+
+def recorded_objects(g, image):
+    boxes, masks = g[f"tgt{image}_boxes_xyxy_px"], np.unpackbits(g[f"tgt{image}_masks_packed"], axis=1)
+    boxes = box_convert(torch.from_numpy(boxes), "xyxy", "cxcywh") / torch.tensor([320, 256, 320, 256])
+    masks = torch.from_numpy(masks).view(-1, 256, 320).bool()
+    return {"labels": torch.from_numpy(g[f"tgt{image}_labels"]), "boxes": boxes, "masks": masks}
+
+
+@pytest.fixture(scope="module")
+def step():
+    """One step on two images: what was recorded, the losses, the model with its gradients, and the outputs."""
+    g, weights = Recorded("train_r50"), released_weights("dimaskdino_r50")
+    model = DIMaskDINO(Config.released()).train()
+    load_weights(model, weights)
+    images = torch.stack([torch.from_numpy(numbers.image(256, 320, seed)) for seed in (200, 201)])
+    targets = [recorded_objects(g, image) for image in (0, 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rand", "rand_like", "randint_like"):
+            patch.setattr(torch, name, getattr(numbers, name))
+        outputs = model(images, denoising_queries(targets, 80, Recipe().denoising, Recipe().label_noise))
+        losses = Criterion(Recipe())(outputs, targets)
+        matches = Criterion(Recipe()).match(sets_of(outputs), targets)
+    sum(losses.values()).backward()
+    return g, losses, matches, model
+
+
+def sets_of(outputs):
+    interaction = {f"interaction_{i}": x for i, x in enumerate(outputs["interaction"])}
+    return {"selection": outputs["selection"]} | {f"{i}": x for i, x in enumerate(outputs["layers"])} | interaction
+
+
+def test_released_a_whole_training_step_has_the_81_losses_that_were_recorded(step):
+    g, losses, *_ = step
+    ours = {}
+    for name, value, weight in zip(g["loss_names"], g["loss_values_unweighted"], g["loss_weights"], strict=True):
+        term, stage = re.fullmatch(r"(?:oldm_)?(loss_[a-z]+?)((?:_dn|_interm|_\d)*)", name).groups()
+        ours[name] = f"{TERMS[term]}_{f'interaction{stage}' if 'oldm' in name else STAGES[stage]}"
+        assert losses[ours[name]].item() == pytest.approx(value * weight, rel=1e-3), name
+    assert len(ours) == 81 and losses.keys() == set(ours.values())
+    assert sum(losses.values()).item() == pytest.approx(g["total"], rel=1e-5)
+
+
+def test_released_a_whole_training_step_matches_the_objects_that_were_recorded(step):
+    g, _, matches, _ = step
+    for name, (queries, objects) in matches.items():
+        size = 600 if name in ("selection", "interaction_0", "interaction_1") else 300
+        theirs = [(g[f"match_{MATCHES[name]}_img{b}"] + [[b * size], [b * 5]]).T for b in (0, 1)]
+        ours = np.stack((queries, objects), 1)
+        assert dict(np.concatenate(theirs)[:, ::-1].tolist()) == dict(ours[:, ::-1].tolist()), name
+
+
+def test_released_a_whole_training_step_gives_every_parameter_the_gradient_that_was_recorded(step):
+    g, _, _, model = step
+    order = {name: torch.tensor(i) for i, name in enumerate(g["grad_names"])}
+    theirs = {name: int(i) for name, i in translate(order)[0].items()}
+    ours = {name: p.grad.double() for name, p in model.named_parameters() if p.requires_grad}
+    assert ours.keys() == theirs.keys()
+    for name, i in theirs.items():
+        norm, total = g["grad_norm"][i], g["grad_sum"][i]
+        assert ours[name].norm().item() == pytest.approx(norm, rel=1e-2), name
+        # the numbers part by 1 % of the norm at most: so does their sum, times the root of how many they are
+        assert ours[name].sum().item() == pytest.approx(total, abs=1e-2 * norm * ours[name].numel() ** 0.5), name
+    total = torch.stack([x.norm() for x in ours.values()]).norm().item()
+    assert total == pytest.approx(g["grad_total_norm"], rel=1e-3)
+    for their_name in (name for name in g.arrays if name.startswith("grad_slice:")):
+        name = next(iter(translate({their_name.split(":")[1]: torch.zeros(1)})[0]))
+        x = ours[name].flatten(1) if ours[name].ndim > 1 else ours[name][:, None].T
+        x = coarse_to_fine(x, model.config) if "offsets" in name else x  # the same turn, back
+        x = x[:: max(1, x.shape[0] // 16), :: max(1, x.shape[1] // 16)]
+        assert np.abs(x - g[their_name]).max() <= 1e-2 * np.abs(g[their_name]).max(), name
+
+
+# ---- Swin-L ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_released_swin_l_agrees_from_backbone_to_the_100_objects():
+    g = Recorded("swinl")
+    weights = numbers.weights("dimaskdino_swinl", g["weight_seed"].item())
+    model = DIMaskDINO(config_of({"model": weights})).eval()
+    assert model.config == dataclasses.replace(Config.released(), backbone="swin_l")
+    load_weights(model, weights)
+    del weights
+    features = []
+    model.backbone.register_forward_hook(lambda _, inputs, output: features.extend(output))
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(numbers.image(512, 640, 77))[None])
+    for i, x in enumerate(features):
+        assert [x.mean().item(), x.std().item()] == pytest.approx(g[f"backbone_res{i + 2}_meanstd"], abs=1e-4)
+        name = f"backbone_res{i + 2}_slice"
+        assert np.abs(g.cut(name, x[:, :: x.shape[1] // 16, ::4, ::4]) - g[name]).max() <= 1e-4, name
+    (ours,) = postprocess(outputs, [(512, 640)], [(480, 600)])
+    assert ours["labels"].tolist() == g["final0_labels"].tolist()
+    assert np.abs(ours["scores"] - g["final0_scores"]).max() <= 2e-3
+    assert np.abs(ours["boxes"] - g["final0_boxes"]).max() <= 0.2
+    pixels = 480 * 600
+    assert np.abs(ours["masks"].sum((1, 2)) - g["final0_mask_area"]).max() <= 1e-4 * pixels
+    theirs = np.unpackbits(g["final0_masks10_packed"], axis=1)[:, :pixels].reshape(10, 480, 600)
+    assert (ours["masks"][:10].numpy() != theirs).mean((1, 2)).max() <= 1e-4
+
+
 # ---- The authors' file, as a user has it -----------------------------------------------------------------------------
 
 
 def test_evaluate_takes_the_authors_file_as_it_is(tmp_path, capsys):
     import evaluate
 
-    weights = released_weights("dimaskdino_r50", 26)
+    weights = released_weights("dimaskdino_r50")
     torch.save({"model": weights, "iteration": 88499}, tmp_path / "dimaskdino_r50.pth")
-    image = np.load(GOLDEN / "golden_r50_a.npz")["image0"].transpose(1, 2, 0)
+    image = numbers.image(256, 320, 200).transpose(1, 2, 0)
     Image.fromarray(image).save(tmp_path / "image.png")
     flags = f"--ckpt {tmp_path}/dimaskdino_r50.pth --out {tmp_path} --device cpu --test-size 128 160 --score 0.5"
     evaluate.main([*flags.split(), "--images", str(tmp_path / "image.png")])

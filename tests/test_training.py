@@ -4,18 +4,22 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+import log
 import train
 from dimaskdino import Config, DIMaskDINO
 from losses import denoising_queries
 from recipe import Recipe, parameter_groups
 from small_runs import (
     FOUR,
+    SMALL,
     assert_same_gradient,
+    exit_code,
     gradient_run,
     gradients_of,
     log_of,
@@ -208,7 +212,7 @@ def test_the_first_lines_tell_device_kernel_data_model_and_recipe(folder, tmp_pa
         "deform_attn: ",
         "12 training and 5 validation images, 3 classes (box, plate, tile)",
         "model: tiny",
-        "1 epochs of 3 steps of 4 images, lr 1.0e-03",
+        "1 epoch of 3 steps of 4 images, lr 1.0e-03",
     )
     assert all(part in line for part, line in zip(said, lines, strict=False)) and len(lines) > len(said)
 
@@ -237,3 +241,34 @@ def test_resuming_drops_logged_steps_that_were_never_saved_and_a_line_cut_short(
         file.write('{"epoch": 1.9, "step": 5, "loss": 1}\n{"epoch": 2, "st')
     assert train_in(folder, tmp_path, "--resume") == 0
     assert log_of(tmp_path) == before
+
+
+def test_a_mean_of_few_steps_at_the_end_of_an_epoch_is_joined_to_the_one_before():
+    records = [
+        {"step": step, "loss": loss} for step, loss in ((1, 9.0), (50, 5.0), (100, 4.0), (102, 30.0), (150, 3.0))
+    ]
+    curve = [(record["step"], record["loss"]) for record in log.joined(records)]
+    assert curve == [(1, 9), (50, 5), (102, pytest.approx((50 * 4 + 2 * 30) / 52)), (150, 3)]
+
+
+def test_the_progress_bar_moves_with_every_step_from_the_first(folder, tmp_path):
+    run, seen = new_run(folder, tmp_path), []
+    watched = log.Log(run)
+    watched.bar = SimpleNamespace(n=0, update=lambda steps: seen.append(steps))
+    for _ in watched.follow(run, range(4)):
+        watched.bar.n = run.step
+        run.step += 1
+    assert seen == [0, 1, 1, 1]
+
+
+def test_images_with_more_objects_than_queries_are_counted_with_the_setting(folder, tmp_path, capsys):
+    assert train_in(folder, tmp_path, "--check", "--set", "selection=(12,2)") == 0
+    said = capsys.readouterr().out
+    assert "4 training images have more objects than the model has queries (2)" in said and "selection" in said
+
+
+def test_a_folder_with_a_single_json_trains_and_holds_images_out(folder, tmp_path, capsys):
+    files = "--train-json", folder / "annotations" / "instances_train.json", "--image-folder", folder / "train"
+    assert exit_code(train.main, [*SMALL, *map(str, files), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "every tenth image is held out" in said and "10 training and 2 validation images" in said

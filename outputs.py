@@ -1,0 +1,42 @@
+"""What the programs write: tried before any work, written whole, and by default into a folder that was not there."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+
+def try_output(path: Path, folder: bool = True) -> None:
+    """Raises OSError, which names the path, unless files can be written into a folder (or into one file), which is made
+    for the trial. Nothing is left of that."""
+    place = path if folder else path.parent
+    made = [p for p in (place, *place.parents) if not p.exists()]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+        if not folder and path.exists():
+            path.open("a").close()
+    except OSError as error:
+        reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise OSError(f"nothing can be written to {path}: {reason}") from None
+    finally:
+        for folder in made:
+            if folder.is_dir():
+                folder.rmdir()
+
+
+def unused(folder: Path) -> Path:
+    """The folder, or where it holds something one with a number behind its name."""
+    number, free = 1, folder
+    while free.exists() and not (free.is_dir() and not any(free.iterdir())):
+        number += 1
+        free = folder.with_name(f"{folder.name}_{number}")
+    return free
+
+
+def write_json(path: Path, value: object, indent: int | None = None) -> None:
+    """Write a file that others never see in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(json.dumps(value, indent=indent))
+    os.replace(unfinished, path)

@@ -1,0 +1,304 @@
+"""What losses.py promises: matching, every term of the loss, denoising queries (appendix B: as in MaskDINO)."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from losses import Criterion, Denoising, denoising_queries
+from recipe import Recipe
+from small_models import TRAINING, build, close, law, objects, pictures, step
+
+# ---- Losses ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(2, 3), (0, 3), (0, 0), (1, 0), (1, 1), (10, 2), (14, 0)],
+    ids=[
+        "some",
+        "one image empty",
+        "all empty",
+        "one object",
+        "one each",
+        "more than denoising slots",
+        "more than queries",
+    ],
+)
+def test_losses_and_gradients_are_finite_and_reach_every_parameter_for_any_number_of_objects(counts):
+    model = build().train()
+    terms = step(model, pictures(2, 3, 64, 64), objects(*counts))
+    sum(terms.values()).backward()
+    assert all(value.isfinite() for value in terms.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_objects_of_no_size_and_objects_without_a_pixel_train():
+    targets = objects(2, 2)
+    targets[0]["boxes"][0, 2:] = 0
+    targets[1]["masks"][0] = False
+    terms = step(build().train(), pictures(2, 3, 64, 64), targets)
+    assert all(value.isfinite() for value in terms.values())
+
+
+def test_the_losses_have_the_weights_of_maskdino():
+    assert Criterion(Recipe()).weights == {"class": 4, "box": 5, "giou": 2, "mask": 5, "dice": 5}
+
+
+def losses_of(prediction, targets, num_objects=None, **others):
+    outputs = {**prediction, "layers": [prediction], "selection": prediction, "interaction": [], "denoising": []}
+    losses = Criterion(TRAINING)(outputs | others, targets, num_objects)
+    return {name: value.item() for name, value in losses.items()}
+
+
+def one_pair():
+    """A query that knows nothing, beside an object without a pixel."""
+    target = {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.7, 0.5, 0.2, 0.4]])}
+    target["masks"] = torch.zeros(1, 32, 32, dtype=torch.bool)
+    boxes = torch.tensor([[[0.3, 0.5, 0.2, 0.2]]])
+    return {"logits": torch.zeros(1, 1, 2), "boxes": boxes, "masks": torch.zeros(1, 1, 8, 8)}, [target]
+
+
+def test_every_term_of_one_pair_is_what_one_works_out_by_hand():
+    losses = losses_of(*one_pair())
+    # Focal: alpha 1/4 of the class that is there, 3/4 of the other, each times (1/2)^2 ln 2.
+    assert losses["class_0"] == pytest.approx(4 * (1 / 4 + 3 / 4) / 4 * math.log(2))
+    assert losses["box_0"] == pytest.approx(5 * (0.4 + 0.2))
+    # GIoU: boxes of 0.04 and 0.08 that do not meet, in a hull of 0.24.
+    assert losses["giou_0"] == pytest.approx(2 * (1 + (0.24 - 0.12) / 0.24), rel=1e-4)
+    assert losses["mask_0"] == pytest.approx(5 * math.log(2))
+    assert losses["dice_0"] == pytest.approx(5 * (1 - 1 / (TRAINING.mask_points / 2 + 1)))  # smoothed by 1
+
+
+@pytest.mark.parametrize("logit, present, absent", [(2.0, 1 / 4, 3 / 4), (-1.0, 1 / 4, 3 / 4)])
+def test_the_class_loss_is_focal_with_alpha_a_quarter_and_gamma_2(logit, present, absent):
+    prediction, targets = one_pair()
+    prediction["logits"] = torch.tensor([[[logit, logit]]])
+    p = 1 / (1 + math.exp(-logit))
+    focal = present * (1 - p) ** 2 * -math.log(p) + absent * p**2 * -math.log(1 - p)
+    assert losses_of(prediction, targets)["class_0"] == pytest.approx(4 * focal, rel=1e-5)
+
+
+def test_denoising_losses_are_divided_by_objects_and_groups_and_each_slot_learns_its_object():
+    prediction, targets = one_pair()
+    once, thrice = ({name: x.repeat(1, n, *[1] * (x.ndim - 2)) for name, x in prediction.items()} for n in (1, 3))
+    a, b = (losses_of(prediction, targets, denoising=[noised]) for noised in (once, thrice))
+    for term in ("class", "box", "giou", "mask", "dice"):
+        assert a[f"{term}_denoising_0"] == pytest.approx(b[f"{term}_denoising_0"]) == pytest.approx(a[f"{term}_0"])
+
+
+def test_mask_points_are_drawn_where_the_mask_is_least_certain():
+    ramp = torch.linspace(-1, 1, 256).expand(1, 64, 256)  # logits rise from left to right
+    x, y = Criterion(Recipe(mask_points=8000)).uncertain_points(ramp)[0].unbind(-1)
+    # Of 24,000 candidates the 6,000 nearest to the middle, within a quarter of it (a mask fades at the upper and the
+    # lower border, where a few more are), and 2,000 anywhere.
+    assert (x[:6000].abs() < 0.27).float().mean() > 0.98 and x[:6000].abs().mean() == pytest.approx(0.125, abs=0.01)
+    assert x[6000:].abs().mean() == pytest.approx(0.5, abs=0.03) and y.abs().mean() == pytest.approx(0.5, abs=0.03)
+    assert len(x) == 8000 and x[6000:].min() < -0.98 and x[6000:].max() > 0.98
+
+
+def test_matching_compares_masks_too():
+    targets = whole_cells(objects(2))
+    prediction = perfect(targets, 2, 5)
+    prediction["logits"][:], prediction["boxes"][:] = 0.0, 0.5  # only masks tell the queries apart
+    prediction["masks"] = prediction["masks"].flip(1)
+    queries, found = Criterion(TRAINING).match({"0": prediction}, targets)["0"]
+    assert queries.tolist() == [0, 1] and found.tolist() == [1, 0]
+
+
+def test_every_stage_is_trained_by_every_loss_it_has():
+    terms = step(build(), pictures(1, 3, 64, 64), objects(2))
+    sets = ["selection", "interaction_0", "interaction_1", *"0123", *(f"denoising_{i}" for i in range(4))]
+    losses = ["class", "box", "giou", "mask", "dice"]
+    no_masks = {f"{loss}_interaction_{i}" for loss in ("mask", "dice") for i in (0, 1)}
+    assert terms.keys() == {f"{loss}_{s}" for s in sets for loss in losses} - no_masks
+
+
+def test_losses_are_divided_by_the_number_of_objects_that_is_given():
+    model, targets = build(), objects(2, 3)
+    with torch.no_grad():
+        outputs = model(pictures(2, 3, 64, 64))
+    criterion = Criterion(TRAINING)
+    torch.manual_seed(0)
+    own = criterion(outputs, targets)
+    torch.manual_seed(0)
+    for name, value in criterion(outputs, targets, num_objects=10).items():
+        close(value * 2, own[name], 1e-6)
+
+
+def perfect(targets, queries, classes):
+    """Predictions that are the targets, the first objects first, and background."""
+    size = [side // 4 for side in targets[0]["masks"].shape[1:]]
+    logits, boxes = torch.full((len(targets), queries, classes), -20.0), torch.full((len(targets), queries, 4), 0.5)
+    masks = torch.full((len(targets), queries, *size), -20.0)
+    for b, target in enumerate(targets):
+        n = len(target["labels"])
+        logits[b, range(n), target["labels"]], boxes[b, :n] = 20.0, target["boxes"]
+        masks[b, :n] = nn.functional.max_pool2d(target["masks"].float(), 4) * 40 - 20
+    return {"logits": logits, "boxes": boxes, "masks": masks}
+
+
+def whole_cells(targets):
+    """The same targets with masks that are whole cells of 4x4 pixels."""
+    for t in targets:
+        t["masks"] = torch.kron(nn.functional.max_pool2d(t["masks"].float(), 4), torch.ones(4, 4)).bool()
+    return targets
+
+
+def test_perfect_predictions_are_matched_to_their_objects_and_cost_almost_nothing():
+    torch.manual_seed(0)
+    targets, criterion = whole_cells(objects(2, 3)), Criterion(TRAINING)
+    best = perfect(targets, 6, 5)
+    queries, found = criterion.match({"0": best}, targets)["0"]
+    assert queries.tolist() == [0, 1, 6, 7, 8] and found.tolist() == [0, 1, 2, 3, 4]
+
+    def cost(prediction):
+        return criterion(
+            {**best, "layers": [prediction], "selection": best, "interaction": [], "denoising": []}, targets
+        )
+
+    right, inverted = cost(best), cost({**best, "masks": -best["masks"]})
+    assert max(right["class_0"], right["box_0"], right["giou_0"]) < 1e-4
+    # Masks cost a little where a point falls between two cells; three in four points are chosen there.
+    assert right["mask_0"] < 1 < 50 < inverted["mask_0"] and right["dice_0"] < 1 < 4 < inverted["dice_0"]
+
+
+@law
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
+def test_the_match_has_the_least_total_cost_of_all_matches(number, queries, seed):
+    torch.manual_seed(seed)
+    target, criterion = objects(number, seed=seed)[0], Criterion(TRAINING)
+    prediction = {"logits": torch.randn(1, queries, 5), "boxes": torch.rand(1, queries, 4) * 0.5 + 0.2}
+    found_queries, found_objects = (x.tolist() for x in criterion.match({"0": prediction}, [target])["0"])
+    terms = dimaskdino_costs(prediction, target)
+    best = min(
+        sum(terms[q, o] for q, o in zip(qs, os_, strict=True))
+        for qs in itertools.permutations(range(queries), min(queries, number))
+        for os_ in itertools.combinations(range(number), min(queries, number))
+    )
+    assert sum(terms[q, o] for q, o in zip(found_queries, found_objects, strict=True)) == pytest.approx(best, abs=1e-4)
+
+
+def dimaskdino_costs(prediction, target):
+    """Class, box and GIoU costs, one pair at a time from their definitions: an oracle for small sizes."""
+    total = {}
+    for q, o in itertools.product(range(prediction["logits"].shape[1]), range(len(target["labels"]))):
+        p = prediction["logits"][0, q].double().sigmoid()[target["labels"][o]]
+        focal = 0.25 * (1 - p) ** 2 * -torch.log(p) - 0.75 * p**2 * -torch.log(1 - p)
+        a, b = prediction["boxes"][0, q], target["boxes"][o]
+        corners = [torchvision.ops.box_convert(x[None], "cxcywh", "xyxy") for x in (a, b)]
+        giou = torchvision.ops.generalized_box_iou(*corners)[0, 0]
+        total[q, o] = float(4 * focal + 5 * (a - b).abs().sum() - 2 * giou)
+    return total
+
+
+@pytest.mark.parametrize("part", ["logits", "boxes", "masks"])
+def test_a_prediction_that_is_not_finite_is_reported_with_its_name_set_and_image(part):
+    targets = objects(2, 1)
+    prediction = perfect(targets, 4, 5)
+    prediction[part][1, 2] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"predicted {part}, in set 3, image 1"):
+        Criterion(TRAINING).match({"3": prediction}, targets)
+
+
+def test_a_target_that_is_not_finite_is_reported():
+    targets = objects(2, 1)
+    prediction = perfect(targets, 4, 5)
+    targets[0]["boxes"][1, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="target's boxes, in set 0, image 0"):
+        Criterion(TRAINING).match({"0": prediction}, targets)
+
+
+# ---- Denoising queries -----------------------------------------------------------------------------------------------
+
+
+@law
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=3), st.integers(0, 20))
+def test_denoising_fills_as_many_groups_as_fit_and_leaves_other_slots_empty(counts, queries):
+    targets = objects(*counts)
+    denoising = denoising_queries(targets, 5, queries)
+    groups = queries // max(counts) if max(counts) else 0
+    assert denoising.groups == groups and denoising.labels.shape == (len(counts), groups * max(counts))
+    assert (denoising.labels >= 0).sum(1).tolist() == [n * groups for n in counts]
+
+
+def test_without_noise_denoising_queries_are_the_objects():
+    targets = objects(2, 3)
+    denoising = denoising_queries(targets, 5, queries=6, label_noise=0, box_noise=0)
+    assert denoising.labels.tolist() == [[*targets[0]["labels"], -1] * 2, [*targets[1]["labels"]] * 2]
+    close(denoising.boxes_logit[1, 3:].sigmoid(), targets[1]["boxes"], 1e-5)
+
+
+def test_box_noise_moves_centres_by_up_to_a_fifth_and_sizes_by_up_to_two_fifths_of_the_size():
+    targets = objects(1)
+    boxes = denoising_queries(targets, 5, queries=2000).boxes_logit[0].sigmoid()
+    moved = (boxes - targets[0]["boxes"]).abs() / targets[0]["boxes"][:, 2:].repeat(1, 2)
+    assert moved.amax(0).tolist() == pytest.approx([0.2, 0.2, 0.4, 0.4], rel=0.02)  # 2,000 uniform draws come that near
+
+
+@pytest.mark.parametrize("given, share, near", [({}, 0.2, 0.03), ({"label_noise": 0.5}, 0.5, 0.04)])
+def test_a_fifth_of_the_labels_is_redrawn_or_as_many_as_asked_for(given, share, near):
+    targets = objects(1)
+    labels = denoising_queries(targets, 1000, queries=4000, **given).labels
+    assert (labels != targets[0]["labels"][0]).float().mean().item() == pytest.approx(share, abs=near)  # 5 sigma
+
+
+def test_redrawn_labels_are_of_any_class():
+    labels = denoising_queries(objects(1), 5, queries=500, label_noise=1).labels
+    assert set(labels[0].tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_noised_boxes_stay_in_the_image():
+    targets = objects(1)
+    targets[0]["boxes"] = torch.tensor([[0.05, 0.9, 0.9, 0.9]])
+    boxes = denoising_queries(targets, 5, queries=1000).boxes_logit.sigmoid()
+    assert boxes.min() < 1e-4 and boxes.max() > 1 - 1e-4  # clamped, not turned away
+
+
+def test_who_may_not_look_at_whom():
+    denoising = Denoising(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, 4), groups=2)
+    blocked = [
+        [0, 0, 1, 1, 0, 0],  # a group: at the other group
+        [0, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],  # the queries that are matched: at any group
+        [1, 1, 1, 1, 0, 0],
+    ]
+    assert denoising.attention_mask(2).int().tolist() == blocked
+
+
+@torch.no_grad()
+def test_denoising_queries_see_the_queries_that_are_matched():
+    model, T_s2, box = build(), torch.rand(1, 6, 32), torch.rand(1, 6, 4)
+    denoising = Denoising(torch.tensor([[1, 2]]), torch.zeros(1, 2, 4), groups=1)
+    Q, _, blocked, D = model.with_denoising(denoising, T_s2, box)
+    other, *_ = model.with_denoising(denoising, T_s2 + torch.rand(32), box)
+    a, b = (model.residual.self_attention(x, x, x, x, blocked)[:, :D] for x in (Q, other))
+    assert D == 2 and (a != b).any(-1).all()
+
+
+@torch.no_grad()
+def test_an_empty_slot_holds_zeros_and_a_used_one_the_embedding_of_its_label():
+    model = build()
+    denoising = Denoising(torch.tensor([[3, -1]]), torch.tensor([[[0.0] * 4, [1.0] * 4]]), groups=1)
+    Q, box, *_ = model.with_denoising(denoising, torch.rand(1, 6, 32), torch.rand(1, 6, 4))
+    assert torch.equal(Q[0, :2], torch.stack((model.label_embed.weight[3], torch.zeros(32))))
+    assert torch.equal(box[0, :2], denoising.boxes_logit[0].sigmoid())
+
+
+@torch.no_grad()
+def test_denoising_groups_see_neither_each_other_nor_are_they_seen():
+    model, images = build(), pictures(1, 3, 64, 64)
+    first = Denoising(torch.tensor([[1, 2, 3, 4]]), torch.zeros(1, 4, 4), groups=2)
+    other = Denoising(torch.tensor([[1, 2, 0, 0]]), torch.tensor([[[0.0] * 4] * 2 + [[1.0] * 4] * 2]), groups=2)
+    a, b, none = model(images, first), model(images, other), model(images)
+    for name in ("logits", "boxes", "masks"):
+        close(a["denoising"][-1][name][:, :2], b["denoising"][-1][name][:, :2])
+        assert not torch.equal(a["denoising"][-1][name][:, 2:], b["denoising"][-1][name][:, 2:])
+        close(a[name], none[name])

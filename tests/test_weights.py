@@ -1,0 +1,210 @@
+"""What weights.py promises: any file of weights that fits is read, safely, and what does not fit is named."""
+
+import dataclasses
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from dimaskdino import Config, DIMaskDINO
+from small_models import SMALL, build, pictures
+from weights import config_of, load_model, load_weights, read_checkpoint
+
+# ---- Weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_saved_and_loaded_give_the_same_model(tmp_path):
+    a, b, images = build(seed=0), build(seed=1), pictures(1, 3, 64, 64)
+    torch.save({"model": a.state_dict(), "config": dataclasses.asdict(a.config)}, tmp_path / "a.pt")
+    assert config_of(read_checkpoint(tmp_path / "a.pt")) == a.config
+    assert load_weights(b, tmp_path / "a.pt") == []
+    assert torch.equal(a(images)["masks"], b(images)["masks"])
+
+
+def test_a_file_that_does_not_fit_names_the_odd_tensors_with_both_shapes_and_changes_nothing():
+    model, other = build(), build(num_classes=7)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"det_head.classifier.bias: \(7,\) in the file, \(5,\) in the model"):
+        load_weights(model, other.state_dict())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_partial_loading_keeps_what_fits_and_lists_the_rest():
+    model, other = build(seed=0), build(seed=1, num_classes=7)
+    left_out = load_weights(model, other.state_dict(), partial=True)
+    names = {"det_head.classifier.weight", "det_head.classifier.bias", "label_embed.weight"}
+    assert {line.split(":")[0] for line in left_out} == names
+    assert torch.equal(model.head_norm.weight, other.head_norm.weight)
+
+
+def detectron2_names(state):
+    """torchvision's names of a ResNet -> detectron2's."""
+    renamed = {}
+    for name, x in state.items():
+        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        for i in (1, 2, 3):
+            name = name.replace(f"bn{i}", f"conv{i}.norm").replace(f"layer{i}.", f"res{i + 1}.")
+        name = name.replace("layer4.", "res5.").replace("fc.", "stem.fc.")
+        renamed[name if name.startswith(("res", "stem")) else f"stem.{name}"] = x
+    return {name: x for name, x in renamed.items() if "num_batches_tracked" not in name}
+
+
+def microsoft_names(state):
+    """torchvision's names of a Swin Transformer -> Microsoft's."""
+    renamed = {"layers.0.blocks.1.attn_mask": torch.zeros(3)}
+    for name, x in state.items():
+        if name.startswith("features"):
+            _, n, rest = name.split(".", 2)
+            if n == "0":
+                name = "patch_embed." + rest.replace("0.", "proj.", 1).replace("2.", "norm.", 1)
+            elif int(n) % 2:
+                name = f"layers.{int(n) // 2}.blocks.{rest}".replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
+            else:
+                name = f"layers.{int(n) // 2 - 1}.downsample.{rest}"
+        if name.endswith("relative_position_index"):
+            x = x.view(49, 49)
+        renamed[name] = x
+    return renamed
+
+
+@pytest.mark.parametrize(
+    "backbone, naming",
+    [("resnet18", dict), ("resnet18", detectron2_names), ("swin_t", dict), ("swin_t", microsoft_names)],
+    ids=["torchvision resnet", "detectron2 resnet", "torchvision swin", "microsoft swin"],
+)
+@torch.no_grad()
+def test_imagenet_backbones_load_under_every_common_naming(backbone, naming):
+    torch.manual_seed(1)
+    source, model = getattr(torchvision.models, backbone)(weights=None).eval(), build(backbone=backbone)
+    assert load_weights(model, {"model": naming(source.state_dict())}) == []
+    image = torch.rand(1, 3, 64, 64)
+    if backbone == "resnet18":
+        body = nn.Sequential(*list(source.children())[:-2])
+        assert torch.equal(model.backbone(image)[-1], body(image))
+    else:
+        assert torch.equal(model.backbone.stages[3](model.backbone.stages[2](model.backbone.stages[1](
+            model.backbone.stages[0](image)))), source.features(image))  # fmt: skip
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "swin_t", "swin_s", "swin_b", "swin_l"])
+@pytest.mark.parametrize("preset", ["released", "maskdino"])
+def test_a_model_is_recognised_from_its_tensors_alone(backbone, preset):
+    config = dataclasses.replace(getattr(Config, preset)(), backbone=backbone, num_classes=7, decoder_layers=4)
+    with torch.device("meta"):
+        state = DIMaskDINO(config).state_dict()
+    assert config_of({"model": state}) == config
+
+
+def test_a_file_without_a_model_is_told_where_a_backbone_goes():
+    with pytest.raises(ValueError, match="--backbone-weights"):
+        config_of({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}})
+
+
+def test_names_of_our_older_checkpoints_are_read():
+    model = build(pixel_tokens="T_bal")
+    former = {"N_mask.mlp": "mask_net", "N_box.mlp": "box_net", "seg_head.update": "pixel_update"}
+    state = model.state_dict()
+    for new, old in former.items():
+        state = {name.replace(new, old): x for name, x in state.items()}
+    other = build(seed=1, pixel_tokens="T_bal")
+    assert load_weights(other, state) == [] and any(name.startswith("pixel_update") for name in state)
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in other.state_dict().items())
+
+
+def test_what_has_no_part_in_the_model_is_no_odd_tensor():
+    source, model = torchvision.models.resnet18(weights=None).state_dict(), build(backbone="resnet18")
+    extra = {"head.bias": torch.ones(3), "criterion.empty_weight": torch.ones(81), "fc.bias": torch.ones(3)}
+    assert load_weights(model, source | extra) == []
+    with pytest.raises(ValueError, match=r"other.bias: \(3,\) in the file, missing in the model"):
+        load_weights(model, model.state_dict() | {"other.bias": torch.ones(3)})
+
+
+def test_a_pretrained_backbones_norms_are_frozen_and_those_of_our_unfrozen_checkpoints_are_not():
+    model = build(backbone="resnet18")
+    load_weights(model, build(backbone="resnet18", seed=1).state_dict())
+    assert model.backbone.train().stages[0].bn1.weight.requires_grad and model.backbone.stages[0].bn1.training
+    load_weights(model, torchvision.models.resnet18(weights=None).state_dict())
+    norms = [m for m in model.train().backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and not any(m.weight.requires_grad or m.training for m in norms)
+    again = build(backbone="resnet18")
+    load_weights(again, model.state_dict())
+    assert not again.train().backbone.stages[0].bn1.training
+
+
+def test_twenty_odd_tensors_are_listed_and_the_others_counted():
+    with pytest.raises(ValueError) as error:
+        load_weights(build(), {"head_norm.weight": torch.zeros(32)})
+    odd, more = map(int, re.search(r"these (\d+) tensors(?s:.*)and (\d+) more$", str(error.value)).groups())
+    assert str(error.value).count(" in the model") == 20 == odd - more
+
+
+def test_a_file_of_which_no_tensor_fits_is_refused_even_in_part():
+    with pytest.raises(ValueError, match="no tensor of the file fits"):
+        load_weights(build(), {"head_norm.weight": torch.zeros(7)}, partial=True)
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path / "nowhere.pth")
+
+
+def test_a_loaded_model_knows_its_classes_its_test_size_and_its_data(tmp_path):
+    checkpoint = {"model": build().state_dict(), "config": dataclasses.asdict(SMALL)}
+    torch.save(checkpoint, tmp_path / "bare.pt")
+    known = {"classes": list("abcde"), "recipe": {"test_size": (64, 96)}, "data": "shapes"}
+    torch.save(checkpoint | known, tmp_path / "whole.pt")
+    bare, whole = load_model(tmp_path / "bare.pt"), load_model(tmp_path / "whole.pt")
+    assert not bare.training and len(bare.classes) == 80 and "person" in bare.classes
+    assert (bare.test_size, bare.trained_on) == ((800, 1333), "coco")
+    assert (whole.classes, whole.test_size, whole.trained_on) == (list("abcde"), (64, 96), "shapes")
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_a_file_that_carries_code_is_refused_and_nothing_of_it_runs(tmp_path, suffix):
+    file, crater = tmp_path / f"weights{suffix}", tmp_path / "crater"
+    content = {"model": {"head_norm.weight": torch.ones(2) if suffix == ".pth" else np.ones(2), "x": Bomb(crater)}}
+    torch.save(content, file) if suffix == ".pth" else file.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match="weights.* cannot be read as weights"):
+        load_weights(build(), file)
+    assert not crater.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_of_arrays_loads(tmp_path, protocol):
+    source, model = torchvision.models.resnet18(weights=None), build(backbone="resnet18")
+    arrays = {name: x.numpy() for name, x in detectron2_names(source.state_dict()).items()}
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}, protocol))
+    assert load_weights(model, tmp_path / "R-18.pkl") == []
+    assert torch.equal(model.backbone.stages[0].conv1.weight, source.conv1.weight)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a checkpoint"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "broken.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="broken.pth cannot be read as weights"):
+        load_weights(build(), tmp_path / "broken.pth")
+
+
+def test_a_checkpoint_made_before_settings_of_training_left_the_config_still_loads():
+    config = dataclasses.asdict(SMALL) | {"detection_loss": 1.0, "denoising": 100, "mask_points": 12544}
+    assert config_of({"config": config}) == SMALL
+
+
+def test_a_field_of_a_checkpoints_config_that_nobody_knows_is_named():
+    with pytest.raises(ValueError, match="not know: colour"):
+        config_of({"config": {**dataclasses.asdict(SMALL), "colour": "red"}})
