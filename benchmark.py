@@ -82,12 +82,17 @@ class Case:
         if self.name.startswith("inference"):
             return
         run.losses = {"loss": torch.zeros((), device=run.device)}
-        if self.name == "update" or not run.optimizer.state:
+
+        def make_gradients():
             for parameter in run.model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
         if not run.optimizer.state:
+            make_gradients()
             update(run, run.losses, [run.batch])
-        if self.name != "update":
+        if self.name == "update":
+            make_gradients()
+        else:
             run.optimizer.zero_grad()
 
     def work(self, run):

@@ -1,6 +1,7 @@
 """What benchmark.py counts, which no machine changes: a promise of the model and of the training step."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def test_a_training_step_calls_at_most_2900_operators(step):
 def test_a_training_step_waits_for_a_gpu_once_and_its_update_never(step):
     assert step["waits_by_name"] == {"cpu": 1}
     update = count(Case("update", "paper", "off", (256, 320)))
-    assert update["waits"] == 0 and update["operators"] < 30
+    assert update["waits"] == 0 and 10 < update["operators"] < 40
+    assert update["operators_by_name"]["_fused_adamw_"] <= 4  # one for each group of parameters
 
 
 def test_inference_of_the_released_model_costs_742_gflop_and_waits_never():
@@ -33,13 +35,10 @@ def test_inference_of_the_released_model_costs_742_gflop_and_waits_never():
     assert counted["waits"] == 0
 
 
-def test_bf16_and_recomputed_activations_take_less_memory():
-    size, kept = (512, 512), {}
-    for amp, checkpointing in (("off", False), ("bf16", False), ("bf16", True)):
-        kept[amp, checkpointing] = count(Case("training step", "paper", amp, size, checkpointing=checkpointing))
-    full, half, recomputed = (counts["tensors_GB"] for counts in kept.values())
-    assert full > half > recomputed
-    assert kept["bf16", True]["GFLOP"] > kept["bf16", False]["GFLOP"]
+def test_bf16_and_recomputed_activations_take_less_memory(step):
+    half, recomputed = (count(replace(STEP, amp="bf16", checkpointing=again)) for again in (False, True))
+    assert step["tensors_GB"] > half["tensors_GB"] > recomputed["tensors_GB"]
+    assert recomputed["GFLOP"] > half["GFLOP"] == step["GFLOP"]
 
 
 def test_tensors_of_a_training_step_are_counted_as_they_are_allocated():
@@ -65,29 +64,43 @@ def test_a_host_that_reads_the_gpu_or_sends_to_it_is_seen():
     assert (counted["waits_by_name"], counted["copies"]) == (reads, 1)
 
 
+@pytest.mark.xfail(
+    reason="the refreshed pixel embedding is float32 on a GPU, as its GroupNorm is, and bf16 queries are not"
+)
+def test_the_released_model_works_under_the_autocast_of_a_gpu():
+    count(Case("inference, post-processed", "released", "bf16", (256, 320)))
+
+
 def test_the_table_has_every_row_and_the_json_its_operators(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "PHOTO", (64, 96))
-    flags = "--preset tiny --image-size 64 --batch-size 1 --repeats 1 --against grid_sample --device cpu"
+    flags = "--preset tiny --image-size 64 --batch-size 1 --repeats 1 --device cpu"
     benchmark.main([*flags.split(), "--json", str(tmp_path / "figures.json")])
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
     assert flags in printed and torch.__version__ in printed and "no GPU, skipped" in printed
     lines = [line.split() for line in printed.splitlines() if " tiny " in line][1:]  # after the command
-    assert len(figures["rows"]) == len(lines) == 14
-    for path in ("kernel", "grid_sample"):
-        for amp in ("fp32", "bf16"):
-            for name in ("inference", "inference,", "training"):
-                assert any(line[0] == name and path in line and amp in line for line in lines)
+    assert len(figures["rows"]) == len(lines) == 9
+    for amp in ("fp32", "bf16"):
+        for name in ("inference", "inference,", "training"):
+            assert any(line[0] == name and amp in line for line in lines)
     for row in figures["rows"]:
         assert row["operators"] == sum(row["operators_by_name"].values()) > 0
         assert row["seconds"] > 0
 
 
-def test_memory_is_estimated_for_1_2_and_4_images(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "MEMORY_SIZE", (256, 256))
-    benchmark.main(["--memory", "--preset", "tiny", "--device", "cpu"])
+def test_against_grid_sample_every_row_has_a_partner_that_calls_no_kernel():
+    cases = benchmark.cases_of(benchmark.parse_arguments(["--against", "grid_sample"]))
+    assert cases[1::2] == [replace(case, path="grid_sample") for case in cases[::2]]
+    operators = count(Case("inference", "tiny", "off", (64, 64), path="grid_sample"))["operators_by_name"]
+    assert operators["grid_sampler_2d"] and not any("deform_attn" in name for name in operators)
+
+
+def test_memory_is_told_for_1_2_and_4_images_with_and_without_recomputation(monkeypatch, capsys):
+    estimate = {(n, again): n + 10 * again for n in (1, 2, 4) for again in (False, True)}
+    monkeypatch.setattr(benchmark, "count", lambda case: {"tensors_GB": estimate[case.images, case.checkpointing]})
+    benchmark.main(["--memory", "--device", "cpu"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if " kept " in line or " recomputed " in line]
-    assert [row[:2] for row in rows] == [[n, way] for way in ("kept", "recomputed") for n in "124"]
-    assert all(float(row[2]) > 0 for row in rows)
+    table = {(int(images), way == "recomputed"): float(peak) for images, way, peak, _ in rows}
+    assert table == estimate
 
 
 @pytest.mark.parametrize("flags", ["--repeats 0", "--image-size 100", "--preset large", "--against torch", "--batch x"])
