@@ -314,7 +314,7 @@ def mask_to_box(mask_logits):
     x0, x1 = columns.byte().argmax(-1), width - 1 - columns.flip(-1).byte().argmax(-1)
     y0, y1 = rows.byte().argmax(-1), height - 1 - rows.flip(-1).byte().argmax(-1)
     box = box_convert(torch.stack((x0 / width, y0 / height, x1 / width, y1 / height), -1), "xyxy", "cxcywh")
-    nowhere = torch.tensor([1.0, 1.0, 0.0, 0.0], device=box.device)
+    nowhere = (torch.arange(4, device=box.device) < 2).float()  # (1, 1, 0, 0)
     return torch.where(columns.any(-1)[..., None], box, nowhere).clamp(1e-5, 1 - 1e-5)
 
 
@@ -474,7 +474,7 @@ class SegmentationHead(nn.Module):
         """The pixel embedding for what comes after Eq. 8: the same. released code: refreshed with T_bal."""
         if self.update is None:
             return pixels
-        return self.update(pixels + finest_level(T_bal, level_shapes, pixels)).relu()
+        return self.update(pixels + finest_level(T_bal, level_shapes, pixels)).relu().to(pixels.dtype)
 
     def forward(self, Q_ref, pixels):
         """Q_ref [layers B Q C], and the layers' pixel embeddings -> the layers' Masks"""

@@ -40,7 +40,8 @@ class Denoising(NamedTuple):
     groups: int  # D = groups * the largest number of objects in an image
 
     def to(self, device):
-        return Denoising(self.labels.to(device), self.boxes_logit.to(device), self.groups)
+        labels, boxes_logit = (x.to(device, non_blocking=True) for x in (self.labels, self.boxes_logit))
+        return Denoising(labels, boxes_logit, self.groups)
 
     def attention_mask(self, queries):
         """Who may not look at whom, [D+queries D+queries]: the groups at each other, the other queries at any group."""
@@ -75,8 +76,8 @@ def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_no
 
 
 def numbers(lists, device="cpu"):
-    """Lists of whole numbers as one tensor."""
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *lists])).to(device)
+    """Lists of whole numbers as one tensor. Nobody waits for its copy."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *lists])).to(device, non_blocking=True)
 
 
 # ---- Costs of predictions for objects --------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ class Criterion(nn.Module):
             pairs, divisors = [pairs[name] for name in sets], [divisors[name] for name in sets]
             sums = self.class_and_box_losses([*sets.values()], targets, pairs)
             sums |= self.mask_losses([*filter(None, map(mask_product, sets.values()))], targets, pairs)
-        divisors, losses = torch.tensor(divisors, device=outputs["logits"].device), {}
+        divisors, losses = torch.tensor(divisors).to(outputs["logits"].device, non_blocking=True), {}
         for term, values in sums.items():
             weighted = self.weights[term] * values / divisors[: len(values)]
             losses |= {f"{term}_{name}": value for name, value in zip(sets, weighted.unbind(), strict=False)}
@@ -278,7 +279,7 @@ class Criterion(nn.Module):
             row[np.argsort(image, kind="stable")] = np.concatenate([np.arange(n) for n in counts])
             table = np.zeros((len(counts), counts.max()), image.dtype)
             table[image, row] = query
-            table = torch.from_numpy(table).to(joint.pixels.device)
+            table = torch.from_numpy(table).to(joint.pixels.device, non_blocking=True)
             embedding = joint.embedding.gather(1, table[..., None].expand(-1, -1, joint.embedding.shape[2]))
             products = Masks(embedding, joint.pixels).all().flatten(0, 1)
             place = numbers([image * table.shape[1] + row], products.device)

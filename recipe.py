@@ -37,7 +37,7 @@ class Recipe:
     def tiny(cls) -> "Recipe":
         """For Config.tiny() on `shapes`: all of it learns from scratch, in few steps."""
         return cls(
-            epochs=6,
+            epochs=12,
             batch_size=8,
             lr=2e-3,
             backbone_lr=1.0,

@@ -305,7 +305,7 @@ def stop_if_always_skipped(run, step, norm):
 
 
 def to_device(device, images, targets, noised):
-    targets = [{k: v.to(device) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
+    targets = [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
     return images.to(device, non_blocking=True), targets, noised.to(device)
 
 

@@ -64,9 +64,6 @@ def test_a_host_that_reads_the_gpu_or_sends_to_it_is_seen():
     assert (counted["waits_by_name"], counted["copies"]) == (reads, 1)
 
 
-@pytest.mark.xfail(
-    reason="the refreshed pixel embedding is float32 on a GPU, as its GroupNorm is, and bf16 queries are not"
-)
 def test_the_released_model_works_under_the_autocast_of_a_gpu():
     count(Case("inference, post-processed", "released", "bf16", (256, 320)))
 
