@@ -200,7 +200,7 @@ def measured(args, folder, speed):
 def where(args):
     """The flags of train.py that evaluate.py needs too."""
     flags = {"--data": args.data, "--data-root": args.data_root, "--device": args.device}
-    return [word for name, value in flags.items() if value for word in (name, value)]
+    return [word for name, value in flags.items() if value for word in (name, str(value))]
 
 
 def finish(flags, root, speed):
