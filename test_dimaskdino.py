@@ -856,7 +856,6 @@ def test_run_as_a_program_it_prints_what_each_equation_makes_of_an_image_of_800x
         ("Eq. 7", "T_g", "[1, 6, 32]"),
         ("Eq. 8", "T_bal", "[1, 20197, 32]"),
         ("Eq. 9", "Q_ref", "[1, 6, 32]"),
-        ("Eq. 10", "c", "[1, 6, 5]"),
         ("Eq. 10", "b", "[1, 6, 4]"),
         ("Eq. 11", "m", "[1, 6, 200, 304]"),
     ]
