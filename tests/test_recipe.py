@@ -27,7 +27,7 @@ PAPER = [  # field, value, where the paper says so; what it leaves open is the r
     ("test_size", (800, 1333), "released"),
 ]
 TINY = dict(
-    epochs=6, batch_size=8, lr=2e-3, backbone_lr=1.0, betas=(0.9, 0.98), clip=0.1, mask_points=256, denoising=16,
+    epochs=12, batch_size=8, lr=2e-3, backbone_lr=1.0, betas=(0.9, 0.98), clip=0.1, mask_points=256, denoising=16,
     label_noise=0.5, warmup=100, schedule="cosine", augmentation="flips", image_size=128, test_size=(128, 128),
 )  # fmt: skip
 
