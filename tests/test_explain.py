@@ -12,6 +12,7 @@ import data
 import explain
 from dimaskdino import Config, DIMaskDINO
 from small_runs import exit_code
+from story import SAME, Story, around, overlap
 from weights import load_model
 
 TINY = dataclasses.replace(Config.tiny(), dim=32, heads=2, ffn=48, decoder_layers=2, selection=(12, 6))
@@ -29,7 +30,7 @@ def model(trained):
 
 @pytest.fixture(scope="module")
 def story(folder, model):
-    return explain.Story(model, data.read_image(folder / "val" / "1.png"))
+    return Story(model, data.read_image(folder / "val" / "1.png"))
 
 
 def with_settings(**changes):
@@ -128,16 +129,16 @@ def test_eq4_is_shown_where_it_reads(story, model):
 def test_objects_are_different_ones_and_best_first(story):
     scores = [float(name.split()[-1]) for name in story.names]
     assert scores == sorted(scores, reverse=True) and len(set(story.objects)) == len(story.objects)
-    alike = explain.overlap(story.masks, story.masks)
-    assert (alike - torch.eye(len(alike)) < explain.SAME).all()
+    alike = overlap(story.masks, story.masks)
+    assert (alike - torch.eye(len(alike)) < SAME).all()
 
 
 def test_a_box_fits_its_mask_to_1_where_it_is_drawn_around_its_largest_piece():
     mask = torch.zeros(20, 30, dtype=torch.bool)
     mask[5:9, 11:17] = True
     mask[19, 29] = True  # a stray pixel
-    assert explain.around(mask).tolist() == [[11, 5, 17, 9]]
-    assert explain.around(torch.zeros(4, 4, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
+    assert around(mask).tolist() == [[11, 5, 17, 9]]
+    assert around(torch.zeros(4, 4, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
 
 
 def test_the_model_is_left_as_it_was(folder, model):
