@@ -27,7 +27,6 @@ from images import read_image
 from soundness import compressed as compressed_runs
 
 COCO_MINI = Path(__file__).parents[2] / "shared" / "coco_mini"
-needs_coco_mini = pytest.mark.skipif(not COCO_MINI.is_dir(), reason="needs the 96 COCO images of ../shared/coco_mini")
 SQUARE = [10, 20, 30, 20, 30, 40, 10, 40]  # a polygon: x 10 to 30, y 20 to 40
 MASK = np.zeros((60, 80), np.uint8)
 MASK[20:40, 10:30] = 1
@@ -72,12 +71,25 @@ def opened(folder, geometry=identity, training=False):
 # ---- COCO's own annotations ------------------------------------------------------------------------------------------
 
 
-@needs_coco_mini
+@pytest.fixture(scope="module")
+def annotated(folder):
+    """(json file, data set) of a split: of 96 photos of COCO where they lie beside the clone, else of made-up images."""
+
+    def opened(split):
+        if COCO_MINI.is_dir():
+            path = COCO_MINI / "annotations" / f"instances_{split}2017.json"
+            return path, open_dataset("coco", COCO_MINI, split, identity, training=False)
+        path = folder / "annotations" / f"instances_{split}.json"
+        return path, open_dataset(str(folder), ".", split, identity, training=False)
+
+    return opened
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_every_annotation_of_coco_loads_as_pycocotools_decodes_it(split):
+def test_every_annotation_of_coco_loads_as_pycocotools_decodes_it(annotated, split):
+    path, dataset = annotated(split)
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(COCO_MINI / "annotations" / f"instances_{split}2017.json"))
-    dataset = open_dataset("coco", COCO_MINI, split, identity, training=False)
+        coco = COCO(str(path))
     for index, image_id in enumerate(dataset.image_ids):
         image, target = dataset[index]
         expected = coco.loadAnns(coco.getAnnIds(image_id, iscrowd=False))
@@ -90,9 +102,8 @@ def test_every_annotation_of_coco_loads_as_pycocotools_decodes_it(split):
         assert np.allclose(target["boxes"], boxes, atol=1e-6)
 
 
-@needs_coco_mini
-def test_a_crop_of_a_resized_coco_mask_is_cut_from_pycocotools_mask_of_the_resized_polygon():
-    dataset = open_dataset("coco", COCO_MINI, "val", identity, training=False)
+def test_a_crop_of_a_resized_coco_mask_is_cut_from_pycocotools_mask_of_the_resized_polygon(annotated):
+    _, dataset = annotated("val")
     rng = np.random.default_rng(0)
     for annotation in dataset.json["annotations"]:
         record, polygons = dataset.images[annotation["image_id"]], annotation["segmentation"]
@@ -106,9 +117,8 @@ def test_a_crop_of_a_resized_coco_mask_is_cut_from_pycocotools_mask_of_the_resiz
         assert np.array_equal(geometry.polygons(polygons, record["height"], record["width"]), expected)
 
 
-@needs_coco_mini
-def test_flips_and_transposes_undone_leave_a_coco_mask_within_its_outline():
-    dataset = open_dataset("coco", COCO_MINI, "val", identity, training=False)
+def test_flips_and_transposes_undone_leave_a_coco_mask_within_its_outline(annotated):
+    _, dataset = annotated("val")
     for annotation in dataset.json["annotations"][:100]:
         height, width = (dataset.images[annotation["image_id"]][side] for side in ("height", "width"))
         if isinstance(annotation["segmentation"], dict):
