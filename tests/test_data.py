@@ -73,7 +73,7 @@ def opened(folder, geometry=identity, training=False):
 
 @pytest.fixture(scope="module")
 def annotated(folder):
-    """(json file, data set) of a split: of 96 photos of COCO where they lie beside the clone, else of made-up images."""
+    """(json file, data set) of a split: of 96 photos of COCO where they lie beside the clone, else made-up ones."""
 
     def opened(split):
         if COCO_MINI.is_dir():
