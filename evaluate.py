@@ -41,7 +41,7 @@ from dimaskdino import postprocess
 from flags import add_data_flags, at_least, user_path
 from geometry import shortest_side
 from images import find_images, read_image, upright_rgb
-from outputs import try_output, unused, write_json
+from outputs import table, try_output, unused, write_json
 from pictures import SCORE, draw, draw_dataset
 from processes import Interruption, join, keep_working, print_anything, rank_and_world, samples, say, workers_for
 from weights import load_model
@@ -231,17 +231,6 @@ def average_precision(truth: dict, results: list[dict]) -> dict[str, float | Non
             value = float(evaluation.stats[place])
             metrics[name + suffix] = None if value < 0 else 100 * value
     return metrics
-
-
-def table(rows: list[tuple[str, dict]]) -> str:
-    """The paper's table of (name, metrics) rows, in Markdown."""
-    columns = [name + suffix for name in ("AP_box", "AP_mask") for suffix in ("", "_S", "_M", "_L")]
-    heads = [c if c in ("AP_box", "AP_mask") else c[-1] for c in columns]
-    lines = [f"| {'':<12} |" + "".join(f" {h:>7} |" for h in heads), "|---|" + "---|" * len(heads)]
-    for name, metrics in rows:
-        cells = ["-" if metrics[c] is None else f"{metrics[c]:.1f}" for c in columns]
-        lines.append(f"| {name:<12} |" + "".join(f" {cell:>7} |" for cell in cells))
-    return "\n".join(lines)
 
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import deform_attn_cuda
 from data import evenly_spaced
-from evaluate import table
+from outputs import table
 from pictures import SCORE, draw_dataset
 from processes import rank_and_world, say
 

@@ -40,3 +40,14 @@ def write_json(path: Path, value: object, indent: int | None = None) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(json.dumps(value, indent=indent))
     os.replace(unfinished, path)
+
+
+def table(rows: list[tuple[str, dict]]) -> str:
+    """The paper's table of (name, metrics) rows, in Markdown."""
+    columns = [name + suffix for name in ("AP_box", "AP_mask") for suffix in ("", "_S", "_M", "_L")]
+    heads = [c if c in ("AP_box", "AP_mask") else c[-1] for c in columns]
+    lines = [f"| {'':<12} |" + "".join(f" {h:>7} |" for h in heads), "|---|" + "---|" * len(heads)]
+    for name, metrics in rows:
+        cells = ["-" if metrics[c] is None else f"{metrics[c]:.1f}" for c in columns]
+        lines.append(f"| {name:<12} |" + "".join(f" {cell:>7} |" for cell in cells))
+    return "\n".join(lines)
