@@ -13,7 +13,7 @@ build:     ## install requirements.txt and compile the deformable attention oper
 demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
 demo: export MALLOC_TRIM_THRESHOLD_ = 1073741824
 demo: export MALLOC_TOP_PAD_ = 268435456
-demo: build  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (14 minutes, 2 cores)
+demo: build  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (12 minutes, 2 cores)
 	$(PYTHON) train.py --data shapes --preset tiny --out runs/demo --resume
 	$(PYTHON) evaluate.py --ckpt runs/demo/last.pt --draw 12 --json runs/demo/metrics.json
 
@@ -25,7 +25,7 @@ test: build  ## run the specification
 	$(PYTHON) -m pytest
 
 mutants: export OMP_NUM_THREADS = 1
-mutants: build  ## change the program in one place at a time and list the changes that no test notices (hours; tests/README.md)
+mutants: build  ## change the program in one place at a time and list the changes that no test notices (a day; tests/README.md)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check mutmut
 	$(PYTHON) -m mutmut run --max-children 1 $(MUTANTS)
 	$(PYTHON) -m mutmut results

@@ -179,9 +179,9 @@ def wavelengths(channels, device=None):
     return 10000 ** (torch.arange(0, channels, 2, device=device) / channels)
 
 
-def sine(positions, wavelengths):
-    """Sines on even, cosines on odd channels, of positions [...] in turns over wavelengths [c]: [... 2c]."""
-    angles = (positions * 2 * math.pi)[..., None] / wavelengths
+def sine(positions, lengths):
+    """Sines on even, cosines on odd channels, of positions [...] in turns over lengths [c]: [... 2c]."""
+    angles = (positions * 2 * math.pi)[..., None] / lengths
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
 
 
@@ -525,7 +525,7 @@ def mask_product(prediction):
     if "mask_product" in prediction or "masks" not in prediction:
         return prediction.get("mask_product")
     masks = prediction["masks"]
-    return Masks(torch.eye(masks.shape[1], device=masks.device).expand(len(masks), -1, -1), masks)
+    return Masks(torch.eye(masks.shape[1], dtype=masks.dtype, device=masks.device).expand(len(masks), -1, -1), masks)
 
 
 # torch.export has to know what outputs are made of.
@@ -598,7 +598,7 @@ class DIMaskDINO(nn.Module):
             scores = self.det_head.scores(interact.norm(T_s1_sa))
             scores_2, _, T, box, index_2 = select(scores, k2, T_s1_sa, box_s1_sa, index_2)  # [B k2 C]
             interaction += [self.predict(*tokens) for tokens in auxiliary]
-        T_s2, box_s2 = T, self.starting_box(box, of="T_s2")
+        T_s2, box_s2 = T, self.starting_box(box, of="T_s2")  # table 3
 
         # Eq. 4  Q_bal = MHCA(T_s2, T_i); in training, D denoising queries go along in front, from here to the heads
         Q_0, box_0, blocked, D = self.with_denoising(denoising, T_s2, box_s2)
@@ -616,7 +616,7 @@ class DIMaskDINO(nn.Module):
         T_bal = self.bato(T_i, grid, T_g, T_g_mask)  # [B N C]
 
         # Eq. 9  Q_ref = N_de(Q_bal, T_bal), after each of the layers l, of which Eq. 4 is the first
-        start = Q_1, torch.cat((box_1[:, :D], box_bal), 1)
+        start = Q_1, torch.cat((box_1[:, :D], box_bal), 1)  # Q_bal behind the denoising queries
         Q_ref, box_before = self.N_de((Q_0, box_0), start, T_bal, level_shapes, blocked)  # [l B D+k2 C]
         normed = self.head_norm(Q_ref)  # released code: classes and masks see the norm twice
         # Eq. 10  {c, b} = N_det(Q_ref)

@@ -158,7 +158,7 @@ class Criterion(nn.Module):
         all processes over the number of processes; None: that of these targets. Raises FloatingPointError where a
         prediction is not finite, with its name.
         """
-        num_objects = max(sum(len(t["labels"]) for t in targets) if num_objects is None else num_objects, 1)
+        num_objects = max(sum(len(t["labels"]) for t in targets), 1) if num_objects is None else num_objects
         sets = {"selection": outputs["selection"]} | {f"{i}": x for i, x in enumerate(outputs["layers"])}
         noised = {f"denoising_{i}": x for i, x in enumerate(outputs["denoising"])}
         without_masks = {f"interaction_{i}": x for i, x in enumerate(outputs["interaction"])}

@@ -53,6 +53,10 @@ class Recipe:
             test_size=(128, 128),
         )
 
+    def __post_init__(self):
+        if self.schedule not in ("steps", "cosine"):
+            raise ValueError(f"schedule={self.schedule!r} is not one of steps, cosine")
+
     def replace(self, **changes) -> "Recipe":
         """The recipe with some fields changed; the size of test images goes with that of training images."""
         zoom = changes.get("image_size", self.image_size) / self.image_size

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 import data
+from backbones import Norm
 from dimaskdino import DIMaskDINO
 from evaluate import autocast, evaluate
 from flags import choose_config, choose_recipe, parse_training
@@ -109,7 +110,10 @@ class Run:
         self.model.to(device).train()
         if args.checkpoint_activations:
             model = self.model
-            for layer in (*model.backbone.stages, *model.encoder.layers, model.residual, *model.decoder):
+            # A norm that is not frozen would count its batch twice.
+            frozen = all(norm.frozen for norm in model.backbone.modules() if isinstance(norm, Norm))
+            stages = model.backbone.stages if frozen else ()
+            for layer in (*stages, *model.encoder.layers, model.residual, *model.decoder):
                 layer.forward = partial(recompute, layer.forward, use_reentrant=False)
         self.parallel, self.sent = self.model, None  # the model, or DDP around it; the last step's numbers
         self.criterion = Criterion(self.recipe)
@@ -264,7 +268,10 @@ def update(run, losses, parts):
     run.scaler.update()
     run.optimizer.zero_grad()
     numbers = torch.stack([*losses.values(), norm]).to("cpu", non_blocking=True)
-    run.sent = Sent(run.step, parts, [*losses], numbers)
+    there = torch.cuda.Event() if run.device.type == "cuda" else None
+    if there:
+        there.record()
+    run.sent = Sent(run.step, parts, [*losses], numbers, there)
     run.step += 1
 
 
@@ -275,16 +282,17 @@ class Sent(NamedTuple):
     parts: list
     names: list
     numbers: Tensor
+    there: torch.cuda.Event | None  # when the numbers have arrived
 
 
-def arrived(run, wait):
+def arrived(run):
     """The losses {name: float} of the step that `update` did last, or of none. Where a number is not finite, all
-    processes end. wait: False if the device has been waited for since then."""
+    processes end."""
     if run.sent is None:
         return {}
-    (step, parts, names, numbers), run.sent = run.sent, None
-    if wait and run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
+    (step, parts, names, numbers, there), run.sent = run.sent, None
+    if there:
+        there.synchronize()
     *values, norm = numbers.tolist()
     losses = dict(zip(names, values, strict=True))
     checked = losses if run.scaler.is_enabled() else {**losses, "the gradient's norm": norm}
@@ -344,11 +352,11 @@ def train_epoch(run, interruption, log):
         waited += time.perf_counter() - begin
         torch.manual_seed(np.random.SeedSequence((run.args.seed, run.step, rank)).generate_state(1).item())
         losses = gradients(run, parts)
-        totals.update(arrived(run, wait=False))  # of the step before: gradients has waited since
+        totals.update(arrived(run))  # of the step before, which is over as a rule: matching waits for the device
         update(run, losses, parts)
         steps += 1
         if run.step % LOG_EVERY == 0 or run.step in (1, last):
-            totals.update(arrived(run, wait=True))
+            totals.update(arrived(run))
             means = torch.tensor(list(totals.values())) / (steps * world)
             if world > 1:
                 dist.all_reduce(means)
@@ -357,7 +365,7 @@ def train_epoch(run, interruption, log):
             totals, steps, waited, since = Counter(), 0, 0.0, time.perf_counter()
         if run.step % SAVE_EVERY == 0:
             save(run, "last.pt")
-    arrived(run, wait=True)
+    arrived(run)
 
 
 def save(run, name):

@@ -170,7 +170,7 @@ def config_of(checkpoint):
 
 
 def translate(checkpoint):
-    """The tensors of a checkpoint under the names of this file, and whether they had others."""
+    """The tensors of a checkpoint under the names of dimaskdino.py, and whether they had others."""
     state = checkpoint.get("model", checkpoint)
     state = {name: torch.as_tensor(x) for name, x in state.items() if isinstance(x, Tensor | np.ndarray)}
     if "head_norm.weight" in state:

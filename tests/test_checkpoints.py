@@ -335,7 +335,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(folder, tmp_path, capsy
     for parameter in run.model.parameters():
         parameter.grad = torch.full_like(parameter, math.inf)
     train.update(run, {}, [])
-    assert exit_code(train.arrived, run, True) == 1
+    assert exit_code(train.arrived, run) == 1
     assert same(before, run.model.state_dict()) and "gradient" in capsys.readouterr().err
 
 
@@ -347,7 +347,7 @@ def test_fp16_that_never_steps_ends_with_a_message(folder, tmp_path, capsys):
             parameter.grad = torch.full_like(parameter, math.inf)
         run.scaler.scale(torch.zeros(1))
         train.update(run, {}, [])
-        if code := exit_code(train.arrived, run, True):
+        if code := exit_code(train.arrived, run):
             break
     message = capsys.readouterr().err
     assert code == 1 and run.step == train.MOST_SKIPPED and "fp16 trains nothing" in message

@@ -59,7 +59,7 @@ def two_processes(rank, threads, folder, out):
     if rank == 1:
         run.criterion.forward = lambda *args: {name: loss * math.nan for name, loss in criterion(*args).items()}
     train.update(run, train.gradients(run, part), part)
-    seen["end"] = exit_code(train.arrived, run, True)
+    seen["end"] = exit_code(train.arrived, run)
     torch.save(seen, out / f"{rank}.pt")
     dist.destroy_process_group()
 
