@@ -302,6 +302,8 @@ def main(arguments=None):
         dataset = open_data(model, name, args) if name else None
         if not (dataset or args.images):
             raise ValueError(f"{args.ckpt} does not say which data it was trained on: add --data or --val-json")
+        if args.images and rank_and_world()[1] > 1:
+            raise ValueError("--images works in one process: start it without torchrun")
         prepare_output(args, "images" if args.images else Path(name).stem)
         if args.images:
             return evaluate_images(model, args)
