@@ -40,7 +40,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import dimaskdino
@@ -50,7 +49,7 @@ from dimaskdino import Config, DIMaskDINO, postprocess
 from evaluate import autocast
 from losses import Criterion
 from recipe import Recipe, parameter_groups
-from train import gradients, update
+from train import gradients, recompute_activations, update
 
 aten = torch.ops.aten
 PATHS = {"kernel": deform_attn, "grid_sample": grid_sample}
@@ -133,13 +132,6 @@ def new_run(preset, device, checkpointing=False):
         criterion=Criterion(recipe), optimizer=optimizer, scaler=torch.amp.GradScaler(device.type, enabled=False),
         step=0, steps=1000, sent=None,
     )  # fmt: skip
-
-
-def recompute_activations(model):
-    """Keep of the backbone's stages and of the layers of encoder and decoder only what goes in, as
-    `train.py --checkpoint-activations` does."""
-    for layer in (*model.backbone.stages, *model.encoder.layers, model.residual, *model.decoder):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 @functools.cache

@@ -109,12 +109,7 @@ class Run:
         self.load(checkpoint)
         self.model.to(device).train()
         if args.checkpoint_activations:
-            model = self.model
-            # A norm that is not frozen would count its batch twice.
-            frozen = all(norm.frozen for norm in model.backbone.modules() if isinstance(norm, Norm))
-            stages = model.backbone.stages if frozen else ()
-            for layer in (*stages, *model.encoder.layers, model.residual, *model.decoder):
-                layer.forward = partial(recompute, layer.forward, use_reentrant=False)
+            recompute_activations(self.model)
         self.parallel, self.sent = self.model, None  # the model, or DDP around it; the last step's numbers
         self.criterion = Criterion(self.recipe)
         groups = parameter_groups(self.model, self.recipe)
@@ -187,6 +182,15 @@ def last_checkpoint(args):
     if not last.exists() and best.exists():
         raise ValueError(f"{args.out} has no last.pt to go on from: start from {best} with --init and another --out")
     return read_checkpoint(last) if last.exists() else None
+
+
+def recompute_activations(model):
+    """Keep of the backbone's stages and of the layers of encoder and decoder only what goes in. A backbone whose norms
+    are not frozen is left as it is, as they would count each batch twice."""
+    frozen = all(norm.frozen for norm in model.backbone.modules() if isinstance(norm, Norm))
+    stages = model.backbone.stages if frozen else ()
+    for layer in (*stages, *model.encoder.layers, model.residual, *model.decoder):
+        layer.forward = partial(recompute, layer.forward, use_reentrant=False)
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
