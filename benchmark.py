@@ -39,14 +39,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dimaskdino
+from backbones import RESNETS, SWINS
 from deform_attn_cuda import deform_attn, status
 from deform_attn_cuda.benchmark import grid_sample, peak_megabytes
 from dimaskdino import Config, DIMaskDINO, postprocess
 from evaluate import autocast
+from flops import flop
 from losses import Criterion
 from recipe import Recipe, parameter_groups
 from train import gradients, recompute_activations, update
@@ -73,6 +74,11 @@ class Case:
     images: int = 1
     path: str = "kernel"  # of deformable attention
     checkpointing: bool = False
+    backbone: str | None = None  # None: the preset's
+
+    @property
+    def model(self):
+        return self.preset, self.backbone
 
     def prepare(self, run):
         """What is needed before the work and does not belong to it."""
@@ -115,11 +121,12 @@ class Case:
         return tensors
 
 
-def new_run(preset, device, checkpointing=False):
+def new_run(preset, device, checkpointing=False, backbone=None):
     """What the steps of training need of train.Run; weights are random. Norms of ResNets are frozen, as with weights
     from ImageNet."""
     torch.manual_seed(0)
     config, recipe = getattr(Config, preset)(), Recipe.tiny() if preset == "tiny" else Recipe()
+    config = replace(config, backbone=backbone or config.backbone)
     with device:
         model = DIMaskDINO(config)
     if config.backbone != "tiny":
@@ -152,20 +159,6 @@ def batch(size, images, num_classes):
 
 
 # ---- What is counted -------------------------------------------------------------------------------------------------
-
-
-def flop(func, args, kwargs, result):
-    """Floating point operations of an operator that the docstring at the top names."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    if func.namespace == "deform_attn":  # a sample reads four corners; the gradient needs two products with each
-        value, samples = (next(x for x in tensors if x.ndim == n) for n in (4, 6))  # [B N h c], [B Q h L P 2]
-        return 4 * value.shape[-1] * (samples.numel() // 2) * (4 if "backward" in func.name() else 2)
-    if func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu:
-        return sdpa_flop_count(*(x.shape for x in tensors[:3]))
-    if func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return sdpa_backward_flop_count(*(x.shape for x in tensors[:4]))
-    formula = flop_registry.get(func.overloadpacket)
-    return formula(*args, **kwargs, out_val=result) if formula else 0
 
 
 class Counts(TorchDispatchMode):
@@ -251,14 +244,22 @@ class Imagined(TorchFunctionMode):
                     return result
                 self.copies += not kwargs.get("non_blocking")
                 return self.fake.from_tensor(result)
-        if func in FLOAT32_ON_GPU and torch.is_autocast_enabled("cpu"):
-            args = [x.float() if isinstance(x, Tensor) else x for x in args]
         return func(*args, **kwargs)
 
 
 CREATE = ("tensor", "from_numpy")
 READS = {Tensor.cpu, Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.nonzero}
-FLOAT32_ON_GPU = {nnf.layer_norm, nnf.group_norm}  # under autocast; on a CPU they keep the type they get
+
+
+def as_on_gpu(norm):
+    """A function for a norm that works in fp32 under autocast; on a CPU they keep the type they get."""
+
+    def call(*args, **kwargs):
+        if torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return norm(*args, **kwargs)
+
+    return call
 
 
 def count(case):
@@ -267,9 +268,11 @@ def count(case):
     fake, foreach = FakeTensorMode(allow_non_fake_inputs=True), torch.utils._foreach_utils._foreach_supported_types
     with (
         mock.patch.object(torch.utils._foreach_utils, "_foreach_supported_types", [*foreach, FakeTensor]),
+        mock.patch.multiple(nnf, layer_norm=as_on_gpu(nnf.layer_norm), group_norm=as_on_gpu(nnf.group_norm)),
+        mock.patch.object(torch.nn.init, "trunc_normal_"),  # looks at numbers
         fake,
     ):
-        run = new_run(case.preset, torch.device("cpu"), case.checkpointing)
+        run = new_run(case.preset, torch.device("cpu"), case.checkpointing, case.backbone)
         with Imagined(fake):
             case.prepare(run)
         with Counts(case.state(run)) as counts, Imagined(fake) as imagined:
@@ -305,11 +308,11 @@ def measured_peak(case, run):
 
 def measure(cases, runs, repeats):
     """Peaks, which warm up, and median times: all cases take turns in each repeat."""
-    peaks = [measured_peak(case, runs[case.preset]) for case in cases]
+    peaks = [measured_peak(case, runs[case.model]) for case in cases]
     times = [[] for _ in cases]
     for _ in range(repeats):
         for case, so_far in zip(cases, times, strict=True):
-            run = runs[case.preset]
+            run = runs[case.model]
             case.prepare(run)
             so_far.append(seconds(partial(case.work, run), run.device))
     return [{"seconds": statistics.median(t), "peak_GB": peak} for t, peak in zip(times, peaks, strict=True)]
@@ -359,6 +362,7 @@ def cases_of(args):
         cases.append(Case("inference, post-processed", args.preset, amp, PHOTO))
         cases.append(Case("training step", args.preset, amp, training, args.batch_size))
     cases.append(Case("update", args.preset, "off", training, args.batch_size))
+    cases = [replace(case, backbone=args.backbone) for case in cases]
     cases.append(Case("training step", "tiny", "off", (128, 128), 8))
     cases.append(Case("update", "tiny", "off", (128, 128), 8))
     if args.against:
@@ -384,10 +388,11 @@ def memory_table(args, device):
     """The peak of training steps with images of 1024 px in bf16: measured on a GPU, and estimated."""
     for checkpointing in (False, True):
         for images in (1, 2, 4):
-            case = Case("step and update", args.preset, "bf16", MEMORY_SIZE, images, checkpointing=checkpointing)
+            case = Case("step and update", args.preset, "bf16", MEMORY_SIZE, images)
+            case = replace(case, checkpointing=checkpointing, backbone=args.backbone)
             row = {"images": images, "checkpoint_activations": checkpointing, "estimated_GB": count(case)["tensors_GB"]}
             if device.type == "cuda":
-                row["measured_GB"] = measured_peak(case, new_run(args.preset, device, checkpointing))
+                row["measured_GB"] = measured_peak(case, new_run(args.preset, device, checkpointing, args.backbone))
             yield row
 
 
@@ -413,6 +418,7 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, presets = parser.add_argument, ["paper", "released", "maskdino", "tiny"]
     add("--preset", choices=presets, default="paper", help="(%(default)s)")
+    add("--backbone", choices=[*RESNETS, *SWINS], help="(the preset's)")
     add("--image-size", type=side, default=512, help="side of training images in px (%(default)s)")
     add("--batch-size", type=positive, default=2, help="training images (%(default)s)")
     add("--repeats", type=positive, default=3, help="the median of so many is printed (%(default)s)")
@@ -462,7 +468,7 @@ def main(arguments=None):
         print(f"\n{HEADER}")
         cases = cases_of(args)
         counted = [count(case) for case in cases]
-        runs = {preset: new_run(preset, device) for preset in {case.preset for case in cases}}
+        runs = {model: new_run(model[0], device, backbone=model[1]) for model in {case.model for case in cases}}
         measured = measure(cases, runs, args.repeats)
         rows = [asdict(case) | m | c for case, m, c in zip(cases, measured, counted, strict=True)]
         for row in rows:
@@ -472,7 +478,7 @@ def main(arguments=None):
         head["graphs"] = ["CUDA graphs and torch.compile: no GPU, skipped"]
         if device.type == "cuda":
             plain = [case for case in cases if case.name == "inference" and case.path == "kernel"]
-            head["graphs"] = [x for c in plain for x in captured_and_compiled(c, runs[c.preset], args.repeats)]
+            head["graphs"] = [x for c in plain for x in captured_and_compiled(c, runs[c.model], args.repeats)]
         print("", *head["graphs"], sep="\n")
     if args.json:
         args.json.write_text(json.dumps(head | {"rows": rows}, indent=1))

@@ -15,13 +15,15 @@ beside the checkpoint. What was found before Ctrl-C, or before an image that can
 """
 
 import argparse
+import json
 import math
 import os
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +40,23 @@ from tqdm import tqdm
 
 import data
 from dimaskdino import postprocess
-from flags import add_data_flags, at_least, user_path
+from flags import AMP_HELP, add_data_flags, at_least, user_path
+from flops import flop_of
 from geometry import shortest_side
 from images import find_images, read_image, upright_rgb
 from outputs import table, try_output, unused, write_json
 from pictures import SCORE, draw, draw_dataset
-from processes import Interruption, join, keep_working, print_anything, rank_and_world, samples, say, workers_for
+from processes import (
+    Interruption,
+    amp_for,
+    join,
+    keep_working,
+    print_anything,
+    rank_and_world,
+    samples,
+    say,
+    workers_for,
+)
 from weights import load_model
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,12 +69,13 @@ AREAS = {"": 0, "_50": 1, "_S": 3, "_M": 4, "_L": 5}  # suffix of the metric -> 
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, image: str | Path | Image.Image | np.ndarray | Tensor, score: float = 0.0, amp: str = "off"
+    model: nn.Module, image: str | Path | Image.Image | np.ndarray | Tensor, score: float = 0.0, amp: str | None = None
 ) -> dict:
     """The objects in one image, best first: those, of the model's 100 best guesses, that reach a score.
 
     model: from `load_model`; it is put in evaluation mode. image: a file, a PIL image, an array [H W 3] or a tensor
-    [3 H W], the last two uint8 in RGB. It is resized to `model.test_size` inside. amp: "off", "bf16" or "fp16".
+    [3 H W], the last two uint8 in RGB. It is resized to `model.test_size` inside. amp: "off", "bf16" or "fp16"; None:
+    what --amp has by default.
 
     Returns a dict on the model's device, all in pixels of the image as it was given (a file or PIL image: upright):
         scores [n] float32, labels [n] int64, names (a list of n strings, the labels' in `model.classes`),
@@ -70,9 +84,8 @@ def predict(
     """
     picture = as_picture(image)
     size = picture.height, picture.width
-    resize = shortest_side(*model.test_size)(None, *picture.size)
-    device = next(model.parameters()).device
-    (found,) = detect(model.eval(), pil_to_tensor(resize.image(picture)), size, device, amp)
+    outputs, seen = look_at(model, picture, amp)
+    (found,) = postprocess(outputs, [seen], [size])
     found = {name: x[found["scores"] >= score] for name, x in found.items()}
     names = [model.classes[label] for label in found["labels"].tolist()]
     return {**found, "names": names, "boxes": clip_boxes_to_image(found["boxes"], size)}
@@ -92,15 +105,16 @@ def as_picture(image):
     return Image.fromarray(array)
 
 
-def detect(model, image, size, device, amp="off", every_layer=False):
-    """Detections of one image [3 H W] in pixels of `size` (H, W): a list with one dict of `postprocess`, that of the
-    final prediction, or with every_layer one for each prediction from layer 0 on."""
-    return [postprocess(x, [image.shape[-2:]], [size])[0] for x in outputs_of(model, image, device, amp, every_layer)]
+def look_at(model, picture, amp):
+    """What the model says of an upright PIL image, and the size (H, W) in which it saw it."""
+    resized = pil_to_tensor(shortest_side(*model.test_size)(None, *picture.size).image(picture))
+    (outputs,) = outputs_of(model.eval(), resized, next(model.parameters()).device, amp)
+    return outputs, resized.shape[-2:]
 
 
-def outputs_of(model, image, device, amp="off", every_layer=False):
+def outputs_of(model, image, device, amp=None, every_layer=False):
     """What the model says of one image [3 H W]: a list of its final prediction, or of each."""
-    with autocast(device, amp):
+    with autocast(device, amp or amp_for(device, model.config.backbone)):
         outputs = model(image[None].to(device))
     return outputs["layers"] if every_layer else [outputs]
 
@@ -141,14 +155,15 @@ def predict_dataset(
     dataset: data.CocoDataset,
     device: torch.device,
     workers: int = 0,
-    amp: str = "off",
+    amp: str | None = None,
     every_layer: bool = False,
     found: dict[int, list] | None = None,
-) -> list[list[dict]] | None:
+) -> Iterator[list[dict]] | None:
     """COCO results of the whole data set: one list, or with every_layer one for each prediction from layer 0 on.
 
-    The processes share out the images; process 0 returns the results, the others None. The model is left in evaluation
-    mode. found: a dict to fill, image by image, with the results by layer under the image's place in the data set.
+    The processes share out the images; process 0 gets an iterator, which makes each list when its turn comes, the
+    others None. The model is left in evaluation mode. found: a dict to fill, image by image, with the results by layer,
+    `packed`, under the image's place in the data set.
     """
     model.eval()
     rank, world = rank_and_world()
@@ -157,15 +172,23 @@ def predict_dataset(
     for index, image in zip(mine, progress(samples(loader), len(mine), "evaluating"), strict=True):
         image_id, size = dataset.image_ids[index], size_of(dataset, dataset.image_ids[index])
         layers = outputs_of(model, image, device, amp, every_layer)
-        found[index] = [results_of(x, image.shape[-2:], size, image_id, dataset.category_ids) for x in layers]
+        found[index] = [packed(results_of(x, image.shape[-2:], size, image_id, dataset.category_ids)) for x in layers]
     if world > 1:
         shards = [None] * world if rank == 0 else None
         dist.gather_object(found, shards)
         if rank != 0:
             return None
         found = {index: layers for shard in shards for index, layers in shard.items()}
-    by_layer = zip(*(found[index] for index in sorted(found)), strict=True)
-    return [[result for image in layer for result in image] for layer in by_layer]
+    return map(unpacked, zip(*(found[index] for index in sorted(found)), strict=True))
+
+
+def packed(results: list[dict]) -> bytes:
+    """COCO results of one image in a tenth of the memory: those of ten layers of COCO's 5,000 images are many."""
+    return zlib.compress(json.dumps(results).encode(), 1)
+
+
+def unpacked(images: Iterable[bytes]) -> list[dict]:
+    return [result for image in images for result in json.loads(zlib.decompress(image))]
 
 
 def progress(things, total, what):
@@ -203,23 +226,25 @@ def size_of(dataset, image_id):
 
 
 def evaluate(
-    model: nn.Module, dataset: data.CocoDataset, device: torch.device, workers: int = 0, amp: str = "off"
+    model: nn.Module, dataset: data.CocoDataset, device: torch.device, workers: int = 0, amp: str | None = None
 ) -> tuple[dict, list[dict] | None]:
     """The metrics of `average_precision` in every process, and the COCO results in process 0 (None in the others)."""
     layers = predict_dataset(model, dataset, device, workers, amp)
-    metrics = [layers and average_precision(dataset.json, layers[0])]
+    results = None if layers is None else next(layers)
+    metrics = [None if layers is None else average_precision(dataset.json, results)]
     if dist.is_initialized():
         dist.broadcast_object_list(metrics)
-    return metrics[0], layers and layers[0]
+    return metrics[0], results
 
 
-def average_precision(truth: dict, results: list[dict]) -> dict[str, float | None]:
+def average_precision(truth: dict, results: list[dict], per_class: bool = False) -> dict[str, float | None]:
     """AP_box and AP_mask, and each at IoU 0.5 (_50) and for objects of one size (_S, _M, _L), in percent.
 
     truth: a COCO dict; results: COCO results. The numbers are pycocotools', which takes five times as long; None where
-    no object has that size.
+    no object has that size. per_class: `classes` has AP_box and AP_mask by category_id, None where there is no object.
     """
     quiet, metrics = {"print_function": lambda *_: None}, {}
+    classes = {category: {} for category in sorted(category["id"] for category in truth["categories"])}
     ground = COCO({**truth, "annotations": [dict(a) for a in truth["annotations"]]}, **quiet)
     for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):
         # Given a box beside the mask, masks would be sorted into S, M and L by the area of their boxes.
@@ -230,30 +255,38 @@ def average_precision(truth: dict, results: list[dict]) -> dict[str, float | Non
         for suffix, place in AREAS.items():
             value = float(evaluation.stats[place])
             metrics[name + suffix] = None if value < 0 else 100 * value
-    return metrics
+        precision = evaluation.eval["precision"][..., 0, -1]  # IoU, recall, class, of all sizes and 100 objects
+        for category, of_class in zip(classes, np.moveaxis(precision, 2, 0), strict=True):
+            classes[category][name] = None if of_class.min() < 0 else 100 * float(of_class.mean())
+    return {**metrics, "classes": classes} if per_class else metrics
 
 
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def speed(model, dataset, device, amp="off", warm_up=5, most=50):
+def speed(model, dataset, device, amp=None, warm_up=5, most=50):
     """Images a second as the paper's tables count them: one at a time, without the time to load them, post-processed to
-    masks of the original size; and the same without post-processing. The median over the first `most` images."""
+    masks of the original size; and the same without post-processing. The median over the first `most` images. The mean
+    GFLOP for one of these (see flops.py), and the number of parameters."""
     model.eval()
     loaded = [dataset.image(place)[0] for place in range(min(most, len(dataset)))]
     seconds = {"FPS": [], "FPS_without_postprocessing": []}
     for step in range(warm_up + len(loaded)):
         place = step % len(loaded)
-        image, start = loaded[place][None].to(device), clock(device)
-        with autocast(device, amp):
-            outputs = model(image)
+        image, start = loaded[place].to(device), clock(device)
+        (outputs,) = outputs_of(model, image, device, amp)
         middle = clock(device)
         postprocess(outputs, [image.shape[-2:]], [size_of(dataset, dataset.image_ids[place])])
         if step >= warm_up:
             seconds["FPS_without_postprocessing"].append(middle - start)
             seconds["FPS"].append(clock(device) - start)
-    return {name: 1 / statistics.median(times) for name, times in seconds.items()}
+    flop = {image.shape: flop_of(model, image[None].to(device)) for image in {x.shape: x for x in loaded}.values()}
+    return {
+        **{name: 1 / statistics.median(times) for name, times in seconds.items()},
+        "GFLOP": statistics.fmean(flop[image.shape] for image in loaded) / 1e9,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 def clock(device):
@@ -272,7 +305,8 @@ def parse_arguments(arguments):
     named = "shapes, shapes-full, coco, bdd100k or a folder in COCO layout (that of the training)"
     add_data_flags(add, help=named)
     add("--layers", action="store_true", help="AP at every decoder layer, the initial prediction (layer 0) first")
-    add("--speed", action="store_true", help="images a second, with and without post-processing")
+    add("--per-class", action="store_true", help="AP of each class as well")
+    add("--speed", action="store_true", help="images a second, with and without post-processing; GFLOP; parameters")
     add("--draw", type=at_least(0), default=0, metavar="N", help="pictures of N images, truth beside what was found")
     add("--json", type=user_path, metavar="OUT", help="write the metrics to this file")
     images = "find objects in these images, and in all in these folders, instead of measuring AP"
@@ -282,7 +316,7 @@ def parse_arguments(arguments):
     sides = ("SHORT", "LONG")
     sizes = "shortest and longest side of images (as trained)"
     add("--test-size", type=at_least(1), nargs=2, metavar=sides, help=sizes)
-    add("--amp", choices=["bf16", "fp16", "off"], default="off", help="autocast (%(default)s)")
+    add("--amp", choices=["bf16", "fp16", "off"], help=AMP_HELP)
     add("--device", choices=["cpu", "cuda"], help="(a GPU where there is one)")
     add("--workers", type=at_least(0), help="processes that load images (4 for a GPU, 0 for a CPU)")
     return parser.parse_args(arguments)
@@ -381,10 +415,9 @@ def evaluate_images(model, args):
 @torch.inference_mode()
 def find(model, picture, image_id, score, amp):
     """COCO results of one upright PIL image, in a little memory: what `predict` finds."""
-    resized = pil_to_tensor(shortest_side(*model.test_size)(None, *picture.size).image(picture))
-    device, size = next(model.parameters()).device, (picture.height, picture.width)
-    (outputs,) = outputs_of(model.eval(), resized, device, amp)
-    return results_of(outputs, resized.shape[-2:], size, image_id, model.category_ids, score, clip=True)
+    outputs, seen = look_at(model, picture, amp)
+    size = picture.height, picture.width
+    return results_of(outputs, seen, size, image_id, model.category_ids, score, clip=True)
 
 
 def evaluate_dataset(model, dataset, device, args):
@@ -393,7 +426,7 @@ def evaluate_dataset(model, dataset, device, args):
     try:
         layers = predict_dataset(model, dataset, device, args.workers, args.amp, args.layers, found)
     except SystemExit:
-        results = [result for layers in found.values() for result in layers[-1]]
+        results = unpacked(layers[-1] for layers in found.values())
         if rank_and_world()[0] == 0:
             write_json(args.out / "predictions.json", results)
             count = f"{len(found):,} of {len(dataset):,} images"
@@ -401,22 +434,34 @@ def evaluate_dataset(model, dataset, device, args):
         raise
     if layers is None:
         return
-    write_json(args.out / "predictions.json", layers[-1])
-    names = [f"layer {i}" for i in range(len(layers))] if args.layers else ["DI-MaskDINO"]
-    rows = [(name, average_precision(dataset.json, layer)) for name, layer in zip(names, layers, strict=True)]
+    rows = []
+    for number, results in enumerate(layers):
+        metrics = average_precision(dataset.json, results, args.per_class)
+        rows.append((f"layer {number}" if args.layers else "DI-MaskDINO", metrics))
+    write_json(args.out / "predictions.json", results)
     print(table(rows))
-    print(f"over {len(dataset):,} images with {dataset.objects:,} objects; {args.out} has all that was found")
-    metrics = {**rows[-1][1], "images": len(dataset), "objects": dataset.objects}
+    if args.per_class:
+        classes = metrics["classes"] = dict(zip(dataset.classes, metrics["classes"].values(), strict=True))
+        print(f"\n{table(classes.items(), ['AP_box', 'AP_mask'])}\n")
+    used = args.amp or amp_for(device, model.config.backbone)
+    print(
+        f"over {len(dataset):,} images with {dataset.objects:,} objects, autocast {used}; "
+        f"{args.out} has all that was found"
+    )
+    metrics = {**metrics, "images": len(dataset), "objects": dataset.objects}
     if args.layers:
         metrics["layers"] = [row for _, row in rows]
     if args.speed:
         metrics.update(speed(model, dataset, device, args.amp))
-        print(f"{metrics['FPS']:.1f} images/s ({metrics['FPS_without_postprocessing']:.1f} without post-processing)")
+        print(
+            f"{metrics['FPS']:.1f} images/s ({metrics['FPS_without_postprocessing']:.1f} without post-processing), "
+            f"{metrics['GFLOP']:,.1f} GFLOP, {metrics['parameters']:,} parameters"
+        )
     if args.json:
         write_json(args.json, metrics, indent=2)
     if args.draw:
         indices = data.evenly_spaced(args.draw, len(dataset))
-        score = draw_dataset(dataset, layers[-1], indices, args.out / "pictures", args.score)
+        score = draw_dataset(dataset, results, indices, args.out / "pictures", args.score)
         if score < args.score:
             print(f"nothing on the pictures reaches a score of {args.score}: they show what reaches {score:.2g}")
 

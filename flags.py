@@ -16,6 +16,8 @@ from recipe import Recipe
 
 # ---- Of both programs ------------------------------------------------------------------------------------------------
 
+AMP_HELP = "autocast (bf16 on a GPU, and on a CPU with instructions for it but for the tiny backbone; else off)"
+
 
 def at_least(least, kind=int):
     """A type for argparse: numbers from `least` on, none above 64 bits, infinite or NaN."""
@@ -115,7 +117,7 @@ def parse_training(arguments, description):
         help="side of training images in px; test images change alike (paper: 1024; tiny: 128)",
     )
     add("--augmentation", choices=[*AUGMENTATIONS], help="(paper: jitter; tiny: flips)")
-    add("--amp", choices=["bf16", "fp16", "off"], help="autocast (bf16 on a GPU, off on a CPU)")
+    add("--amp", choices=["bf16", "fp16", "off"], help=AMP_HELP)
     add("--device", choices=["cpu", "cuda"], help="(a GPU where there is one)")
     add(
         "--workers",

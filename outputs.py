@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -42,12 +43,16 @@ def write_json(path: Path, value: object, indent: int | None = None) -> None:
     os.replace(unfinished, path)
 
 
-def table(rows: list[tuple[str, dict]]) -> str:
-    """The paper's table of (name, metrics) rows, in Markdown."""
-    columns = [name + suffix for name in ("AP_box", "AP_mask") for suffix in ("", "_S", "_M", "_L")]
+PAPER = [name + suffix for name in ("AP_box", "AP_mask") for suffix in ("", "_S", "_M", "_L")]
+
+
+def table(rows: Iterable[tuple[str, dict]], columns: Sequence[str] = PAPER) -> str:
+    """(name, metrics) rows in Markdown, with the columns of the paper's tables."""
+    rows = list(rows)
     heads = [c if c in ("AP_box", "AP_mask") else c[-1] for c in columns]
-    lines = [f"| {'':<12} |" + "".join(f" {h:>7} |" for h in heads), "|---|" + "---|" * len(heads)]
+    width = max(12, *(len(name) for name, _ in rows))
+    lines = [f"| {'':<{width}} |" + "".join(f" {h:>7} |" for h in heads), "|---|" + "---|" * len(heads)]
     for name, metrics in rows:
         cells = ["-" if metrics[c] is None else f"{metrics[c]:.1f}" for c in columns]
-        lines.append(f"| {name:<12} |" + "".join(f" {cell:>7} |" for cell in cells))
+        lines.append(f"| {name:<{width}} |" + "".join(f" {cell:>7} |" for cell in cells))
     return "\n".join(lines)

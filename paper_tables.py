@@ -221,8 +221,6 @@ def finish(flags, root, speed):
         if not measured(args, folder, speed):
             part = folder / "speed.json.part"
             evaluate.main(["--ckpt", str(folder / "last.pt"), "--speed", "--json", str(part), *where(args)])
-            parameters = sum(parameter.numel() for parameter in load_model(folder / "last.pt").parameters())
-            part.write_text(json.dumps({"parameters": parameters, **json.loads(part.read_text())}))
             os.replace(part, folder / "speed.json")
         return measured(args, folder, speed)
 

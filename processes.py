@@ -188,6 +188,14 @@ def workers_for(device: torch.device) -> int:
     return 4 if device.type == "cuda" else 0
 
 
+def amp_for(device: torch.device, backbone: str) -> str:
+    """The type of autocast unless somebody says otherwise: bf16 on a GPU, and on a CPU with instructions for it unless
+    the backbone is "tiny", whose products are too small to gain from them."""
+    cpu = torch.cpu.get_capabilities()
+    fast = backbone != "tiny" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return "bf16" if device.type == "cuda" or fast else "off"
+
+
 def keep_working(worker: int) -> None:
     """Make a loader's worker ignore Ctrl-C and SIGTERM, which reach it too: the step in progress needs its data."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

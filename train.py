@@ -39,6 +39,7 @@ from losses import Criterion, denoising_queries
 from outputs import try_output
 from processes import (
     Interruption,
+    amp_for,
     any_rank,
     gather,
     join,
@@ -98,6 +99,7 @@ class Run:
         self.args, self.device, self.recipe = args, device, choose_recipe(args)
         self.train_set, self.val_set = open_data(args, self.recipe)
         self.config = choose_config(args, len(self.train_set.classes))
+        args.amp = args.amp or amp_for(device, self.config.backbone)
         self.epoch, self.step, self.best = 0, 0, -1.0
         self.saved_step, self.skipped = 0, 0  # the step of the checkpoint; steps in a row that fp16 has skipped
         self.steps_per_epoch = max(1, len(self.train_set) // self.recipe.batch_size)
@@ -413,7 +415,6 @@ def train(args):
     except ValueError as error:
         stop(error, 2)
     on_gpu = device.type == "cuda"
-    args.amp = args.amp or ("bf16" if on_gpu else "off")
     args.workers = workers_for(device) if args.workers is None else args.workers
     if args.check:
         return on_every_rank(partial(check_data, args))
@@ -435,7 +436,7 @@ def train(args):
 
         interruption.saved = True
         share_statistics(run.model)
-        metrics, results = evaluate(run.model, run.val_set, device, args.workers)
+        metrics, results = evaluate(run.model, run.val_set, device, args.workers, args.amp)
         log.evaluation(run, metrics, results)
         interruption.saved = False
         score = ((metrics["AP_box"] or 0) + (metrics["AP_mask"] or 0)) / 2

@@ -69,7 +69,6 @@ def exit_code(action, *arguments):
 
 def new_run(folder, out, *more):
     args = parse_training([*SMALL, "--data", str(folder), "--out", str(out), *map(str, more)], "")
-    args.amp = args.amp or "off"
     return train.Run(args, torch.device("cpu"))
 
 

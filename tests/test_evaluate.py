@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -21,9 +22,11 @@ from pycocotools.cocoeval import COCOeval
 
 import data
 import evaluate
-from dimaskdino import Config, DIMaskDINO
+from dimaskdino import Config, DIMaskDINO, postprocess
+from flops import flop_of
 from geometry import identity
 from pictures import draw, draw_dataset
+from processes import amp_for
 from small_runs import exit_code, log_of, same, train_in, write_images
 from weights import load_model, read_checkpoint
 
@@ -85,7 +88,7 @@ def square(x, y, width, height):
 def test_average_precision_is_that_of_pycocotools(folder, shift):
     truth = truth_of(folder)
     results = [r for i in range(3) for r in predictions(truth, shift * i, score=0.9 - 0.3 * i)]
-    ours = evaluate.average_precision(truth, results)
+    ours = evaluate.average_precision(truth, results, per_class=True)
     for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):
         ground = coco_index(json.loads(json.dumps(truth)))
         kept = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
@@ -97,6 +100,8 @@ def test_average_precision_is_that_of_pycocotools(folder, shift):
         for suffix, place in evaluate.AREAS.items():
             theirs = evaluation.stats[place]
             assert ours[name + suffix] == (None if theirs < 0 else pytest.approx(100 * theirs, abs=1e-9))
+        of_classes = evaluation.eval["precision"][..., 0, -1].mean((0, 1))
+        assert [ours["classes"][i][name] for i in (2, 5, 8)] == pytest.approx(100 * of_classes, abs=1e-9)
 
 
 def test_average_precision_of_a_small_set_is_what_one_works_out_by_hand():
@@ -179,6 +184,7 @@ def test_evaluate_prints_the_ap_that_training_logged_and_every_layers(folder, tr
         "--out",
         tmp_path,
         "--layers",
+        "--per-class",
         "--speed",
         "--draw",
         2,
@@ -193,6 +199,12 @@ def test_evaluate_prints_the_ap_that_training_logged_and_every_layers(folder, tr
     for name in ("AP_box", "AP_mask", "AP_box_S"):
         assert metrics[name] == metrics["layers"][-1][name] == pytest.approx(logged[name], rel=1e-5)
     assert metrics["FPS_without_postprocessing"] >= metrics["FPS"] > 0
+    model = load_model(trained / "last.pt")
+    assert metrics["GFLOP"] == flop_of(model, torch.zeros(1, 3, 48, 64, dtype=torch.uint8)) / 1e9 > 0
+    assert metrics["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    for name in ("AP_box", "AP_mask"):  # every class has objects
+        assert np.mean([of_class[name] for of_class in metrics["classes"].values()]) == pytest.approx(metrics[name])
+    assert [*metrics["classes"]] == model.classes
     assert len(list((tmp_path / "pictures").iterdir())) == 2 and (tmp_path / "predictions.json").exists()
 
 
@@ -220,6 +232,47 @@ def test_own_images_get_pictures_and_only_what_reaches_the_score(folder, trained
 @pytest.fixture(scope="module")
 def model(trained):
     return load_model(trained / "last.pt")
+
+
+def test_of_all_layers_results_only_one_layers_are_held_at_a_time(folder, trained, tmp_path, monkeypatch):
+    held, measure = [], evaluate.average_precision
+
+    def counting(truth, results, per_class):
+        gc.collect()
+        held.append(sum(type(x) is dict and {"score", "segmentation"} <= x.keys() for x in gc.get_objects()))
+        assert len(results) == 5 * 18  # of each image
+        return measure(truth, results, per_class)
+
+    monkeypatch.setattr(evaluate, "average_precision", counting)
+    assert run(trained / "last.pt", "--data", folder, "--layers", "--out", tmp_path) == 0
+    assert len(held) == 3 and max(held) < 2 * 5 * 18
+
+
+@pytest.mark.parametrize(
+    "device, backbone, instructions, amp",
+    [
+        ("cuda", "tiny", (), "bf16"),
+        ("cpu", "resnet50", (), "off"),
+        ("cpu", "resnet50", ("avx512_bf16",), "bf16"),
+        ("cpu", "swin_l", ("amx_bf16",), "bf16"),
+        ("cpu", "tiny", ("avx512_bf16", "amx_bf16"), "off"),
+    ],
+)
+def test_autocast_is_bf16_where_it_pays(device, backbone, instructions, amp, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    assert amp_for(torch.device(device), backbone) == amp
+
+
+def test_whoever_does_not_say_gets_the_autocast_that_pays(folder, trained, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "amp_for", lambda *_: "bf16")
+    path = folder / "val" / "1.png"
+    found, half, whole = (evaluate.predict(model, path, amp=amp)["scores"] for amp in (None, "bf16", "off"))
+    assert torch.equal(found, half) and not torch.equal(found, whole)
+    for flags, used in ((), "bf16"), (("--amp", "off"), "off"):
+        assert run(trained / "last.pt", "--data", folder, "--out", tmp_path / used, *flags) == 0
+        assert f"autocast {used}" in capsys.readouterr().out
+    both = [json.loads((tmp_path / used / "predictions.json").read_text()) for used in ("bf16", "off")]
+    assert both[0] != both[1]
 
 
 def test_predict_takes_a_file_a_picture_an_array_or_a_tensor_and_finds_the_same(folder, model):
@@ -515,7 +568,7 @@ def test_masks_are_encoded_a_few_at_a_time_and_equal_those_of_all_at_once(model,
     image = torch.from_numpy(np.array(Image.open(folder / "val" / "1.png"))).permute(2, 0, 1)
     with torch.inference_mode():
         (outputs,) = evaluate.outputs_of(model, image, torch.device("cpu"))
-        whole = evaluate.coco_results(evaluate.detect(model, image, (48, 64), torch.device("cpu"))[0], 1, [2, 5, 8])
+        whole = evaluate.coco_results(postprocess(outputs, [(48, 64)], [(48, 64)])[0], 1, [2, 5, 8])
         parts = [*evaluate.few_at_a_time(outputs, (48, 64), (48, 64))]
         found = evaluate.results_of(outputs, (48, 64), (48, 64), 1, [2, 5, 8])
     assert [len(part["masks"]) for part in parts] == [8, 8, 2]

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import log
 import train
+from backbones import SWINS
 from dimaskdino import Config, DIMaskDINO
 from flags import parse_training
 from losses import denoising_queries
 from recipe import Recipe, parameter_groups
+from small_models import microsoft_names
 from small_runs import (
     FOUR,
     SMALL,
@@ -28,6 +31,7 @@ from small_runs import (
     parts_of,
     train_in,
     without_chance,
+    write_images,
 )
 
 # ---- The recipe (4.1, appendix B) ------------------------------------------------------------------------------------
@@ -200,6 +204,35 @@ def test_training_runs_in_half_precision_with_a_loss_near_that_of_fp32(folder, t
         train.update(run, terms, [])
         losses.append(sum(train.arrived(run).values()))
     assert losses[1] == pytest.approx(losses[0], rel=0.05)  # bf16 keeps 8 bits, and may match other queries
+
+
+def test_swin_l_from_microsofts_file_trains_and_is_evaluated(tmp_path):
+    """195 M parameters: a file of 0.8 GB, and 3.5 GB of memory."""
+    width, depths, heads, window, _ = SWINS["swin_l"]
+    with torch.device("meta"):
+        net = torchvision.models.SwinTransformer([4, 4], width, depths, heads, [window, window])
+    state = {name: torch.full_like(x, 0.01, device="cpu") for name, x in net.state_dict().items()}
+    torch.save({"model": microsoft_names(state)}, tmp_path / "swin_large.pth")
+    write_images(tmp_path / "data", "train", 4)
+    write_images(tmp_path / "data", "val", 1)
+    flags = ["--set", "backbone=swin_l", "--backbone-weights", tmp_path / "swin_large.pth", "--amp", "off"]
+    run = new_run(tmp_path / "data", tmp_path / "run", *flags)
+    (tmp_path / "swin_large.pth").unlink()
+    last = run.model.backbone.stages[3][1][-1].mlp[0].weight
+    assert last.shape == (6144, 1536) and (last == 0.01).all()
+    losses = train.gradients(run, parts_of(run, [0, 1]))
+    train.update(run, losses, [])
+    assert (last != 0.01).any() and all(map(math.isfinite, train.arrived(run).values()))
+    metrics, results = train.evaluate(run.model, run.val_set, run.device)
+    assert metrics["AP_box"] is not None and len(results) == 18
+
+
+def test_training_and_its_validation_use_the_autocast_that_pays(folder, tmp_path, monkeypatch, capsys):
+    used, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "amp_for", lambda device, backbone: {"tiny": "bf16"}[backbone])
+    monkeypatch.setattr(train, "evaluate", lambda *args: used.append(args[-1]) or evaluate(*args))
+    assert train_in(folder, tmp_path) == 0
+    assert used == ["bf16"] and "autocast bf16" in capsys.readouterr().out
 
 
 # ---- What people watch -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from dimaskdino import Config, DIMaskDINO
-from small_models import SMALL, build, pictures
+from small_models import SMALL, build, microsoft_names, pictures
 from weights import config_of, load_model, load_weights, read_checkpoint
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
@@ -52,24 +52,6 @@ def detectron2_names(state):
         name = name.replace("layer4.", "res5.").replace("fc.", "stem.fc.")
         renamed[name if name.startswith(("res", "stem")) else f"stem.{name}"] = x
     return {name: x for name, x in renamed.items() if "num_batches_tracked" not in name}
-
-
-def microsoft_names(state):
-    """torchvision's names of a Swin Transformer -> Microsoft's."""
-    renamed = {"layers.0.blocks.1.attn_mask": torch.zeros(3)}
-    for name, x in state.items():
-        if name.startswith("features"):
-            _, n, rest = name.split(".", 2)
-            if n == "0":
-                name = "patch_embed." + rest.replace("0.", "proj.", 1).replace("2.", "norm.", 1)
-            elif int(n) % 2:
-                name = f"layers.{int(n) // 2}.blocks.{rest}".replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
-            else:
-                name = f"layers.{int(n) // 2 - 1}.downsample.{rest}"
-        if name.endswith("relative_position_index"):
-            x = x.view(49, 49)
-        renamed[name] = x
-    return renamed
 
 
 @pytest.mark.parametrize(
