@@ -15,9 +15,9 @@ beside the checkpoint. What was found before Ctrl-C, or before an image that can
 """
 
 import argparse
-import json
 import math
 import os
+import pickle
 import signal
 import statistics
 import sys
@@ -184,11 +184,11 @@ def predict_dataset(
 
 def packed(results: list[dict]) -> bytes:
     """COCO results of one image in a tenth of the memory: those of ten layers of COCO's 5,000 images are many."""
-    return zlib.compress(json.dumps(results).encode(), 1)
+    return zlib.compress(pickle.dumps(results), 1)
 
 
 def unpacked(images: Iterable[bytes]) -> list[dict]:
-    return [result for image in images for result in json.loads(zlib.decompress(image))]
+    return [result for image in images for result in pickle.loads(zlib.decompress(image))]
 
 
 def progress(things, total, what):
@@ -342,6 +342,8 @@ def main(arguments=None):
         if args.images:
             return evaluate_images(model, args)
         evaluate_dataset(model, dataset, device, args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -353,8 +355,12 @@ def main(arguments=None):
 
 def open_data(model, name, args):
     """The validation images to measure on, or to take class names from. Raises ValueError where they do not fit."""
-    size, jsons = shortest_side(*model.test_size), {"val": args.val_json} if args.val_json else None
-    dataset = data.open_dataset(str(name), args.data_root, "val", size, False, 0, jsons, args.image_folder)
+    files = {"val_json": args.val_json, "image_folder": args.image_folder}
+    if not (args.data or args.val_json):
+        files = model.trained_files | {flag: path for flag, path in files.items() if path}
+    jsons = {split: Path(path) for split in ("train", "val") if (path := files.get(f"{split}_json"))}
+    folder, size = files.get("image_folder"), shortest_side(*model.test_size)
+    dataset = data.open_dataset(str(name), args.data_root, "val", size, False, 0, jsons, folder and Path(folder))
     if sound := data.require_sound(dataset, f"validation images of {name}"):
         say(sound)
     if not model.named and len(model.classes) == len(dataset.classes):

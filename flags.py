@@ -61,10 +61,20 @@ def setting(text):
     if kind is not str:
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
-    allowed = tuple if typing.get_origin(kind) is tuple else float | int if kind is float else kind
-    if not isinstance(value, allowed):
-        raise argparse.ArgumentTypeError(f"{text}: that is no {getattr(kind, '__name__', kind)}")
+    if not fits(value, kind):
+        raise argparse.ArgumentTypeError(f"{text}: that is no {kind if typing.get_args(kind) else kind.__name__}")
     return name, value
+
+
+def fits(value, kind):
+    """Whether a value is of a field's type. A whole number is a float as well; True is no number."""
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(fits, value, parts))
+    if typing.get_args(kind):  # int | None
+        return any(fits(value, part) for part in typing.get_args(kind))
+    return isinstance(value, (float, int) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 def with_settings(settings, args):

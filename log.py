@@ -108,7 +108,7 @@ class Log:
         records = self.records()
         figure = Figure((11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        training = joined([record for record in records if "loss" in record])
+        training = merged([record for record in records if "loss" in record])
         for kind in ("loss", "class", "box", "giou", "mask", "dice"):  # the sum of class_0, class_1, ...
             values = [sum(v for name, v in record.items() if name.split("_")[0] == kind) for record in training]
             left.plot([record["epoch"] for record in training], values, label=kind)
@@ -123,7 +123,7 @@ class Log:
         figure.savefig(self.out / "curves.png", dpi=110)
 
 
-def joined(records):
+def merged(records):
     """Records of training, each the mean since the one before, with those of few steps joined to the one before: the
     mean of two steps at the end of an epoch would be a spike among means of fifty."""
     steps = [

@@ -71,8 +71,8 @@ class Recipe:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Groups for an optimizer: weight decay for all but norms, embeddings and Swin's position biases, and a learning
-    rate of its own, `base_lr`, for the backbone."""
+    """Groups for an optimizer: weight decay for all but norms, tables of embeddings and Swin's position biases, and a
+    learning rate of its own, `base_lr`, for the backbone."""
     groups = {}
     for prefix, module in model.named_modules():
         plain = not isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d | nn.Embedding)

@@ -58,6 +58,7 @@ from processes import (
 from recipe import parameter_groups
 from weights import imagenet, load_weights, read_checkpoint
 
+FILES = ("train_json", "val_json", "image_folder")  # flags
 LOG_EVERY = 50  # steps
 MOST_SKIPPED = 30  # steps in a row; fp16's scale then is a billionth of its first
 SAVE_EVERY = 1000  # steps, beside the end of each epoch
@@ -381,7 +382,9 @@ def save(run, name):
         return
     state = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
     progress = {"epoch": run.epoch, "step": run.step, "best": run.best}
-    origin = {"data": run.args.data, "category_ids": run.train_set.category_ids, "torch": str(torch.__version__)}
+    files = {flag: str(path) for flag in FILES if (path := getattr(run.args, flag))}
+    origin = {"data": run.args.data, "files": files, "category_ids": run.train_set.category_ids}
+    origin["torch"] = str(torch.__version__)
     path, unfinished = run.args.out / name, run.args.out / f"{name}.tmp"
     try:
         with open(unfinished, "wb") as file:

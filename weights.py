@@ -160,7 +160,12 @@ def config_of(checkpoint):
     preset, backbone = Config.released() if "bato.ffn.norm.weight" in state else Config.maskdino(), "resnet50"
     if "backbone.stages.0.0.0.weight" in state:  # Swin: by its width and the depth of its third stage
         width, depth = len(state["backbone.stages.0.0.0.weight"]), len({n.split(".")[4] for n in state if ".2.5." in n})
-        backbone = next(name for name, (w, d, *_) in SWINS.items() if (w, d[2]) == (width, depth))
+        named = [name for name, (w, d, *_) in SWINS.items() if (w, d[2]) == (width, depth)]
+        if not named:
+            raise ValueError(
+                f"its Swin, {width} wide and {depth} deep in its third stage, is none of {', '.join(SWINS)}"
+            )
+        (backbone,) = named
     return dataclasses.replace(
         preset,
         num_classes=len(state["det_head.classifier.bias"]),
@@ -232,8 +237,9 @@ def load_model(path, device="cpu"):
 
     It carries what else the file knows: `classes`, their names by label, and `category_ids`, theirs in the data set;
     `test_size`, the shortest side of test images and how far the longest may go; `trained_on`, the name of the data
-    set. The authors' files know none of it: `named` is False, and 80 classes are taken for COCO's, others are called
-    "class 0" and so on. category_ids of our older files count from 0, but for COCO's.
+    set, and `trained_files`, the flags that gave its files outright. The authors' files know none of it: `named` is
+    False, and 80 classes are taken for COCO's, others are called "class 0" and so on. category_ids of our older files
+    count from 0, but for COCO's.
     """
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, Mapping):
@@ -250,6 +256,7 @@ def load_model(path, device="cpu"):
     model.category_ids = checkpoint.get("category_ids", ids)
     model.test_size = tuple(checkpoint.get("recipe", {}).get("test_size", (800, 1333)))
     model.trained_on = checkpoint.get("data", "coco" if model.classes == names else None)
+    model.trained_files = checkpoint.get("files", {})
     return model.to(device).eval()
 
 

@@ -208,6 +208,16 @@ def test_evaluate_prints_the_ap_that_training_logged_and_every_layers(folder, tr
     assert len(list((tmp_path / "pictures").iterdir())) == 2 and (tmp_path / "predictions.json").exists()
 
 
+@pytest.mark.parametrize("validation, images", [((), 2), (("--val-json", "instances_val.json"), 5)])
+def test_a_checkpoint_finds_the_files_it_was_trained_with(folder, tmp_path, capsys, validation, images):
+    """Without one for validation, every tenth of the 12 images of the only json."""
+    annotations = folder / "annotations"
+    validation = [annotations / x if x.endswith(".json") else x for x in validation]
+    assert train_in("none", tmp_path, "--train-json", annotations / "instances_train.json", *validation) == 0
+    assert run(tmp_path / "last.pt", "--out", tmp_path / "found", "--device", "cpu") == 0
+    assert f"over {images} images" in capsys.readouterr().out
+
+
 def test_evaluate_refuses_data_of_other_classes_and_names_those_that_differ(trained, tmp_path, capsys):
     write_images(tmp_path, "val", 1, classes=("box", "lid"))
     assert exit_code(evaluate.main, ["--ckpt", str(trained / "last.pt"), "--data", str(tmp_path)]) == 2

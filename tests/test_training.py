@@ -112,6 +112,24 @@ def test_set_changes_one_field_of_the_model_or_of_its_training(override, value):
 
 
 @pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("test_size=(800,)", "tuple[int, int]"),
+        ("betas=(0.9,0.9,0.9)", "tuple[float, float]"),
+        ("selection=(300,1.5)", "tuple[int, ...]"),
+        ("selection=300", "tuple[int, ...]"),
+        ("guiding_tokens=many", "int | None"),
+        ("bato=1", "bool"),
+        ("dim=True", "int"),
+        ("clip=small", "float"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_with_the_type_it_needs(text, kind, capsys):
+    assert exit_code(parse_training, ["--set", text], "") == 2
+    assert f"{text}: that is no {kind}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "flags, preset",
     [("", "tiny"), ("--data coco", "paper"), ("--data shapes-full", "paper"), ("--preset released", "released")],
 )
@@ -281,7 +299,7 @@ def test_a_mean_of_few_steps_at_the_end_of_an_epoch_is_joined_to_the_one_before(
     records = [
         {"step": step, "loss": loss} for step, loss in ((1, 9.0), (50, 5.0), (100, 4.0), (102, 30.0), (150, 3.0))
     ]
-    curve = [(record["step"], record["loss"]) for record in log.joined(records)]
+    curve = [(record["step"], record["loss"]) for record in log.merged(records)]
     assert curve == [(1, 9), (50, 5), (102, pytest.approx((50 * 4 + 2 * 30) / 52)), (150, 3)]
 
 

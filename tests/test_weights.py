@@ -82,6 +82,14 @@ def test_a_model_is_recognised_from_its_tensors_alone(backbone, preset):
     assert config_of({"model": state}) == config
 
 
+def test_a_swin_of_unknown_size_is_refused_with_its_size():
+    with torch.device("meta"):
+        state = DIMaskDINO(dataclasses.replace(Config.released(), backbone="swin_t")).state_dict()
+    state["backbone.stages.0.0.0.weight"] = torch.zeros(64, 3, 4, 4)
+    with pytest.raises(ValueError, match="64 wide and 6 deep .* none of swin_t, swin_s, swin_b, swin_l"):
+        config_of({"model": state})
+
+
 def test_a_file_without_a_model_is_told_where_a_backbone_goes():
     with pytest.raises(ValueError, match="--backbone-weights"):
         config_of({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}})
