@@ -336,16 +336,17 @@ def figure1(args):
     for axes, (config, runs) in zip(panels, models.items(), strict=True):
         name = f"{name_of(config)}{f', {len(runs)} checkpoints' * (len(runs) > 1)}"
         ap = np.array([[[layer[kind] for kind in ("AP_box", "AP_mask")] for layer in run] for run in runs], float)
-        layers, gaps = np.arange(ap.shape[1]), ap[..., 0] - ap[..., 1]
+        layers, gaps, mean = np.arange(ap.shape[1]), ap[..., 0] - ap[..., 1], ap.mean(0)
+        error = ap.std(0, ddof=1) if len(runs) > 1 else 0 * mean
         lines = [["layer", "AP_box", "AP_mask", "gap"]]
         for layer in layers:
             (box, mask), gap = ap[:, layer].T, spread(gaps[:, layer], "+")
             lines.append([str(layer), spread(box), spread(mask), gap])
-            place = layer, ap[:, layer].max()
+            place = layer, (mean + error)[layer].max()
             axes.annotate(gap.replace(" ", "\n", 1), place, (0, 6), textcoords="offset points", ha="center")
         for kind, left, colour, label in ((0, -0.2, BOX, "AP_box"), (1, 0.2, MASK, "AP_mask")):
-            error = ap[..., kind].std(0, ddof=1) if len(runs) > 1 else None
-            axes.bar(layers + left, ap[..., kind].mean(0), 0.4, yerr=error, color=colour, label=label)
+            whiskers = error[:, kind] if len(runs) > 1 else None
+            axes.bar(layers + left, mean[:, kind], 0.4, yerr=whiskers, color=colour, label=label)
         axes.set(title=name, xlabel="layer (0: the initial prediction)", xticks=layers)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.15)
