@@ -767,7 +767,7 @@ def main():
     model, image = DIMaskDINO(Config.paper()).eval(), torch.randint(0, 256, (1, 3, 800, 1216))
     interaction = model.interactions[0]
     steps = [  # symbol, equation, and the module whose begin or end is the end of the step
-        ("T_i", "FTE        F_cnn, T_i: backbone, encoder", model.encoder, "end"),
+        ("T_i", "FTE        F_cnn, T_i: backbone, encoder", model.seg_head.embed, "end"),
         ("T_s1", "Eq. 1      T_s1 = S(T_i, k1)", interaction, "begin"),
         ("T_s1_sa", "Eq. 2      T_s1^sa = MHSA(T_s1)", interaction, "end"),
         ("T_s2", "Eq. 3      T_s2 = S(T_s1^sa, k2)", model.residual, "begin"),
