@@ -225,7 +225,7 @@ def test_training_runs_in_half_precision_with_a_loss_near_that_of_fp32(folder, t
 
 
 def test_swin_l_from_microsofts_file_trains_and_is_evaluated(tmp_path):
-    """195 M parameters: a file of 0.8 GB, and 3.5 GB of memory."""
+    """195 M parameters: a file of 0.8 GB, and 4.8 GB of memory."""
     width, depths, heads, window, _ = SWINS["swin_l"]
     with torch.device("meta"):
         net = torchvision.models.SwinTransformer([4, 4], width, depths, heads, [window, window])
