@@ -27,11 +27,18 @@
 #define VECTOR_REDUCTION false
 #endif
 
-#ifndef LAUNCH  // cuda_on_cpu.cpp has its own
+#ifndef LAUNCH  // cuda_on_cpu.cpp has its own, and of SHARED
+#define SHARED(Type, name) __shared__ Type name
 #define LAUNCH(kernel, blocks, stream, ...) kernel<<<blocks, THREADS, 0, stream>>>(__VA_ARGS__)
 
 // Keeps nvcc from computing x anew wherever it is used.
-__device__ __forceinline__ void keep(int64_t& x) { asm volatile("" : "+l"(x)); }
+template <typename T>
+__device__ __forceinline__ void keep(T& x) {
+  if constexpr (sizeof x == 8)
+    asm volatile("" : "+l"(x));
+  else
+    asm volatile("" : "+r"(x));
+}
 
 __device__ __forceinline__ float power_of_2(float x) {
   asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
@@ -110,7 +117,7 @@ struct Pair {
   A half;                  // 0.5 / P
   A shift;                 // of the softmax
 
-  __device__ __forceinline__ A weight(int point) const { return power_of_2(logits[point] * A(LOG2_E) - shift); }
+  __device__ __forceinline__ A weight(int point) const { return power_of_2(__ldg(logits + point) * A(LOG2_E) - shift); }
 };
 
 template <typename A>
@@ -137,8 +144,8 @@ __device__ __forceinline__ Point<A> locate(const CudaProblem& problem, const Pai
   p.weight = pair.weight(point);
   p.scale_x = pair.width * W + pair.cells;
   p.scale_y = pair.height * H + pair.cells;
-  const A x = pair.offsets[point].x * p.scale_x + (pair.x * W - A(0.5));
-  const A y = pair.offsets[point].y * p.scale_y + (pair.y * H - A(0.5));
+  const A x = __ldg(&pair.offsets[point].x) * p.scale_x + (pair.x * W - A(0.5));
+  const A y = __ldg(&pair.offsets[point].y) * p.scale_y + (pair.y * H - A(0.5));
   const A near_x = min(max(x, A(-2)), A(W)), near_y = min(max(y, A(-2)), A(H));  // -2 for NaN
   const int column = int(floor(near_x)), line = int(floor(near_y));
   p.dx = x == x ? near_x - column : x;
@@ -146,7 +153,8 @@ __device__ __forceinline__ Point<A> locate(const CudaProblem& problem, const Pai
   const bool in_column[2] = {unsigned(column) < unsigned(W), unsigned(column + 1) < unsigned(W)};
   const bool in_line[2] = {unsigned(line) < unsigned(H), unsigned(line + 1) < unsigned(H)};
   const A share_x[2] = {1 - p.dx, p.dx}, share_y[2] = {p.weight * (1 - p.dy), p.weight * p.dy};
-  const int token = start + line * W + column;
+  int token = start + line * W + column;
+  keep(token);
   p.inside = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -159,7 +167,7 @@ __device__ __forceinline__ Point<A> locate(const CudaProblem& problem, const Pai
   return p;
 }
 
-// Where this thread works. A block owns a tile of queries: WARPS columns, one for each warp, by PAIRS lines.
+// Where this thread works. A block owns a tile of queries: WARPS lines, one for each warp, of PAIRS columns.
 template <int WIDTH>
 struct Place {
   static constexpr int LANES = CHANNELS / WIDTH, PAIRS = 32 / LANES, STEP = 2 * LANES;
@@ -177,7 +185,7 @@ struct Place {
     const Field* field = problem.fields;
     while (blockIdx.x >= field[1].first_tile) ++field;
     const unsigned tile = blockIdx.x - field->first_tile, tile_line = __umulhi(2 * tile, field->lines_per_tile);
-    const int line = tile_line * PAIRS + pair, column = (tile - tile_line * field->columns) * WARPS + warp;
+    const int line = tile_line * WARPS + warp, column = (tile - tile_line * field->columns) * PAIRS + pair;
     const int query = field->start + line * field->W + column;
     asks = line < field->H && column < field->W && query < problem.Q;
     const int asked = asks ? query : 0, asked_of_all = image * problem.Q + asked;
@@ -188,20 +196,20 @@ struct Place {
   }
 };
 
-// Cuts the queries into tiles of `lines` lines: where every token asks, in the levels, as neighbours sample the same
-// rows; else, or where a level has too many tiles to number them so, as if they were one level of so many lines.
-dim3 cut(CudaProblem& problem, int lines) {
-  const auto columns = [](const Level& level) { return unsigned(level.W - 1) / WARPS + 1; };
-  const auto tiles = [&](const Level& level) { return columns(level) * ((level.H - 1) / lines + 1); };
+// Cuts the queries into tiles of WARPS lines of so many columns: where every token asks, in the levels, as neighbours
+// sample the same rows; else, or where a level has too many tiles to number them so, as if they were one narrow level.
+dim3 cut(CudaProblem& problem, int width) {
+  const auto columns = [&](const Level& level) { return unsigned(level.W - 1) / width + 1; };
+  const auto tiles = [&](const Level& level) { return columns(level) * ((level.H - 1) / WARPS + 1); };
   bool levels = problem.Q == problem.N;
   for (int l = 0; l < problem.L; ++l)
     levels &= uint64_t(tiles(problem.level[l])) * columns(problem.level[l]) < 1u << 31;
-  const Level single = {(problem.Q - 1) / lines + 1, lines, 0};
+  const Level single = {width, (problem.Q - 1) / width + 1, 0};
   unsigned first_tile = 0;
   Field* field = problem.fields;
   for (int l = 0; l < (levels ? problem.L : 1); ++l, ++field) {
     const Level& level = levels ? problem.level[l] : single;
-    *field = {level.W, level.H, level.start, first_tile, columns(level), levels ? (1u << 31) / columns(level) + 1 : 0};
+    *field = {level.W, level.H, level.start, first_tile, columns(level), (1u << 31) / columns(level) + 1};
     first_tile += tiles(level);
   }
   field->first_tile = ~0u;
@@ -233,18 +241,25 @@ __device__ __forceinline__ Pair<A> pair_of(const CudaProblem& problem, const Pla
   const int points = problem.L * problem.P;
   reference += at.reference;
   const A half = A(0.5) * reciprocal(A(problem.P));
-  int64_t first = int64_t(at.row) * points;
-  keep(first);
-  Pair<A> pair = {offsets + first, logits + first, reference[0], reference[1], A(!problem.boxes),
+  const int64_t first = int64_t(at.row) * points;
+  offsets += first, logits += first;
+  keep(offsets), keep(logits);
+  Pair<A> pair = {offsets, logits, reference[0], reference[1], A(!problem.boxes),
                   problem.boxes ? reference[2] * half : 0, problem.boxes ? reference[3] * half : 0, half};
-  A top = pair.logits[0], sum = 0;
+  A top = __ldg(pair.logits), sum = 0;
 #pragma unroll 1
-  for (int point = at.lane; point < points; point += LANES) top = max(top, pair.logits[point]);
+  for (int point = at.lane; point < points; point += LANES) {
+    keep(point);
+    top = max(top, __ldg(pair.logits + point));
+  }
 #pragma unroll
   for (int distance = 1; distance < LANES; distance *= 2) top = max(top, __shfl_xor_sync(ALL, top, distance));
   pair.shift = top * A(LOG2_E);
 #pragma unroll 1
-  for (int point = at.lane; point < points; point += LANES) sum += pair.weight(point);
+  for (int point = at.lane; point < points; point += LANES) {
+    keep(point);
+    sum += pair.weight(point);
+  }
   pair.shift += log_2(sum_of_pair<LANES>(sum));
   return pair;
 }
@@ -254,13 +269,17 @@ __global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 3 : 4)
 forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value, const A* __restrict__ reference,
         const Offset<A>* __restrict__ offsets, const A* __restrict__ logits, V* __restrict__ output) {
   using At = Place<WIDTH>;
-  const At at(problem);
+  At at(problem);
+  keep(at.lane);
+  if (!__any_sync(ALL, at.asks)) return;  // a warp beyond its level
   struct Slot { Corners<unsigned> tokens; Corners<A> counts; };
   struct Step { Slot slots[At::STEP]; int4 apart; };  // so that pairs read from different banks
-  __shared__ Step steps[WARPS][At::PAIRS];
-  Slot* const slots = steps[at.warp][at.pair].slots;
+  struct Tile { Step steps[WARPS][At::PAIRS]; };
+  SHARED(Tile, tile);
+  Slot* const slots = tile.steps[at.warp][at.pair].slots;
   const Pair<A> pair = pair_of(problem, at, reference, offsets, logits);
-  const int points = problem.L * problem.P;
+  int points = problem.L * problem.P;
+  keep(points);
 
   for (int begin = 0; begin < problem.c; begin += CHANNELS) {
     const int channel = begin + at.lane * WIDTH;
@@ -301,7 +320,7 @@ forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value
       Row<V, WIDTH> row;
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) row.channel[i] = narrow<V>(sum[i]);
-      Row<V, WIDTH>* const to = reinterpret_cast<Row<V, WIDTH>*>(output + int64_t(at.row) * problem.c + channel);
+      Row<V, WIDTH>* const to = reinterpret_cast<Row<V, WIDTH>*>(output + uint64_t(unsigned(at.row)) * unsigned(problem.c) + channel);
       if constexpr (sizeof row == 16)  // nvcc would split a plain store
         __stcg(reinterpret_cast<int4*>(to), *reinterpret_cast<const int4*>(&row));
       else
@@ -346,8 +365,9 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
   const At at(problem);
   struct Slot { Corners<unsigned> tokens; Corners<A> counts, sums; };
   struct Step { Slot slots[At::STEP]; int4 apart; };
-  __shared__ Step steps[WARPS][At::PAIRS];
-  Slot* const slots = steps[at.warp][at.pair].slots;
+  struct Tile { Step steps[WARPS][At::PAIRS]; };
+  SHARED(Tile, tile);
+  Slot* const slots = tile.steps[at.warp][at.pair].slots;
   const Pair<A> pair = pair_of(problem, at, reference, offsets, logits);
   const int points = problem.L * problem.P;
   grad_output += int64_t(at.row) * problem.c;

@@ -19,7 +19,8 @@ from pathlib import Path
 from . import HERE
 from .build import find_nvcc
 
-QUERIES, HEADS, CHANNELS, POINTS = 20197, 8, 32, 16
+LEVELS, HEADS, CHANNELS, POINTS = [(100, 152), (50, 76), (25, 38), (13, 19)], 8, 32, 16
+QUERIES = sum(H * W for H, W in LEVELS)
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 MANGLED = {"f": "float32", "d": "float64", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 KERNEL = re.compile(r"(forward|backward)I(f|d|6__half|13__nv_bfloat16)[fd]Li(\d)E")
@@ -108,7 +109,7 @@ def warp_instructions(instructions, loops, width):
     def reads_rows(loop):
         return sum("LDG" in text for text in instructions[loop[0] : loop[1] + 1]) >= 4
 
-    step, warps = 64 // width, HEADS * 8 * math.ceil(QUERIES / (8 * width))
+    step, warps = 64 // width, HEADS * sum(H * math.ceil(W / width) for H, W in LEVELS)
     return warps * sum(
         math.prod(trips(loop) for loop in loops if loop[0] <= i <= loop[1]) for i in range(len(instructions))
     )
