@@ -18,8 +18,8 @@
 // What bounds it, for 20,197 queries of 8 heads, 32 channels and 16 points on an H100: instructions. It issues 0.93
 // million warp instructions a microsecond, and the forward is 32 million of them in float32 and 36 million in 16 bit,
 // so 34 or 39 us, while its 1.3 (0.66) GB of rows leave L1 in 45 (22) us. Most are those that a point needs: for each
-// corner a load, its address, WIDTH multiplications, and in 16 bit WIDTH conversions. The backward is 135 million in
-// float32 and 147 million in 16 bit, so 146 or 159 us, of which sums of tokens are half.
+// corner a load, its address, WIDTH multiplications, and in 16 bit WIDTH conversions. The backward is 134 million in
+// float32 and 146 million in 16 bit, so 145 or 158 us, of which sums of tokens are half.
 // `python -m deform_attn_cuda.sass` counts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -325,7 +325,8 @@ forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value
       Row<V, WIDTH> row;
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) row.channel[i] = narrow<V>(sum[i]);
-      Row<V, WIDTH>* const to = reinterpret_cast<Row<V, WIDTH>*>(output + uint64_t(unsigned(at.row)) * unsigned(problem.c) + channel);
+      V* const first = output + uint64_t(unsigned(at.row)) * unsigned(problem.c);
+      Row<V, WIDTH>* const to = reinterpret_cast<Row<V, WIDTH>*>(first + channel);
       if constexpr (sizeof row == 16)  // nvcc would split a plain store
         __stcg(reinterpret_cast<int4*>(to), *reinterpret_cast<const int4*>(&row));
       else
@@ -369,7 +370,7 @@ struct Tile {
   using At = Place<A, WIDTH>;
   static constexpr int POINTS = THREADS * At::ITEMS, CORNERS = 4 * POINTS, PLACES = CORNERS / 2 * 3;
   static constexpr unsigned NONE = ~0u;
-  struct Corner { A count; unsigned next; };
+  struct alignas(2 * sizeof(A)) Corner { A count; unsigned next; };
 
   Row<A, WIDTH> grads[THREADS];  // of each pair's channels
   Corners<unsigned> tokens[POINTS];
@@ -399,7 +400,8 @@ struct Tile {
     while ((before = atomicCAS(&last[place], NONE, corner)) != NONE && token(before) != its_token)
       place = place + 1 < PLACES ? place + 1 : 0;
     const bool first = before == NONE;
-    corners[corner] = {count, first ? NONE : atomicExch(&last[place], corner)};
+    if (!first) before = atomicExch(&last[place], corner);
+    corners[corner] = {count, before};
     return first ? place : NONE;
   }
 };
