@@ -11,8 +11,8 @@
 // slots, read the four rows of each, and sum in registers. A warp of the forward synchronises with itself alone.
 //
 // The backward adds to grad_value, where the corners of many points meet. A block first sums what it has for a token
-// (`Tile`), then adds it to memory, once. So 49 million numbers are added in place of the encoder's 300 million at local
-// offsets, and 255 in place of 321 million at random ones. L2 adds perhaps 0.8 million a microsecond. By this estimate
+// (`Tile`), then adds it to memory once. 49 million numbers are added for the encoder's 300 million at local offsets,
+// and 255 for 321 million at random ones. L2 adds perhaps 0.8 million a microsecond. By this estimate
 // even the random ones are worth the instructions that it costs; so it is done always.
 //
 // What bounds it, for 20,197 queries of 8 heads, 32 channels and 16 points on an H100: instructions. It issues 0.93
@@ -362,9 +362,9 @@ __device__ __forceinline__ A sum_of_lanes(A (&d)[8], int lane) {
   return d[0];
 }
 
-// What a block of the backward shares in a step. Corners are numbered through its points. Each asks that its count times
-// the grad_output of its pair be added to grad_value at its token, and those of neighbouring queries often name the same
-// token. So corners of one token are linked to a list, and a list is summed before it is added to memory.
+// What a block of the backward shares in a step. Corners are numbered through its points. Each asks that its count
+// times the grad_output of its pair be added to grad_value at its token, and those of neighbouring queries often name
+// the same token. So corners of one token are linked to a list, and a list is summed before it is added to memory.
 template <typename A, int WIDTH>
 struct Tile {
   using At = Place<A, WIDTH>;
