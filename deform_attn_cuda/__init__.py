@@ -150,9 +150,9 @@ _paths, _said = {}, set()
 
 
 def sources_digest():
-    """Of all that the library is made from; cuda_on_cpu.cpp is for the tests."""
+    """Of all that the library is made from; cuda_on_cpu is for the tests."""
     sources = sorted(
-        path for path in HERE.iterdir() if path.suffix in (".cpp", ".cu", ".h") and path.name != "cuda_on_cpu.cpp"
+        path for path in HERE.iterdir() if path.suffix in (".cpp", ".cu", ".h") and path.stem != "cuda_on_cpu"
     )
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 

@@ -251,7 +251,7 @@ def check():
                 "1",
                 *test,
                 "-k",
-                "kernel_and_fallback_agree and cuda",
+                "(kernel_and_fallback_agree or many_queries) and cuda",
             ]
             for tool in ("memcheck", "racecheck", "synccheck")
         ]

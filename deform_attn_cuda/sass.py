@@ -1,9 +1,9 @@
 """What the CUDA kernels cost, read from their machine code: `python -m deform_attn_cuda.sass`. It needs no GPU.
 
 Prints for each kernel its registers, shared memory and spills, and the instructions that its warps issue at the shape
-of the encoder of a 800x1216 image: 20,197 queries, 8 heads, 32 channels, 16 points; warps that idle where a tile of
-queries reaches beyond its level are left out. Beside them stand the microseconds an H100 needs to issue these
-instructions, and to read the corners' rows from L1.
+of the encoder of a 800x1216 image: 20,197 queries, 8 heads, 32 channels, 16 points; warps that a tile has beyond its
+level are left out. Beside them stand the microseconds an H100 needs to issue these instructions, and to read the
+corners' rows from L1.
 """
 
 import argparse
@@ -19,7 +19,12 @@ from pathlib import Path
 from . import HERE
 from .build import find_nvcc
 
-QUERIES, HEADS, CHANNELS, POINTS = 20197, 8, 32, 16
+LEVELS, HEADS, CHANNELS, POINTS = [(100, 152), (50, 76), (25, 38), (13, 19)], 8, 32, 16
+QUERIES = sum(H * W for H, W in LEVELS)
+# How often a warp of the backward enters the loop over lists of corners, and that over the corners of a list, by the
+# channels of a thread; at the benchmark's local offsets, where a list has six corners on average. A warp sums as many
+# lists at a time and waits for the longest.
+LISTS = {4: (9.4, 97.2), 2: (14.1, 73.8), 1: (21.8, 58.1)}
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 MANGLED = {"f": "float32", "d": "float64", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 KERNEL = re.compile(r"(forward|backward)I(f|d|6__half|13__nv_bfloat16)[fd]Li(\d)E")
@@ -97,18 +102,28 @@ def warp_instructions(instructions, loops, width):
     """How many instructions all warps issue. Code that a warp may jump over counts as if it did not."""
 
     def trips(loop):
-        """One loop goes through the points of a step, that around it through the steps, and so on; the others, which
-        do not read the four rows of a point, go through the points of one thread."""
-        first, last = loop
-        inside = [other for other in loops if first <= other[0] and other[1] < last and reads_rows(other)]
-        if not reads_rows(loop):
-            return math.ceil(POINTS * width / 32)
-        return (min(step, POINTS), math.ceil(POINTS / step), math.ceil(CHANNELS / 32))[len(inside)]
+        """One loop goes through the points of a step, that around it through the steps, and so on. Others sum lists of
+        corners, or find a corner's list, mostly at once, or go through the points of one thread."""
+        if loads(loop) >= 4:
+            depth = sum(within(loop, other) and loads(other) >= 4 for other in loops)
+            points_at_once = min(loads(loop) // 4, 2)
+            return (min(step, POINTS) / points_at_once, math.ceil(POINTS / step), math.ceil(CHANNELS / 32))[depth]
+        if has(loop, "RED"):
+            return LISTS[width][0]
+        if any(within(other, loop) and has(other, "RED") and loads(other) < 4 for other in loops):
+            return LISTS[width][1] / LISTS[width][0]
+        return 1 if has(loop, "ATOMS.CAS") else math.ceil(POINTS * width / 32)
 
-    def reads_rows(loop):
-        return sum("LDG" in text for text in instructions[loop[0] : loop[1] + 1]) >= 4
+    def within(outer, inner):
+        return outer[0] <= inner[0] and inner[1] < outer[1]
 
-    step, warps = 64 // width, HEADS * 8 * math.ceil(QUERIES / (8 * width))
+    def has(loop, what):
+        return any(what in text for text in instructions[loop[0] : loop[1] + 1])
+
+    def loads(loop):
+        return sum("LDG" in text for text in instructions[loop[0] : loop[1] + 1])
+
+    step, warps = 64 // width, HEADS * sum(H * math.ceil(W / width) for H, W in LEVELS)
     return warps * sum(
         math.prod(trips(loop) for loop in loops if loop[0] <= i <= loop[1]) for i in range(len(instructions))
     )
