@@ -11,10 +11,11 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torchvision.ops import StochasticDepth
 
 import dimaskdino
-from deform_attn_cuda import locate
+from deform_attn_cuda import deform_attn_pytorch, locate
 from dimaskdino import (
     MLP,
     Backbone,
@@ -27,7 +28,7 @@ from dimaskdino import (
     select,
     sine_of_grid,
 )
-from losses import denoising_queries
+from losses import Denoising, denoising_queries
 from small_models import RELEASED, SMALL, TRAINING, build, close, law, objects, pictures, step
 from weights import load_weights
 
@@ -755,6 +756,16 @@ def test_bf16_autocast_stays_near_fp32(preset):
         a, b = (x[name][torch.arange(2)[:, None], o] for x, o in zip((exact, rounded), order, strict=True))
         # bf16 keeps 8 bits: 0.4 % at each of some twenty roundings on the way, of values with unit deviation
         assert (a - b).abs().mean() < 0.02 * max(1, a.std().item()) and b.dtype == torch.float32
+
+
+def test_everything_is_made_on_the_device_of_the_model(monkeypatch):
+    monkeypatch.setattr(dimaskdino, "deform_attn", deform_attn_pytorch)
+    with FakeTensorMode():  # tensors without numbers: a GPU is not needed, and what mixes devices is refused
+        with torch.device("cuda"):
+            model, images = DIMaskDINO(SMALL), torch.zeros(2, 3, 64, 96)
+            denoising = Denoising(torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6, 4), 2)
+        trace = model(images, denoising, trace=True)["trace"]
+    assert {symbol.device.type for symbol in trace.values()} == {"cuda"}
 
 
 @torch.no_grad()

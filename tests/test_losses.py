@@ -3,12 +3,15 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from losses import Criterion, Denoising, denoising_queries
 from recipe import Recipe
@@ -212,6 +215,33 @@ def test_a_target_that_is_not_finite_is_reported():
     targets[0]["boxes"][1, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="target's boxes, in set 0, image 0"):
         Criterion(TRAINING).match({"0": prediction}, targets)
+
+
+class OnTheCPU(list):
+    """The numbers of a match, which stay numbers where tensors have none."""
+
+    def numpy(self):
+        return np.array(self)
+
+
+def test_losses_are_made_on_the_device_of_the_predictions_and_denoising_queries_on_that_of_the_targets(monkeypatch):
+    pairs = OnTheCPU([0, 1, 6, 7, 8]), OnTheCPU(range(5))
+    monkeypatch.setattr(Criterion, "match", lambda self, sets, targets: dict.fromkeys(sets, pairs))
+    # Tensors without numbers: a GPU is not needed, and what mixes devices is refused.
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        with torch.device("cuda"):
+            targets = [
+                {"labels": torch.zeros(n, dtype=int), "boxes": torch.zeros(n, 4), "masks": torch.zeros(n, 64, 64) > 0}
+                for n in (2, 3)
+            ]
+            parts = {"logits": (5,), "boxes": (4,), "masks": (16, 16)}
+            prediction = {name: torch.zeros(2, 6, *shape) for name, shape in parts.items()}
+        stages = {"layers": [prediction], "selection": prediction, "interaction": [prediction], "denoising": []}
+        losses = Criterion(TRAINING)({**prediction, **stages}, targets)
+        costs = Criterion(TRAINING).costs([prediction], targets)
+        denoising = denoising_queries(targets, 5, 9)
+        made = [*losses.values(), costs, *denoising[:2], denoising.attention_mask(6)]
+    assert {x.device.type for x in made} == {"cuda"}
 
 
 # ---- Denoising queries -----------------------------------------------------------------------------------------------
