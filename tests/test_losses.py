@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import losses
 from losses import Criterion, Denoising, denoising_queries
 from recipe import Recipe
 from small_models import TRAINING, build, close, law, objects, pictures, step
@@ -55,8 +56,8 @@ def test_the_losses_have_the_weights_of_maskdino():
 
 def losses_of(prediction, targets, num_objects=None, **others):
     outputs = {**prediction, "layers": [prediction], "selection": prediction, "interaction": [], "denoising": []}
-    losses = Criterion(TRAINING)(outputs | others, targets, num_objects)
-    return {name: value.item() for name, value in losses.items()}
+    terms = Criterion(TRAINING)(outputs | others, targets, num_objects)
+    return {name: value.item() for name, value in terms.items()}
 
 
 def one_pair():
@@ -68,14 +69,14 @@ def one_pair():
 
 
 def test_every_term_of_one_pair_is_what_one_works_out_by_hand():
-    losses = losses_of(*one_pair())
+    terms = losses_of(*one_pair())
     # Focal: alpha 1/4 of the class that is there, 3/4 of the other, each times (1/2)^2 ln 2.
-    assert losses["class_0"] == pytest.approx(4 * (1 / 4 + 3 / 4) / 4 * math.log(2))
-    assert losses["box_0"] == pytest.approx(5 * (0.4 + 0.2))
+    assert terms["class_0"] == pytest.approx(4 * (1 / 4 + 3 / 4) / 4 * math.log(2))
+    assert terms["box_0"] == pytest.approx(5 * (0.4 + 0.2))
     # GIoU: boxes of 0.04 and 0.08 that do not meet, in a hull of 0.24.
-    assert losses["giou_0"] == pytest.approx(2 * (1 + (0.24 - 0.12) / 0.24), rel=1e-4)
-    assert losses["mask_0"] == pytest.approx(5 * math.log(2))
-    assert losses["dice_0"] == pytest.approx(5 * (1 - 1 / (TRAINING.mask_points / 2 + 1)))  # smoothed by 1
+    assert terms["giou_0"] == pytest.approx(2 * (1 + (0.24 - 0.12) / 0.24), rel=1e-4)
+    assert terms["mask_0"] == pytest.approx(5 * math.log(2))
+    assert terms["dice_0"] == pytest.approx(5 * (1 - 1 / (TRAINING.mask_points / 2 + 1)))  # smoothed by 1
 
 
 @pytest.mark.parametrize("logit, present, absent", [(2.0, 1 / 4, 3 / 4), (-1.0, 1 / 4, 3 / 4)])
@@ -117,9 +118,9 @@ def test_matching_compares_masks_too():
 def test_every_stage_is_trained_by_every_loss_it_has():
     terms = step(build(), pictures(1, 3, 64, 64), objects(2))
     sets = ["selection", "interaction_0", "interaction_1", *"0123", *(f"denoising_{i}" for i in range(4))]
-    losses = ["class", "box", "giou", "mask", "dice"]
+    terms_of = ["class", "box", "giou", "mask", "dice"]
     no_masks = {f"{loss}_interaction_{i}" for loss in ("mask", "dice") for i in (0, 1)}
-    assert terms.keys() == {f"{loss}_{s}" for s in sets for loss in losses} - no_masks
+    assert terms.keys() == {f"{loss}_{s}" for s in sets for loss in terms_of} - no_masks
 
 
 def test_losses_are_divided_by_the_number_of_objects_that_is_given():
@@ -132,6 +133,22 @@ def test_losses_are_divided_by_the_number_of_objects_that_is_given():
     torch.manual_seed(0)
     for name, value in criterion(outputs, targets, num_objects=10).items():
         close(value * 2, own[name], 1e-6)
+
+
+@torch.no_grad()
+def test_losses_and_costs_do_not_depend_on_how_many_masks_are_compared_at_a_time(monkeypatch):
+    model, targets = build(), objects(2, 3)
+    outputs = model(pictures(2, 3, 64, 64))
+
+    def computed():
+        torch.manual_seed(0)
+        costs = Criterion(TRAINING).costs(outputs["layers"], targets)
+        return torch.stack([*Criterion(TRAINING)(outputs, targets).values(), *costs.flatten()])
+
+    together = computed()
+    monkeypatch.setattr(losses, "PORTION", 1)  # one query
+    monkeypatch.setattr(losses, "LARGEST", 2 * 64 * 64)  # two objects
+    close(computed(), together, 1e-5)
 
 
 def perfect(targets, queries, classes):
@@ -237,10 +254,10 @@ def test_losses_are_made_on_the_device_of_the_predictions_and_denoising_queries_
             parts = {"logits": (5,), "boxes": (4,), "masks": (16, 16)}
             prediction = {name: torch.zeros(2, 6, *shape) for name, shape in parts.items()}
         stages = {"layers": [prediction], "selection": prediction, "interaction": [prediction], "denoising": []}
-        losses = Criterion(TRAINING)({**prediction, **stages}, targets)
+        terms = Criterion(TRAINING)({**prediction, **stages}, targets)
         costs = Criterion(TRAINING).costs([prediction], targets)
         denoising = denoising_queries(targets, 5, 9)
-        made = [*losses.values(), costs, *denoising[:2], denoising.attention_mask(6)]
+        made = [*terms.values(), costs, *denoising[:2], denoising.attention_mask(6)]
     assert {x.device.type for x in made} == {"cuda"}
 
 
@@ -288,6 +305,13 @@ def test_noised_boxes_stay_in_the_image():
     targets[0]["boxes"] = torch.tensor([[0.05, 0.9, 0.9, 0.9]])
     boxes = denoising_queries(targets, 5, queries=1000).boxes_logit.sigmoid()
     assert boxes.min() < 1e-4 and boxes.max() > 1 - 1e-4  # clamped, not turned away
+
+
+def test_denoising_queries_move_to_a_device_together():
+    denoising = denoising_queries(objects(2, 3), 5, 9)
+    labels, boxes, groups = denoising.to("meta")
+    assert labels.device == boxes.device == torch.device("meta") and groups == denoising.groups
+    assert (labels.shape, boxes.shape) == (denoising.labels.shape, denoising.boxes_logit.shape)
 
 
 def test_who_may_not_look_at_whom():

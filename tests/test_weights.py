@@ -13,7 +13,7 @@ from torch import nn
 
 from dimaskdino import Config, DIMaskDINO
 from small_models import SMALL, build, pictures
-from weights import config_of, load_model, load_weights, read_checkpoint
+from weights import config_of, imagenet, load_model, load_weights, read_checkpoint
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
@@ -100,6 +100,38 @@ def test_a_model_is_recognised_from_its_tensors_alone(backbone, preset):
     assert config_of({"model": state}) == config
 
 
+def test_torchvisions_weights_are_loaded_on_the_cpu_checked_and_without_running_code(monkeypatch):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **rest: (url, rest))
+    url, rest = imagenet("resnet50")
+    assert url == torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
+    assert rest == {"map_location": "cpu", "check_hash": True, "weights_only": True}
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (
+            OSError("no network"),
+            "https://.*pth cannot be downloaded (no network): give the file with --backbone-weights,",
+        ),
+        (RuntimeError("bad hash\nmore"), "checkpoints/resnet18-.*pth is damaged (bad hash): delete it, and it is"),
+        (EOFError(), "checkpoints/resnet18-.*pth is damaged (EOFError): delete it, and it is"),
+    ],
+)
+def test_torchvisions_weights_that_cannot_be_had_are_named_with_the_way_out(monkeypatch, error, message):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        imagenet("resnet18")
+
+
+def test_swin_l_which_torchvision_has_not_is_told_where_its_weights_are():
+    with pytest.raises(ValueError, match="no Swin-L: give swin_large_.*pth of https://.* with --backbone-weights"):
+        imagenet("swin_l")
+
+
 def test_a_file_without_a_model_is_told_where_a_backbone_goes():
     with pytest.raises(ValueError, match="--backbone-weights"):
         config_of({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}})
@@ -153,15 +185,25 @@ def test_a_missing_file_is_a_missing_file(tmp_path):
         read_checkpoint(tmp_path / "nowhere.pth")
 
 
+def loaded(path, model, **known):
+    torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config)} | known, path)
+    found = load_model(path)
+    assert not found.training
+    return found.named, found.classes, found.category_ids, found.test_size, found.trained_on
+
+
 def test_a_loaded_model_knows_its_classes_its_test_size_and_its_data(tmp_path):
-    checkpoint = {"model": build().state_dict(), "config": dataclasses.asdict(SMALL)}
-    torch.save(checkpoint, tmp_path / "bare.pt")
-    known = {"classes": list("abcde"), "recipe": {"test_size": (64, 96)}, "data": "shapes"}
-    torch.save(checkpoint | known, tmp_path / "whole.pt")
-    bare, whole = load_model(tmp_path / "bare.pt"), load_model(tmp_path / "whole.pt")
-    assert not bare.training and bare.classes == [f"class {i}" for i in range(5)]
-    assert (bare.test_size, bare.trained_on) == ((800, 1333), None)
-    assert (whole.classes, whole.test_size, whole.trained_on) == (list("abcde"), (64, 96), "shapes")
+    known = {"classes": list("abcde"), "category_ids": [9, 7, 5, 3, 1], "data": "shapes"}
+    found = loaded(tmp_path / "whole.pt", build(), **known, recipe={"test_size": [64, 96]})
+    assert found == (True, list("abcde"), [9, 7, 5, 3, 1], (64, 96), "shapes")
+
+
+def test_a_model_of_which_nothing_else_is_known_numbers_its_classes_or_has_those_of_coco(tmp_path):
+    found = loaded(tmp_path / "bare.pt", build())
+    assert found == (False, [f"class {i}" for i in range(5)], [0, 1, 2, 3, 4], (800, 1333), None)
+    _, classes, ids, size, data = loaded(tmp_path / "coco.pt", build(num_classes=80))
+    assert (classes[0], classes[79], ids[0], ids[79]) == ("person", "toothbrush", 1, 90)
+    assert (len(classes), len(ids), size, data) == (80, 80, (800, 1333), "coco")
 
 
 class Bomb:
