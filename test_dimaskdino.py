@@ -340,6 +340,7 @@ def test_first_boxes_are_on_their_cell_and_double_from_the_coarsest_level_to_the
 @pytest.mark.parametrize("cells, border", [(48, False), (52, True)])
 def test_tokens_at_the_border_of_a_map_wider_than_50_cells_are_blank_and_have_no_box(cells, border):
     tokens, anchors_logit = build().candidates(torch.rand(1, 2 * cells, 32), [(2, cells)])
+    assert anchors_logit.shape == (1, 2 * cells, 4)
     without = torch.zeros(2, cells, dtype=torch.bool)
     without[:, [0, -1]] = border
     assert torch.equal(anchors_logit[0].isinf().all(-1), without.flatten())

@@ -9,6 +9,7 @@ those that were tried so far are a fair sample at any time.
 
 import argparse
 import difflib
+import math
 import multiprocessing
 import os
 import random
@@ -50,6 +51,17 @@ def load(name):
     return diffs
 
 
+def plain(mutant):
+    """losses.Denoising.to.1 for the first mutant of losses.Denoising.to"""
+    return re.sub(r"\.xǁ|\.x_|ǁ|__mutmut_", ".", mutant)
+
+
+def interval(caught, tried, z=1.96):
+    """Wilson's, for the share of all mutants that a random sample stands for."""
+    middle, reach = caught + z**2 / 2, z * math.sqrt(caught * (tried - caught) / tried + z**2 / 4)
+    return (middle - reach) / (tried + z**2), (middle + reach) / (tried + z**2)
+
+
 class Mutants:
     """The pytest plugin that runs mutants in place of tests."""
 
@@ -67,9 +79,10 @@ class Mutants:
             begin = time.perf_counter()
             test = self.catch(name)
             caught += test is not None
-            print(f"{i} {time.perf_counter() - begin:.1f} s {name} {test or 'SURVIVES'}", file=self.out)
+            print(f"{i} {time.perf_counter() - begin:.1f} s {plain(name)} {test or 'SURVIVES'}", file=self.out)
             print(*(() if test else self.diffs[name]), sep="\n", end="" if test else "\n", file=self.out)
-        print(f"{caught} of {len(self.names)} mutants were caught, of {len(self.diffs)} that there are", file=self.out)
+        low, high = interval(caught, len(self.names))
+        print(f"{caught} of {len(self.names)} were caught, {low:.1%} to {high:.1%} with 95 % certainty", file=self.out)
         return True
 
     def learn(self, items):
@@ -85,7 +98,7 @@ class Mutants:
                 self.tests[function].append(item)
             state()._stats.clear()
         sys.modules["test_released"].released_model.cache_clear()
-        print(f"{len(items)} tests take {sum(self.seconds.values()):.0f} s", file=self.out)
+        print(f"{len(self.diffs)} mutants; {len(items)} tests take {sum(self.seconds.values()):.0f} s", file=self.out)
 
     def catch(self, name):
         """The test that notices a mutant, or None."""
@@ -116,7 +129,7 @@ def main():
     hypothesis.settings.register_profile("mutants", phases=generate, derandomize=True, database=None)
     hypothesis.settings.load_profile("mutants")
     diffs = {name: diff for module in MUTATED for name, diff in load(module).items()}
-    names = [name for name in diffs if any(fnmatch(re.sub("x_|xǁ|ǁ", "", name), p) for p in args.patterns)]
+    names = [name for name in diffs if any(fnmatch(plain(name), pattern) for pattern in args.patterns)]
     random.Random(0).shuffle(names)
     with os.fdopen(os.dup(1), "w", buffering=1) as out:
         plugin = Mutants(diffs, names[: args.sample], out)

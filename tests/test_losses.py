@@ -226,6 +226,25 @@ def test_a_prediction_that_is_not_finite_is_reported_with_its_name_set_and_image
         Criterion(TRAINING).match({"3": prediction}, targets)
 
 
+@pytest.mark.parametrize(
+    "wrong, source",
+    [
+        ({"logits": torch.nan}, "predicted logits"),
+        ({"boxes": -torch.inf}, "predicted boxes"),
+        ({"boxes": torch.nan, "logits": torch.inf}, "predicted logits and predicted boxes"),
+        ({"boxes": 1e30}, "the cost itself"),  # whose square is not finite
+    ],
+)
+def test_so_is_one_without_masks_of_an_image_without_a_name(wrong, source):
+    targets = [{name: x for name, x in target.items() if name != "image_id"} for target in objects(2, 1)]
+    prediction = {name: x for name, x in perfect(targets, 4, 5).items() if name != "masks"}
+    for part, value in wrong.items():
+        prediction[part][1, 2] = value
+    with pytest.raises(FloatingPointError) as error:
+        Criterion(TRAINING).match({"7": prediction}, targets)
+    assert str(error.value) == f"matching met a number that is not finite: {source}, in set 7, image 1"
+
+
 def test_a_target_that_is_not_finite_is_reported():
     targets = objects(2, 1)
     prediction = perfect(targets, 4, 5)
