@@ -23,7 +23,9 @@ from dimaskdino import (
     Config,
     DeformableAttention,
     DIMaskDINO,
+    Masks,
     PositionToken,
+    Prediction,
     mask_to_box,
     postprocess,
     select,
@@ -337,7 +339,7 @@ def test_first_boxes_are_on_their_cell_and_double_from_the_coarsest_level_to_the
     close(boxes[[0, 1, 16, 339], :2], torch.tensor([[1, 1], [3, 1], [1, 3], [24, 24]]) / 32, 1e-6)
 
 
-@pytest.mark.parametrize("cells, border", [(48, False), (52, True)])
+@pytest.mark.parametrize("cells, border", [(49, False), (50, True)])
 def test_tokens_at_the_border_of_a_map_wider_than_50_cells_are_blank_and_have_no_box(cells, border):
     tokens, anchors_logit = build().candidates(torch.rand(1, 2 * cells, 32), [(2, cells)])
     assert anchors_logit.shape == (1, 2 * cells, 4)
@@ -479,7 +481,7 @@ def test_predicted_boxes_train_the_change_before_theirs_too_but_no_earlier_one()
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))
 def test_the_box_of_a_mask_goes_from_its_first_to_its_last_pixel(height, width, seed):
     masks = torch.randn(4, height, width, generator=torch.Generator().manual_seed(seed)) - 1
-    masks[0] = -1
+    masks[0] = 0  # a pixel of which nothing is known is not inside
     boxes = mask_to_box(masks[None])[0]
     assert torch.equal(boxes[0], torch.tensor([1, 1, 0, 0.0]).clamp(1e-5, 1 - 1e-5))  # no mask: nowhere
     for mask, box in zip(masks, boxes, strict=True):
@@ -659,6 +661,35 @@ def test_a_fresh_model_refines_no_box():
     ]
     for layer in out["layers"]:
         close(layer["boxes"][0], start, 2e-5)
+
+
+def test_a_backbone_starts_as_torchvision_makes_it():
+    weight = build(trained=False, backbone="resnet18").backbone.stages[1][0].conv1.weight  # normal, by the outputs
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.03)  # of 36,864 numbers: ten sigma
+
+
+# ---- Outputs ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_trace_holds_every_symbol_by_its_name_and_what_is_predicted():
+    out = build()(pictures(1, 3, 64, 64), trace=True)
+    names = """
+        F_cnn T_i T_s1 box_s1 T_s1_sa box_s1_sa T_s2 box_s2 Q_bal box_bal T_g_mask T_g_box T_g T_bal Q_ref c b m
+        scores_1 index_1 scores_2 index_2
+    """
+    assert out["trace"].keys() == set(names.split())
+    for symbol, name in (("c", "logits"), ("b", "boxes"), ("m", "masks")):
+        assert torch.equal(out["trace"][symbol], out[name])
+
+
+def test_a_prediction_multiplies_its_masks_when_they_are_read_and_has_nothing_else():
+    masks = Masks(torch.rand(2, 3, 8), torch.rand(2, 8, 5, 4))
+    assert torch.equal(Prediction(mask_product=masks)["masks"], masks.all())
+    close(masks.all()[1, [2, 0]], masks.of(1, [2, 0]))
+    for prediction, name in ((Prediction(mask_product=masks), "logits"), (Prediction(logits=0), "masks")):
+        with pytest.raises(KeyError, match=f"^'{name}'$"):
+            prediction[name]
 
 
 # ---- Switches --------------------------------------------------------------------------------------------------------

@@ -359,9 +359,9 @@ def test_denoising_queries_see_the_queries_that_are_matched():
 @torch.no_grad()
 def test_an_empty_slot_holds_zeros_and_a_used_one_the_embedding_of_its_label():
     model = build()
-    denoising = Denoising(torch.tensor([[3, -1]]), torch.tensor([[[0.0] * 4, [1.0] * 4]]), groups=1)
+    denoising = Denoising(torch.tensor([[0, -1]]), torch.tensor([[[0.0] * 4, [1.0] * 4]]), groups=1)
     Q, box, *_ = model.with_denoising(denoising, torch.rand(1, 6, 32), torch.rand(1, 6, 4))
-    assert torch.equal(Q[0, :2], torch.stack((model.label_embed.weight[3], torch.zeros(32))))
+    assert torch.equal(Q[0, :2], torch.stack((model.label_embed.weight[0], torch.zeros(32))))
     assert torch.equal(box[0, :2], denoising.boxes_logit[0].sigmoid())
 
 
