@@ -42,12 +42,12 @@ def load(name):
     mutated = mutate_file_contents(f"{name}.py", Path(f"{name}.py").read_text())
     sys.modules[name] = ModuleType(name)
     exec(compile(mutated.code, f"{name}.py", "exec"), vars(sys.modules[name]))
-    lines, spans = mutated.code.splitlines(), mutated.line_span_by_function_name
+    lines, spans = re.sub(r"__mutmut_\w+", "", mutated.code).splitlines(), mutated.line_span_by_function_name
     diffs = {}
     for mutant in mutated.mutant_names:
         function = mutant.partition("__mutmut_")[0]
         a, b = (lines[spans[x].start - 1 : spans[x].end] for x in (f"{function}__mutmut_orig", mutant))
-        diffs[f"{name}.{mutant}"] = [x for x in difflib.ndiff(a, b) if x[0] in "-+" and "__mutmut_" not in x]
+        diffs[f"{name}.{mutant}"] = [x for x in difflib.ndiff(a, b) if x[0] in "-+"]
     return diffs
 
 

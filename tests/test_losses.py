@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import losses
-from losses import Criterion, Denoising, denoising_queries
+from losses import Criterion, Denoising, denoising_queries, giou, mask_costs
 from recipe import Recipe
 from small_models import TRAINING, build, close, law, objects, pictures, step
 
@@ -77,6 +77,21 @@ def test_every_term_of_one_pair_is_what_one_works_out_by_hand():
     assert terms["giou_0"] == pytest.approx(2 * (1 + (0.24 - 0.12) / 0.24), rel=1e-4)
     assert terms["mask_0"] == pytest.approx(5 * math.log(2))
     assert terms["dice_0"] == pytest.approx(5 * (1 - 1 / (TRAINING.mask_points / 2 + 1)))  # smoothed by 1
+
+
+def test_giou_is_torchvisions_but_for_a_millionth_that_is_added_to_union_and_hull():
+    a, b = (torchvision.ops.box_convert(torch.rand(50, 4), "cxcywh", "xyxy") for _ in range(2))
+    close(giou(a, b), torchvision.ops.generalized_box_iou(a, b).diagonal(), 1e-4)  # areas are hundredths: 1e-6 of them
+    tiny, corner = torch.tensor([0, 0, 1e-3, 1e-3]), torch.tensor([1e-3, 1e-3, 1e-3, 1e-3])
+    assert giou(tiny, tiny).item() == pytest.approx(1 / 2)
+    assert giou(torch.zeros(4), corner).item() == pytest.approx(-1 / 2)
+
+
+def test_predictions_that_are_certain_and_wrong_have_finite_costs_and_losses():
+    targets = whole_cells(objects(2, 1))
+    wrong = {name: -1e4 * x if name != "boxes" else 1 - x for name, x in perfect(targets, 4, 5).items()}
+    assert Criterion(TRAINING).costs([wrong], targets).isfinite().all()
+    assert all(math.isfinite(value) for value in losses_of(wrong, targets).values())
 
 
 @pytest.mark.parametrize("logit, present, absent", [(2.0, 1 / 4, 3 / 4), (-1.0, 1 / 4, 3 / 4)])
@@ -215,6 +230,16 @@ def dimaskdino_costs(prediction, target):
         giou = torchvision.ops.generalized_box_iou(*corners)[0, 0]
         total[q, o] = float(4 * focal + 5 * (a - b).abs().sum() - 2 * giou)
     return total
+
+
+def test_the_mask_cost_of_a_pair_is_its_cross_entropy_and_its_dice():
+    logits, inside = torch.randn(1, 3, 20), torch.rand(1, 2, 20)
+    costs = mask_costs(logits, inside)[0]
+    for q, o in itertools.product(range(3), range(2)):
+        p, t = logits[0, q].sigmoid(), inside[0, o]
+        entropy = nn.functional.binary_cross_entropy(p, t)
+        dice = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)  # smoothed by 1
+        close(costs[q, o], 5 * entropy + 5 * dice, 1e-5)
 
 
 @pytest.mark.parametrize("part", ["logits", "boxes", "masks"])

@@ -209,6 +209,19 @@ def test_a_model_of_which_nothing_else_is_known_numbers_its_classes_or_has_those
     assert (len(classes), len(ids), size, data) == (80, 80, (800, 1333), "coco")
 
 
+def test_a_file_that_holds_no_model_or_another_is_named_with_what_is_wrong(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="^.*list.pt is no checkpoint: it holds a list$"):
+        load_model(tmp_path / "list.pt")
+    torch.save(
+        {"model": build().state_dict(), "config": dataclasses.asdict(SMALL) | {"dim": 64}}, tmp_path / "other.pt"
+    )
+    with pytest.raises(
+        ValueError, match="^.*other.pt does not fit: these .* tensors do not fit, and nothing was loaded:"
+    ):
+        load_model(tmp_path / "other.pt")
+
+
 class Bomb:
     """Touches a file when it is unpickled."""
 
