@@ -14,7 +14,7 @@ from torch import nn
 
 from dimaskdino import Config, DIMaskDINO
 from small_models import SMALL, build, pictures
-from weights import config_of, imagenet, load_model, load_weights, read_checkpoint
+from weights import coarse_to_fine, config_of, imagenet, load_model, load_weights, read_checkpoint
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
@@ -131,6 +131,12 @@ def test_torchvisions_weights_that_cannot_be_had_are_named_with_the_way_out(monk
 def test_swin_l_which_torchvision_has_not_is_told_where_its_weights_are():
     with pytest.raises(ValueError, match="no Swin-L: give swin_large_.*pth of https://.* with --backbone-weights"):
         imagenet("swin_l")
+
+
+@pytest.mark.parametrize("each", [1, 2])  # weights; offsets in x and y
+def test_coarse_to_fine_turns_the_levels_of_each_head_and_nothing_else(each):
+    x = torch.arange(2 * 4 * 4 * each * 3).view(-1, 3)  # heads, levels, points
+    assert torch.equal(coarse_to_fine(x, SMALL), x.view(2, 4, 4 * each, 3).flip(1).reshape(-1, 3))
 
 
 def test_a_file_without_a_model_is_told_where_a_backbone_goes():
