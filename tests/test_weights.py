@@ -14,7 +14,7 @@ from torch import nn
 
 from dimaskdino import Config, DIMaskDINO
 from small_models import SMALL, build, pictures
-from weights import coarse_to_fine, config_of, imagenet, load_model, load_weights, read_checkpoint
+from weights import coarse_to_fine, config_of, imagenet, load_model, load_weights, read_checkpoint, translate
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
@@ -131,6 +131,14 @@ def test_torchvisions_weights_that_cannot_be_had_are_named_with_the_way_out(monk
 def test_swin_l_which_torchvision_has_not_is_told_where_its_weights_are():
     with pytest.raises(ValueError, match="no Swin-L: give swin_large_.*pth of https://.* with --backbone-weights"):
         imagenet("swin_l")
+
+
+def test_tensors_that_stand_for_one_have_to_be_equal():
+    one, other = "sem_seg_head.predictor.class_embed.bias", "sem_seg_head.predictor.decoder.class_embed.bias"
+    state, foreign = translate({"model": {one: torch.ones(3), other: torch.ones(3)}})
+    assert foreign and state.keys() == {"det_head.classifier.bias"}
+    with pytest.raises(ValueError, match=f"^{other} differs from another .* stands for det_head.classifier.bias$"):
+        translate({one: torch.ones(3), other: torch.zeros(3)})
 
 
 @pytest.mark.parametrize("each", [1, 2])  # weights; offsets in x and y
