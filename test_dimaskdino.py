@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,6 +144,35 @@ def test_an_mlp_has_a_relu_between_its_layers_and_none_after_the_last():
         nn.init.constant_(parameter, 1.0 if parameter.ndim == 2 else 0.0)
     nn.init.constant_(mlp.layers[2].weight, -1.0)
     assert mlp(torch.tensor([[-2.0], [3.0]])).flatten().tolist() == [0.0, -3.0]
+
+
+@torch.no_grad()
+def test_what_attention_and_feed_forward_networks_find_is_added_to_what_was_there():
+    model, x, shapes = build(), torch.randn(1, 22, 32), [(4, 4), (2, 2), (1, 1), (1, 1)]
+    layer, box = model.residual, torch.rand(1, 22, 4)
+    for last, run in [
+        (layer.ffn.linear2, layer.ffn),
+        (layer.self_attention.mha.out_proj, lambda x: layer.self_attention(x, x, x, x)),
+        (layer.cross_attention.output, lambda x: layer.cross_attention(x, x, box, x, shapes)),
+    ]:
+        last.weight.zero_()
+        last.bias.copy_(100 * nnf.one_hot(torch.tensor(7), 32))  # finds much of channel 7
+        assert (run(x).argmax(-1) == 7).all()
+
+
+@torch.no_grad()
+def test_queries_and_keys_of_attention_know_their_place_and_values_do_not():
+    model, seen, shapes = build(), [], [(4, 4), (2, 2), (1, 1), (1, 1)]
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    x, position, T_g, box = torch.rand(1, 22, 32), torch.rand(1, 22, 32), torch.rand(1, 5, 32), torch.rand(1, 22, 4)
+    model.interactions[0].layers[0](x, position)
+    model.residual(x, position, box, x, shapes)
+    model.bato(x, position[0], T_g, T_g)
+    placed = x + position
+    for found, expected in zip(seen, [(placed, placed, x), (placed, placed, x), (placed, T_g, T_g)], strict=True):
+        assert all(map(torch.equal, found, expected))
 
 
 # ---- Feature Tokens Extractor (3.2.1) --------------------------------------------------------------------------------
@@ -617,6 +647,16 @@ def test_eq11_masks_are_products_of_query_and_pixel_embeddings():
     Q, pixels = torch.rand(2, 1, 3, 32), torch.rand(1, 32, 6, 5)
     for x, masks in zip(Q, head(Q, [pixels, pixels]), strict=True):
         close(masks.all()[0, :, 4, 2], head.mask_mlp(x)[0] @ pixels[0, :, 4, 2])
+
+
+@torch.no_grad()
+def test_eq11_the_finest_tokens_are_added_to_F_cnn_and_as_released_to_the_pixels():
+    head, F_cnn, seen = build(pixel_tokens="T_bal").seg_head, torch.rand(1, 32, 16, 16), []
+    for conv in (head.fuse, head.update):
+        conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for add in (lambda *x: head.pixel_embedding(*x, F_cnn), lambda *x: head.updated(F_cnn, *x)):
+        add(torch.ones(1, 64 + 21, 32), [(8, 8), (4, 4), (2, 2), (1, 1)])
+    assert torch.equal(seen[0], F_cnn + 1) and torch.equal(seen[1], F_cnn + 1)
 
 
 def test_eq11_pixels_are_made_of_T_i_and_of_F_cnn():

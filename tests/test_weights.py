@@ -223,6 +223,11 @@ def test_a_model_of_which_nothing_else_is_known_numbers_its_classes_or_has_those
     assert (len(classes), len(ids), size, data) == (80, 80, (800, 1333), "coco")
 
 
+def test_a_loaded_model_is_on_the_device_that_is_asked_for(tmp_path):
+    torch.save({"model": build().state_dict(), "config": dataclasses.asdict(SMALL)}, tmp_path / "small.pt")
+    assert {x.device.type for x in load_model(tmp_path / "small.pt", "meta").parameters()} == {"meta"}
+
+
 def test_a_file_that_holds_no_model_or_another_is_named_with_what_is_wrong(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="^.*list.pt is no checkpoint: it holds a list$"):
