@@ -27,6 +27,7 @@ from dimaskdino import (
     Masks,
     PositionToken,
     Prediction,
+    mask_product,
     mask_to_box,
     postprocess,
     select,
@@ -636,6 +637,14 @@ def test_eq10_permuting_the_classes_permutes_the_logits_and_changes_nothing_else
     assert torch.equal(before["boxes"], after["boxes"]) and torch.equal(before["masks"], after["masks"])
 
 
+@torch.no_grad()
+def test_eq10_classes_and_boxes_are_float32_even_under_autocast():
+    head, x = build().det_head, torch.randn(1, 7, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = head.classes(x), head.delta(x)
+    assert torch.equal(rounded[0], head.classes(x)) and torch.equal(rounded[1], head.delta(x))
+
+
 def test_classes_start_at_the_focal_prior_of_one_in_a_hundred():
     out = build(trained=False)(pictures(1, 3, 64, 64))
     assert 0.003 < out["logits"].sigmoid().mean() < 0.03  # the weights around the prior are random
@@ -721,6 +730,11 @@ def test_the_trace_holds_every_symbol_by_its_name_and_what_is_predicted():
     assert out["trace"].keys() == set(names.split())
     for symbol, name in (("c", "logits"), ("b", "boxes"), ("m", "masks")):
         assert torch.equal(out["trace"][symbol], out[name])
+
+
+def test_masks_that_are_given_as_they_are_keep_their_type():
+    masks = torch.rand(2, 3, 5, 4, dtype=torch.float64)
+    assert torch.equal(mask_product({"masks": masks}).all(), masks) and mask_product({}) is None
 
 
 def test_a_prediction_multiplies_its_masks_when_they_are_read_and_has_nothing_else():
