@@ -236,6 +236,13 @@ def test_N_is_the_sum_over_i_from_3_to_6_and_no_more_are_selected_than_there_are
     assert [trace[name].shape[1] for name in ("T_i", "T_s1", "T_s2", "T_bal")] == [N, min(60, N), min(30, N), N]
 
 
+@pytest.mark.parametrize("levels, tokens", [(3, 84), (4, 85), (6, 87)])
+@torch.no_grad()
+def test_every_level_beyond_the_backbones_halves_the_one_before(levels, tokens):
+    trace = build(levels=levels)(pictures(1, 3, 64, 64), trace=True)["trace"]  # sides of 8, 4, 2, 1, 1, 1
+    assert trace["T_i"].shape[1] == tokens
+
+
 @torch.no_grad()
 def test_tokens_run_from_the_finest_level_to_the_coarsest_row_by_row():
     model, maps = build(encoder_layers=0), []

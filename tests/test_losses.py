@@ -205,12 +205,13 @@ def test_perfect_predictions_are_matched_to_their_objects_and_cost_almost_nothin
 
 @law
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
-def test_the_match_has_the_least_total_cost_of_all_matches(number, queries, seed):
+def test_a_match_costs_class_box_and_giou_and_has_the_least_total_cost_of_all_matches(number, queries, seed):
     torch.manual_seed(seed)
     target, criterion = objects(number, seed=seed)[0], Criterion(TRAINING)
     prediction = {"logits": torch.randn(1, queries, 5), "boxes": torch.rand(1, queries, 4) * 0.5 + 0.2}
     found_queries, found_objects = (x.tolist() for x in criterion.match({"0": prediction}, [target])["0"])
-    terms = dimaskdino_costs(prediction, target)
+    terms, costs = dimaskdino_costs(prediction, target), criterion.costs([prediction], [target])[0]
+    assert all(costs[pair].item() == pytest.approx(cost, abs=1e-4) for pair, cost in terms.items())
     best = min(
         sum(terms[q, o] for q, o in zip(qs, os_, strict=True))
         for qs in itertools.permutations(range(queries), min(queries, number))
