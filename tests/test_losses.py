@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import losses
+from dimaskdino import Masks
 from losses import Criterion, Denoising, denoising_queries, giou, mask_costs
 from recipe import Recipe
 from small_models import TRAINING, build, close, law, objects, pictures, step
@@ -231,6 +232,16 @@ def dimaskdino_costs(prediction, target):
         giou = torchvision.ops.generalized_box_iou(*corners)[0, 0]
         total[q, o] = float(4 * focal + 5 * (a - b).abs().sum() - 2 * giou)
     return total
+
+
+@torch.no_grad()
+def test_masks_in_half_precision_are_matched_at_nearly_the_same_cost():
+    targets, output, costs = objects(2, 3), build()(pictures(2, 3, 64, 64)), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        masks = Masks(*(x.to(dtype) for x in output["mask_product"]))
+        costs.append(Criterion(TRAINING).costs([{**output, "mask_product": masks}], targets))
+    assert (costs[0] - costs[1]).abs().mean() < 0.004 * costs[0].abs().mean()  # bf16 keeps 8 bits
 
 
 def test_the_mask_cost_of_a_pair_is_its_cross_entropy_and_its_dice():

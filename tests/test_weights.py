@@ -132,6 +132,15 @@ def test_swin_l_which_torchvision_has_not_is_told_where_its_weights_are():
         imagenet("swin_l")
 
 
+def test_levels_of_the_authors_decoder_are_turned_and_those_of_their_encoder_are_not():
+    model, bias = build(), torch.arange(2 * 4 * 4 * 2.0)  # heads, levels, points, x and y
+    decoder = "sem_seg_head.predictor.decoder.layers.0.cross_attn.sampling_offsets.bias"
+    encoder = "sem_seg_head.pixel_decoder.transformer.encoder.layers.0.self_attn.sampling_offsets.bias"
+    load_weights(model, {decoder: bias, encoder: bias}, partial=True)
+    assert torch.equal(model.residual.cross_attention.offsets.bias, coarse_to_fine(bias, SMALL))
+    assert torch.equal(model.encoder.layers[0].attention.offsets.bias, bias)
+
+
 def test_tensors_that_stand_for_one_have_to_be_equal():
     one, other = "sem_seg_head.predictor.class_embed.bias", "sem_seg_head.predictor.decoder.class_embed.bias"
     state, foreign = translate({"model": {one: torch.ones(3), other: torch.ones(3)}})
