@@ -648,8 +648,8 @@ def test_eq10_permuting_the_classes_permutes_the_logits_and_changes_nothing_else
 def test_eq10_classes_and_boxes_are_float32_even_under_autocast():
     head, x = build().det_head, torch.randn(1, 7, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = head.classes(x), head.delta(x)
-    assert torch.equal(rounded[0], head.classes(x)) and torch.equal(rounded[1], head.delta(x))
+        found = head.classes(x), head.delta(x)
+    assert torch.equal(found[0], head.classifier(x)) and torch.equal(found[1], head.box_mlp(x))
 
 
 def test_classes_start_at_the_focal_prior_of_one_in_a_hundred():
