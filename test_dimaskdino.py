@@ -675,6 +675,14 @@ def test_eq11_the_finest_tokens_are_added_to_F_cnn_and_as_released_to_the_pixels
     assert torch.equal(seen[0], F_cnn + 1) and torch.equal(seen[1], F_cnn + 1)
 
 
+@torch.no_grad()
+def test_eq11_refreshed_pixels_keep_their_type_under_autocast():
+    head, pixels = build(pixel_tokens="T_bal").seg_head, torch.rand(1, 32, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        refreshed = head.updated(pixels, torch.ones(1, 64, 32), [(8, 8)])
+    assert refreshed.dtype == torch.float32
+
+
 def test_eq11_pixels_are_made_of_T_i_and_of_F_cnn():
     out = build()(pictures(1, 3, 64, 64), trace=True)
     pixels = out["mask_product"].pixels.sin().sum()
