@@ -30,6 +30,7 @@ from dimaskdino import (
     mask_product,
     mask_to_box,
     postprocess,
+    refine,
     select,
     sine_of_grid,
 )
@@ -631,6 +632,11 @@ def test_eq9_every_layer_starts_from_the_box_that_the_layer_before_refined():
     assert torch.equal(boxes[0][0], trace["box_s2"]) and torch.equal(boxes[1][0], trace["box_bal"])
     for (box, Q), (refined, _) in itertools.pairwise(boxes):
         close(refined, (model.det_head.delta(Q) + box.logit(1e-5)).sigmoid(), 1e-6)
+
+
+def test_a_box_at_the_border_of_the_image_can_still_be_refined():
+    refined = refine(torch.tensor([3.0, -3.0]), torch.tensor([0.0, 1.0]))
+    close(refined, torch.tensor([1e-5 * math.e**3, 1 - 1e-5 * math.e**3]), 1e-6)
 
 
 @torch.no_grad()
