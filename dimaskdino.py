@@ -766,24 +766,23 @@ def main():
     """One image of 800x1216 through a fresh model: what each equation makes, its shape, its time."""
     model, image = DIMaskDINO(Config.paper()).eval(), torch.randint(0, 256, (1, 3, 800, 1216))
     interaction = model.interactions[0]
-    steps = [  # symbol, equation, and the module whose begin or end is the end of the step
-        ("T_i", "FTE        F_cnn, T_i: backbone, encoder", model.seg_head.embed, "end"),
-        ("T_s1", "Eq. 1      T_s1 = S(T_i, k1)", interaction, "begin"),
-        ("T_s1_sa", "Eq. 2      T_s1^sa = MHSA(T_s1)", interaction, "end"),
-        ("T_s2", "Eq. 3      T_s2 = S(T_s1^sa, k2)", model.residual, "begin"),
-        ("Q_bal", "Eq. 4      Q_bal = MHCA(T_s2, T_i)", model.residual, "end"),
-        ("T_g_mask", "Eq. 5      T_g^mask = N_mask(Q_bal)", model.N_mask, "end"),
-        ("T_g_box", "Eq. 6      T_g^box = N_box(Q_bal)", model.N_box, "end"),
-        ("T_g", "Eq. 7      T_g = T_g^mask + T_g^box", model.bato, "begin"),
-        ("T_bal", "Eq. 8      T_bal = MHCA(T_i, T_g)", model.bato, "end"),
-        ("Q_ref", "Eq. 9      Q_ref = N_de(Q_bal, T_bal)", model.det_head, "begin"),
-        ("b", "Eq. 10     {c, b} = N_det(Q_ref)", model.det_head, "end"),
-        ("m", "Eq. 11     m = N_seg(Q_ref, T_i, F_cnn)", model, "end"),
+    steps = [  # symbol, equation, and what is told the end of the step: the end or the begin of a module
+        ("T_i", "FTE        F_cnn, T_i: backbone, encoder", model.seg_head.embed.register_forward_hook),
+        ("T_s1", "Eq. 1      T_s1 = S(T_i, k1)", interaction.register_forward_pre_hook),
+        ("T_s1_sa", "Eq. 2      T_s1^sa = MHSA(T_s1)", interaction.register_forward_hook),
+        ("T_s2", "Eq. 3      T_s2 = S(T_s1^sa, k2)", model.residual.register_forward_pre_hook),
+        ("Q_bal", "Eq. 4      Q_bal = MHCA(T_s2, T_i)", model.residual.register_forward_hook),
+        ("T_g_mask", "Eq. 5      T_g^mask = N_mask(Q_bal)", model.N_mask.register_forward_hook),
+        ("T_g_box", "Eq. 6      T_g^box = N_box(Q_bal)", model.N_box.register_forward_hook),
+        ("T_g", "Eq. 7      T_g = T_g^mask + T_g^box", model.bato.register_forward_pre_hook),
+        ("T_bal", "Eq. 8      T_bal = MHCA(T_i, T_g)", model.bato.register_forward_hook),
+        ("Q_ref", "Eq. 9      Q_ref = N_de(Q_bal, T_bal)", model.det_head.register_forward_pre_hook),
+        ("b", "Eq. 10     {c, b} = N_det(Q_ref)", model.det_head.register_forward_hook),
+        ("m", "Eq. 11     m = N_seg(Q_ref, T_i, F_cnn)", model.register_forward_hook),
     ]
     times = {}
     model.register_forward_pre_hook(lambda *_: times.update(start=time.perf_counter()))
-    for symbol, _, module, moment in steps:
-        register = module.register_forward_pre_hook if moment == "begin" else module.register_forward_hook
+    for symbol, _, register in steps:
         register(lambda *_, symbol=symbol: times.update({symbol: time.perf_counter()}))
     with torch.inference_mode():
         model(image)  # the first run also sets up threads and memory

@@ -98,7 +98,7 @@ def sample_objects(masks, objects, points):
 
     Every object that is there is there equally often, so that its mask is read once, at the points of all of its M.
     """
-    order = np.argsort(objects, kind="stable")
+    order = np.argsort(objects)
     present, values = np.unique(objects), []
     together = points.index_select(0, numbers([order], points.device)).view(len(present), -1, 2)
     for some in np.array_split(np.arange(len(present)), math.ceil(len(present) * masks[0].numel() / LARGEST)):
@@ -276,7 +276,7 @@ class Criterion(nn.Module):
             query = np.concatenate([q % n + o for q, n, o in zip(queries, sizes, offsets, strict=False)])
             counts = np.bincount(image, minlength=len(joint.pixels))
             row = np.empty_like(image)
-            row[np.argsort(image, kind="stable")] = np.concatenate([np.arange(n) for n in counts])
+            row[np.argsort(image)] = np.concatenate([np.arange(n) for n in counts])
             table = np.zeros((len(counts), counts.max()), image.dtype)
             table[image, row] = query
             table = torch.from_numpy(table).to(joint.pixels.device, non_blocking=True)

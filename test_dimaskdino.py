@@ -4,30 +4,37 @@ import dataclasses
 import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torchvision.ops import StochasticDepth
 
 import dimaskdino
-from deform_attn_cuda import locate
+from deform_attn_cuda import deform_attn_pytorch, locate
 from dimaskdino import (
     MLP,
     Backbone,
     Config,
     DeformableAttention,
     DIMaskDINO,
+    Masks,
     PositionToken,
+    Prediction,
+    mask_product,
     mask_to_box,
     postprocess,
+    refine,
     select,
     sine_of_grid,
 )
-from losses import denoising_queries
+from losses import Denoising, denoising_queries
 from small_models import RELEASED, SMALL, TRAINING, build, close, law, objects, pictures, step
 from weights import load_weights
 
@@ -99,19 +106,35 @@ def test_presets_have_as_many_trained_parameters_as_the_authors_models(preset, p
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "wrong, message",
     [
-        {"guidance": "T_i"},
-        {"selection": ()},
-        {"selection": (300, 600)},
-        {"dim": 30},
-        {"backbone": "vgg"},
-        {"decoder_layers": 1},
+        ({"guidance": "T_i"}, "guidance='T_i' is not one of Q_bal, T_s1, T_s2"),
+        ({"position_token": "sine"}, "position_token='sine' is not one of learned, random"),
+        ({"guide_networks": "none"}, "guide_networks='none' is not one of own, heads"),
+        ({"guide_value": "T_i"}, "guide_value='T_i' is not one of T_g, T_g_mask"),
+        ({"pixel_tokens": "T_g"}, "pixel_tokens='T_g' is not one of T_i, T_bal"),
+        (
+            {"backbone": "vgg"},
+            "backbone='vgg' is not one of resnet18, resnet50, swin_t, swin_s, swin_b, swin_l, tiny",
+        ),
+        ({"selection": ()}, "selection=() must be counts that do not grow, like (600, 300)"),
+        ({"selection": (300, 600)}, "selection=(300, 600) must be counts that do not grow, like (600, 300)"),
+        ({"selection": (1, 0)}, "selection=(1, 0) must be counts that do not grow, like (600, 300)"),
+        ({"dim": 30}, "dim=30 must be a multiple of 4 and of heads=2"),
+        ({"dim": 36, "heads": 8}, "dim=36 must be a multiple of 4 and of heads=8"),
+        ({"levels": 2}, "levels=2 or decoder_layers=3 is less than 3 or 2"),
+        ({"decoder_layers": 1}, "levels=4 or decoder_layers=1 is less than 3 or 2"),
     ],
 )
-def test_a_config_that_makes_no_model_is_refused_by_the_name_of_its_field(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+def test_a_config_that_makes_no_model_is_refused_with_the_field_and_what_it_may_be(wrong, message):
+    with pytest.raises(ValueError) as error:
         dataclasses.replace(SMALL, **wrong)
+    assert str(error.value) == message
+
+
+def test_a_selection_of_one_token_three_levels_and_two_decoder_layers_are_enough():
+    out = build(selection=(1,), levels=3, decoder_layers=2)(pictures(1, 3, 32, 32))
+    assert out["logits"].shape == (1, 1, 5)
 
 
 # ---- Leaf blocks -----------------------------------------------------------------------------------------------------
@@ -123,6 +146,35 @@ def test_an_mlp_has_a_relu_between_its_layers_and_none_after_the_last():
         nn.init.constant_(parameter, 1.0 if parameter.ndim == 2 else 0.0)
     nn.init.constant_(mlp.layers[2].weight, -1.0)
     assert mlp(torch.tensor([[-2.0], [3.0]])).flatten().tolist() == [0.0, -3.0]
+
+
+@torch.no_grad()
+def test_what_attention_and_feed_forward_networks_find_is_added_to_what_was_there():
+    model, x, shapes = build(), torch.randn(1, 22, 32), [(4, 4), (2, 2), (1, 1), (1, 1)]
+    layer, box = model.residual, torch.rand(1, 22, 4)
+    for last, run in [
+        (layer.ffn.linear2, layer.ffn),
+        (layer.self_attention.mha.out_proj, lambda x: layer.self_attention(x, x, x, x)),
+        (layer.cross_attention.output, lambda x: layer.cross_attention(x, x, box, x, shapes)),
+    ]:
+        last.weight.zero_()
+        last.bias.copy_(100 * nnf.one_hot(torch.tensor(7), 32))  # finds much of channel 7
+        assert (run(x).argmax(-1) == 7).all()
+
+
+@torch.no_grad()
+def test_queries_and_keys_of_attention_know_their_place_and_values_do_not():
+    model, seen, shapes = build(), [], [(4, 4), (2, 2), (1, 1), (1, 1)]
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    x, position, T_g, box = torch.rand(1, 22, 32), torch.rand(1, 22, 32), torch.rand(1, 5, 32), torch.rand(1, 22, 4)
+    model.interactions[0].layers[0](x, position)
+    model.residual(x, position, box, x, shapes)
+    model.bato(x, position[0], T_g, T_g)
+    placed = x + position
+    for found, expected in zip(seen, [(placed, placed, x), (placed, placed, x), (placed, T_g, T_g)], strict=True):
+        assert all(map(torch.equal, found, expected))
 
 
 # ---- Feature Tokens Extractor (3.2.1) --------------------------------------------------------------------------------
@@ -183,6 +235,13 @@ def test_N_is_the_sum_over_i_from_3_to_6_and_no_more_are_selected_than_there_are
     height, width = (-(-side // 32) * 32 for side in (height, width))  # padded
     N = sum(math.ceil(height / 2**i) * math.ceil(width / 2**i) for i in (3, 4, 5, 6))
     assert [trace[name].shape[1] for name in ("T_i", "T_s1", "T_s2", "T_bal")] == [N, min(60, N), min(30, N), N]
+
+
+@pytest.mark.parametrize("levels, tokens", [(3, 84), (4, 85), (6, 87)])
+@torch.no_grad()
+def test_every_level_beyond_the_backbones_halves_the_one_before(levels, tokens):
+    trace = build(levels=levels)(pictures(1, 3, 64, 64), trace=True)["trace"]  # sides of 8, 4, 2, 1, 1, 1
+    assert trace["T_i"].shape[1] == tokens
 
 
 @torch.no_grad()
@@ -319,9 +378,10 @@ def test_first_boxes_are_on_their_cell_and_double_from_the_coarsest_level_to_the
     close(boxes[[0, 1, 16, 339], :2], torch.tensor([[1, 1], [3, 1], [1, 3], [24, 24]]) / 32, 1e-6)
 
 
-@pytest.mark.parametrize("cells, border", [(48, False), (52, True)])
+@pytest.mark.parametrize("cells, border", [(49, False), (50, True)])
 def test_tokens_at_the_border_of_a_map_wider_than_50_cells_are_blank_and_have_no_box(cells, border):
     tokens, anchors_logit = build().candidates(torch.rand(1, 2 * cells, 32), [(2, cells)])
+    assert anchors_logit.shape == (1, 2 * cells, 4)
     without = torch.zeros(2, cells, dtype=torch.bool)
     without[:, [0, -1]] = border
     assert torch.equal(anchors_logit[0].isinf().all(-1), without.flatten())
@@ -460,7 +520,7 @@ def test_predicted_boxes_train_the_change_before_theirs_too_but_no_earlier_one()
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))
 def test_the_box_of_a_mask_goes_from_its_first_to_its_last_pixel(height, width, seed):
     masks = torch.randn(4, height, width, generator=torch.Generator().manual_seed(seed)) - 1
-    masks[0] = -1
+    masks[0] = 0  # a pixel of which nothing is known is not inside
     boxes = mask_to_box(masks[None])[0]
     assert torch.equal(boxes[0], torch.tensor([1, 1, 0, 0.0]).clamp(1e-5, 1 - 1e-5))  # no mask: nowhere
     for mask, box in zip(masks, boxes, strict=True):
@@ -574,6 +634,11 @@ def test_eq9_every_layer_starts_from_the_box_that_the_layer_before_refined():
         close(refined, (model.det_head.delta(Q) + box.logit(1e-5)).sigmoid(), 1e-6)
 
 
+def test_a_box_at_the_border_of_the_image_can_still_be_refined():
+    refined = refine(torch.tensor([3.0, -3.0]), torch.tensor([0.0, 1.0]))
+    close(refined, torch.tensor([1e-5 * math.e**3, 1 - 1e-5 * math.e**3]), 1e-6)
+
+
 @torch.no_grad()
 def test_eq10_permuting_the_classes_permutes_the_logits_and_changes_nothing_else():
     model, images, order = build(), pictures(1, 3, 64, 64), [3, 1, 4, 0, 2]
@@ -583,6 +648,14 @@ def test_eq10_permuting_the_classes_permutes_the_logits_and_changes_nothing_else
     after = model(images)
     close(before["logits"][..., order], after["logits"], 1e-5)  # the same sums in another order
     assert torch.equal(before["boxes"], after["boxes"]) and torch.equal(before["masks"], after["masks"])
+
+
+@torch.no_grad()
+def test_eq10_classes_and_boxes_are_float32_even_under_autocast():
+    head, x = build().det_head, torch.randn(1, 7, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head.classes(x), head.delta(x)
+    assert torch.equal(found[0], head.classifier(x)) and torch.equal(found[1], head.box_mlp(x))
 
 
 def test_classes_start_at_the_focal_prior_of_one_in_a_hundred():
@@ -596,6 +669,24 @@ def test_eq11_masks_are_products_of_query_and_pixel_embeddings():
     Q, pixels = torch.rand(2, 1, 3, 32), torch.rand(1, 32, 6, 5)
     for x, masks in zip(Q, head(Q, [pixels, pixels]), strict=True):
         close(masks.all()[0, :, 4, 2], head.mask_mlp(x)[0] @ pixels[0, :, 4, 2])
+
+
+@torch.no_grad()
+def test_eq11_the_finest_tokens_are_added_to_F_cnn_and_as_released_to_the_pixels():
+    head, F_cnn, seen = build(pixel_tokens="T_bal").seg_head, torch.rand(1, 32, 16, 16), []
+    for conv in (head.fuse, head.update):
+        conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for add in (lambda *x: head.pixel_embedding(*x, F_cnn), lambda *x: head.updated(F_cnn, *x)):
+        add(torch.ones(1, 64 + 21, 32), [(8, 8), (4, 4), (2, 2), (1, 1)])
+    assert torch.equal(seen[0], F_cnn + 1) and torch.equal(seen[1], F_cnn + 1)
+
+
+@torch.no_grad()
+def test_eq11_refreshed_pixels_keep_their_type_under_autocast():
+    head, pixels = build(pixel_tokens="T_bal").seg_head, torch.rand(1, 32, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        refreshed = head.updated(pixels, torch.ones(1, 64, 32), [(8, 8)])
+    assert refreshed.dtype == torch.float32
 
 
 def test_eq11_pixels_are_made_of_T_i_and_of_F_cnn():
@@ -640,6 +731,40 @@ def test_a_fresh_model_refines_no_box():
     ]
     for layer in out["layers"]:
         close(layer["boxes"][0], start, 2e-5)
+
+
+def test_a_backbone_starts_as_torchvision_makes_it():
+    weight = build(trained=False, backbone="resnet18").backbone.stages[1][0].conv1.weight  # normal, by the outputs
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.03)  # of 36,864 numbers: ten sigma
+
+
+# ---- Outputs ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_trace_holds_every_symbol_by_its_name_and_what_is_predicted():
+    out = build()(pictures(1, 3, 64, 64), trace=True)
+    names = """
+        F_cnn T_i T_s1 box_s1 T_s1_sa box_s1_sa T_s2 box_s2 Q_bal box_bal T_g_mask T_g_box T_g T_bal Q_ref c b m
+        scores_1 index_1 scores_2 index_2
+    """
+    assert out["trace"].keys() == set(names.split())
+    for symbol, name in (("c", "logits"), ("b", "boxes"), ("m", "masks")):
+        assert torch.equal(out["trace"][symbol], out[name])
+
+
+def test_masks_that_are_given_as_they_are_keep_their_type():
+    masks = torch.rand(2, 3, 5, 4, dtype=torch.float64)
+    assert torch.equal(mask_product({"masks": masks}).all(), masks) and mask_product({}) is None
+
+
+def test_a_prediction_multiplies_its_masks_when_they_are_read_and_has_nothing_else():
+    masks = Masks(torch.rand(2, 3, 8), torch.rand(2, 8, 5, 4))
+    assert torch.equal(Prediction(mask_product=masks)["masks"], masks.all())
+    close(masks.all()[1, [2, 0]], masks.of(1, [2, 0]))
+    for prediction, name in ((Prediction(mask_product=masks), "logits"), (Prediction(logits=0), "masks")):
+        with pytest.raises(KeyError, match=f"^'{name}'$"):
+            prediction[name]
 
 
 # ---- Switches --------------------------------------------------------------------------------------------------------
@@ -757,6 +882,16 @@ def test_bf16_autocast_stays_near_fp32(preset):
         assert (a - b).abs().mean() < 0.02 * max(1, a.std().item()) and b.dtype == torch.float32
 
 
+def test_everything_is_made_on_the_device_of_the_model(monkeypatch):
+    monkeypatch.setattr(dimaskdino, "deform_attn", deform_attn_pytorch)
+    with FakeTensorMode():  # tensors without numbers: a GPU is not needed, and what mixes devices is refused
+        with torch.device("cuda"):
+            model, images = DIMaskDINO(SMALL), torch.zeros(2, 3, 64, 96)
+            denoising = Denoising(torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6, 4), 2)
+        trace = model(images, denoising, trace=True)["trace"]
+    assert {symbol.device.type for symbol in trace.values()} == {"cuda"}
+
+
 @torch.no_grad()
 def test_the_model_exports_to_one_graph_for_any_batch_and_multiples_of_32_from_96_on():
     model, sizes = build(decoder_layers=2, interaction_layers=1), {0: torch.export.Dim("batch", max=16)}
@@ -846,12 +981,16 @@ def test_an_empty_mask_scores_zero():
 
 def test_run_as_a_program_it_prints_what_each_equation_makes_of_an_image_of_800x1216(monkeypatch, capsys):
     monkeypatch.setattr(Config, "paper", lambda: SMALL)
+    called = []  # a clock that ticks with every module that is called, and so within every step
+    monkeypatch.setattr(dimaskdino, "time", SimpleNamespace(perf_counter=lambda: len(called)))
+    clock = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.append(module))
     dimaskdino.main()
+    clock.remove()
     head, *steps, counts = capsys.readouterr().out.splitlines()
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DIMaskDINO(SMALL).parameters())
     assert head == f"DI-MaskDINO, {parameters:,} parameters, image [1, 3, 800, 1216]"
-    made = [tuple(re.search(r"^(FTE|Eq. \d+) .* (\w+) +(\[.*\]) +\d+\.\d ms$", line).groups()) for line in steps]
+    made = [tuple(re.search(r"^(FTE|Eq. \d+) .* (\w+) +(\[.*\]) +[1-9]\d*\.0 ms$", line).groups()) for line in steps]
     assert made == [
         ("FTE", "T_i", "[1, 20197, 32]"),
         ("Eq. 1", "T_s1", "[1, 12, 32]"),

@@ -7,7 +7,6 @@ read_checkpoint  the content of a file, without running any code that it may hol
 """
 
 import dataclasses
-import math
 import os
 import pickle
 import re
@@ -287,5 +286,5 @@ def shape(state, name):
 def coarse_to_fine(x, config):
     """The authors' decoder counts levels from the coarsest: turn the levels of its sampling offsets or weights."""
     split = {"h": config.heads, "L": config.levels, "P": config.points}
-    x = rearrange(x, "(h L P xy) ... -> h L P xy ...", **split, xy=len(x) // math.prod(split.values()))
+    x = rearrange(x, "(h L P xy) ... -> h L P xy ...", **split)
     return rearrange(x.flip(1), "h L P xy ... -> (h L P xy) ...")

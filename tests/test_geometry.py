@@ -91,6 +91,11 @@ def test_a_bitmask_is_read_at_the_centres_of_the_pixels():
     assert Geometry((3, 3), (2, 2), (1, 1), transpose=True).bitmask(mask).tolist() == [[1, 1], [1, 1]]
 
 
+def test_an_image_is_resized_bilinearly():
+    image = Image.fromarray(np.tile(np.array([0, 255], np.uint8)[None, :, None], (1, 1, 3)))
+    assert np.asarray(Geometry((1, 4), (1, 4)).image(image))[0, :, 0].tolist() == [0, 64, 191, 255]
+
+
 def test_what_lies_beyond_the_image_is_grey_and_in_no_mask():
     geometry = Geometry((60, 80), (64, 100))
     assert (np.asarray(geometry.image(Image.new("RGB", (80, 60), "white")))[60:] == 128).all()
@@ -103,7 +108,14 @@ def test_what_lies_beyond_the_image_is_grey_and_in_no_mask():
 
 @pytest.mark.parametrize(
     ("width", "height", "size"),
-    [(640, 480, (800, 1067)), (480, 640, (1067, 800)), (2000, 1000, (667, 1333)), (50, 5000, (1333, 13))],
+    [
+        (640, 480, (800, 1067)),
+        (480, 640, (1067, 800)),
+        (2000, 1000, (667, 1333)),
+        (50, 5000, (1333, 13)),
+        (1, 5000, (1333, 1)),
+        (5000, 1, (1, 1333)),
+    ],
 )
 def test_evaluation_resizes_to_a_shortest_side_of_800_and_a_longest_of_1333(width, height, size):
     assert shortest_side(800, 1333)(np.random.default_rng(0), width, height) == Geometry(size, size)
@@ -127,6 +139,7 @@ def test_large_scale_jitter_scales_from_a_tenth_to_double_and_flips_half_the_ima
     # 2,000 coins fall within five standard deviations, 112, of one half.
     assert abs(sum(geometry.horizontal_flip for geometry in drawn) - 1000) < 112
     assert len({geometry.offset for geometry in drawn if max(geometry.size) > 1500}) > 100
+    assert large_scale_jitter(1024, np.random.default_rng(0), 9000, 1).size[0] == 1  # at the least
 
 
 def test_a_jittered_crop_starts_anywhere_in_the_image_up_to_its_last_place():
@@ -144,6 +157,7 @@ def test_flips_and_transposes_turn_an_image_in_each_of_eight_ways_equally_often(
 
 def test_an_image_that_fits_is_as_large_as_the_square_allows():
     assert AUGMENTATIONS["none"](96, None, 200, 100) == Geometry((48, 96), (96, 96))
+    assert AUGMENTATIONS["none"](96, None, 1, 1000) == Geometry((96, 1), (96, 96))
     assert identity(None, 200, 100) == Geometry((100, 200), (100, 200))
 
 

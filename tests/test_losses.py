@@ -3,14 +3,19 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from losses import Criterion, Denoising, denoising_queries
+import losses
+from dimaskdino import Masks
+from losses import Criterion, Denoising, denoising_queries, giou, mask_costs
 from recipe import Recipe
 from small_models import TRAINING, build, close, law, objects, pictures, step
 
@@ -52,8 +57,8 @@ def test_the_losses_have_the_weights_of_maskdino():
 
 def losses_of(prediction, targets, num_objects=None, **others):
     outputs = {**prediction, "layers": [prediction], "selection": prediction, "interaction": [], "denoising": []}
-    losses = Criterion(TRAINING)(outputs | others, targets, num_objects)
-    return {name: value.item() for name, value in losses.items()}
+    terms = Criterion(TRAINING)(outputs | others, targets, num_objects)
+    return {name: value.item() for name, value in terms.items()}
 
 
 def one_pair():
@@ -65,14 +70,29 @@ def one_pair():
 
 
 def test_every_term_of_one_pair_is_what_one_works_out_by_hand():
-    losses = losses_of(*one_pair())
+    terms = losses_of(*one_pair())
     # Focal: alpha 1/4 of the class that is there, 3/4 of the other, each times (1/2)^2 ln 2.
-    assert losses["class_0"] == pytest.approx(4 * (1 / 4 + 3 / 4) / 4 * math.log(2))
-    assert losses["box_0"] == pytest.approx(5 * (0.4 + 0.2))
+    assert terms["class_0"] == pytest.approx(4 * (1 / 4 + 3 / 4) / 4 * math.log(2))
+    assert terms["box_0"] == pytest.approx(5 * (0.4 + 0.2))
     # GIoU: boxes of 0.04 and 0.08 that do not meet, in a hull of 0.24.
-    assert losses["giou_0"] == pytest.approx(2 * (1 + (0.24 - 0.12) / 0.24), rel=1e-4)
-    assert losses["mask_0"] == pytest.approx(5 * math.log(2))
-    assert losses["dice_0"] == pytest.approx(5 * (1 - 1 / (TRAINING.mask_points / 2 + 1)))  # smoothed by 1
+    assert terms["giou_0"] == pytest.approx(2 * (1 + (0.24 - 0.12) / 0.24), rel=1e-4)
+    assert terms["mask_0"] == pytest.approx(5 * math.log(2))
+    assert terms["dice_0"] == pytest.approx(5 * (1 - 1 / (TRAINING.mask_points / 2 + 1)))  # smoothed by 1
+
+
+def test_giou_is_torchvisions_but_for_a_millionth_that_is_added_to_union_and_hull():
+    a, b = (torchvision.ops.box_convert(torch.rand(50, 4), "cxcywh", "xyxy") for _ in range(2))
+    close(giou(a, b), torchvision.ops.generalized_box_iou(a, b).diagonal(), 1e-4)  # areas are hundredths: 1e-6 of them
+    tiny, corner = torch.tensor([0, 0, 1e-3, 1e-3]), torch.tensor([1e-3, 1e-3, 1e-3, 1e-3])
+    assert giou(tiny, tiny).item() == pytest.approx(1 / 2)
+    assert giou(torch.zeros(4), corner).item() == pytest.approx(-1 / 2)
+
+
+def test_predictions_that_are_certain_and_wrong_have_finite_costs_and_losses():
+    targets = whole_cells(objects(2, 1))
+    wrong = {name: -1e4 * x if name != "boxes" else 1 - x for name, x in perfect(targets, 4, 5).items()}
+    assert Criterion(TRAINING).costs([wrong], targets).isfinite().all()
+    assert all(math.isfinite(value) for value in losses_of(wrong, targets).values())
 
 
 @pytest.mark.parametrize("logit, present, absent", [(2.0, 1 / 4, 3 / 4), (-1.0, 1 / 4, 3 / 4)])
@@ -114,9 +134,9 @@ def test_matching_compares_masks_too():
 def test_every_stage_is_trained_by_every_loss_it_has():
     terms = step(build(), pictures(1, 3, 64, 64), objects(2))
     sets = ["selection", "interaction_0", "interaction_1", *"0123", *(f"denoising_{i}" for i in range(4))]
-    losses = ["class", "box", "giou", "mask", "dice"]
+    terms_of = ["class", "box", "giou", "mask", "dice"]
     no_masks = {f"{loss}_interaction_{i}" for loss in ("mask", "dice") for i in (0, 1)}
-    assert terms.keys() == {f"{loss}_{s}" for s in sets for loss in losses} - no_masks
+    assert terms.keys() == {f"{loss}_{s}" for s in sets for loss in terms_of} - no_masks
 
 
 def test_losses_are_divided_by_the_number_of_objects_that_is_given():
@@ -129,6 +149,22 @@ def test_losses_are_divided_by_the_number_of_objects_that_is_given():
     torch.manual_seed(0)
     for name, value in criterion(outputs, targets, num_objects=10).items():
         close(value * 2, own[name], 1e-6)
+
+
+@torch.no_grad()
+def test_losses_and_costs_do_not_depend_on_how_many_masks_are_compared_at_a_time(monkeypatch):
+    model, targets = build(), objects(2, 3)
+    outputs = model(pictures(2, 3, 64, 64))
+
+    def computed():
+        torch.manual_seed(0)
+        costs = Criterion(TRAINING).costs(outputs["layers"], targets)
+        return torch.stack([*Criterion(TRAINING)(outputs, targets).values(), *costs.flatten()])
+
+    together = computed()
+    monkeypatch.setattr(losses, "PORTION", 1)  # one query
+    monkeypatch.setattr(losses, "LARGEST", 2 * 64 * 64)  # two objects
+    close(computed(), together, 1e-5)
 
 
 def perfect(targets, queries, classes):
@@ -170,12 +206,13 @@ def test_perfect_predictions_are_matched_to_their_objects_and_cost_almost_nothin
 
 @law
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
-def test_the_match_has_the_least_total_cost_of_all_matches(number, queries, seed):
+def test_a_match_costs_class_box_and_giou_and_has_the_least_total_cost_of_all_matches(number, queries, seed):
     torch.manual_seed(seed)
     target, criterion = objects(number, seed=seed)[0], Criterion(TRAINING)
     prediction = {"logits": torch.randn(1, queries, 5), "boxes": torch.rand(1, queries, 4) * 0.5 + 0.2}
     found_queries, found_objects = (x.tolist() for x in criterion.match({"0": prediction}, [target])["0"])
-    terms = dimaskdino_costs(prediction, target)
+    terms, costs = dimaskdino_costs(prediction, target), criterion.costs([prediction], [target])[0]
+    assert all(costs[pair].item() == pytest.approx(cost, abs=1e-4) for pair, cost in terms.items())
     best = min(
         sum(terms[q, o] for q, o in zip(qs, os_, strict=True))
         for qs in itertools.permutations(range(queries), min(queries, number))
@@ -197,6 +234,26 @@ def dimaskdino_costs(prediction, target):
     return total
 
 
+@torch.no_grad()
+def test_masks_in_half_precision_are_matched_at_nearly_the_same_cost():
+    targets, output, costs = objects(2, 3), build()(pictures(2, 3, 64, 64)), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        masks = Masks(*(x.to(dtype) for x in output["mask_product"]))
+        costs.append(Criterion(TRAINING).costs([{**output, "mask_product": masks}], targets))
+    assert (costs[0] - costs[1]).abs().mean() < 0.004 * costs[0].abs().mean()  # bf16 keeps 8 bits
+
+
+def test_the_mask_cost_of_a_pair_is_its_cross_entropy_and_its_dice():
+    logits, inside = torch.randn(1, 3, 20), torch.rand(1, 2, 20)
+    costs = mask_costs(logits, inside)[0]
+    for q, o in itertools.product(range(3), range(2)):
+        p, t = logits[0, q].sigmoid(), inside[0, o]
+        entropy = nn.functional.binary_cross_entropy(p, t)
+        dice = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)  # smoothed by 1
+        close(costs[q, o], 5 * entropy + 5 * dice, 1e-5)
+
+
 @pytest.mark.parametrize("part", ["logits", "boxes", "masks"])
 def test_a_prediction_that_is_not_finite_is_reported_with_its_name_set_and_image(part):
     targets = objects(2, 1)
@@ -206,12 +263,58 @@ def test_a_prediction_that_is_not_finite_is_reported_with_its_name_set_and_image
         Criterion(TRAINING).match({"3": prediction}, targets)
 
 
+@pytest.mark.parametrize(
+    "wrong, source",
+    [
+        ({"logits": torch.nan}, "predicted logits"),
+        ({"boxes": -torch.inf}, "predicted boxes"),
+        ({"boxes": torch.nan, "logits": torch.inf}, "predicted logits and predicted boxes"),
+        ({"boxes": 1e30}, "the cost itself"),  # whose square is not finite
+    ],
+)
+def test_so_is_one_without_masks_of_an_image_without_a_name(wrong, source):
+    targets = [{name: x for name, x in target.items() if name != "image_id"} for target in objects(2, 1)]
+    prediction = {name: x for name, x in perfect(targets, 4, 5).items() if name != "masks"}
+    for part, value in wrong.items():
+        prediction[part][1, 2] = value
+    with pytest.raises(FloatingPointError) as error:
+        Criterion(TRAINING).match({"7": prediction}, targets)
+    assert str(error.value) == f"matching met a number that is not finite: {source}, in set 7, image 1"
+
+
 def test_a_target_that_is_not_finite_is_reported():
     targets = objects(2, 1)
     prediction = perfect(targets, 4, 5)
     targets[0]["boxes"][1, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="target's boxes, in set 0, image 0"):
         Criterion(TRAINING).match({"0": prediction}, targets)
+
+
+class OnTheCPU(list):
+    """The numbers of a match, which stay numbers where tensors have none."""
+
+    def numpy(self):
+        return np.array(self)
+
+
+def test_losses_are_made_on_the_device_of_the_predictions_and_denoising_queries_on_that_of_the_targets(monkeypatch):
+    pairs = OnTheCPU([0, 1, 6, 7, 8]), OnTheCPU(range(5))
+    monkeypatch.setattr(Criterion, "match", lambda self, sets, targets: dict.fromkeys(sets, pairs))
+    # Tensors without numbers: a GPU is not needed, and what mixes devices is refused.
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        with torch.device("cuda"):
+            targets = [
+                {"labels": torch.zeros(n, dtype=int), "boxes": torch.zeros(n, 4), "masks": torch.zeros(n, 64, 64) > 0}
+                for n in (2, 3)
+            ]
+            parts = {"logits": (5,), "boxes": (4,), "masks": (16, 16)}
+            prediction = {name: torch.zeros(2, 6, *shape) for name, shape in parts.items()}
+        stages = {"layers": [prediction], "selection": prediction, "interaction": [prediction], "denoising": []}
+        terms = Criterion(TRAINING)({**prediction, **stages}, targets)
+        costs = Criterion(TRAINING).costs([prediction], targets)
+        denoising = denoising_queries(targets, 5, 9)
+        made = [*terms.values(), costs, *denoising[:2], denoising.attention_mask(6)]
+    assert {x.device.type for x in made} == {"cuda"}
 
 
 # ---- Denoising queries -----------------------------------------------------------------------------------------------
@@ -260,6 +363,13 @@ def test_noised_boxes_stay_in_the_image():
     assert boxes.min() < 1e-4 and boxes.max() > 1 - 1e-4  # clamped, not turned away
 
 
+def test_denoising_queries_move_to_a_device_together():
+    denoising = denoising_queries(objects(2, 3), 5, 9)
+    labels, boxes, groups = denoising.to("meta")
+    assert labels.device == boxes.device == torch.device("meta") and groups == denoising.groups
+    assert (labels.shape, boxes.shape) == (denoising.labels.shape, denoising.boxes_logit.shape)
+
+
 def test_who_may_not_look_at_whom():
     denoising = Denoising(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, 4), groups=2)
     blocked = [
@@ -286,9 +396,9 @@ def test_denoising_queries_see_the_queries_that_are_matched():
 @torch.no_grad()
 def test_an_empty_slot_holds_zeros_and_a_used_one_the_embedding_of_its_label():
     model = build()
-    denoising = Denoising(torch.tensor([[3, -1]]), torch.tensor([[[0.0] * 4, [1.0] * 4]]), groups=1)
+    denoising = Denoising(torch.tensor([[0, -1]]), torch.tensor([[[0.0] * 4, [1.0] * 4]]), groups=1)
     Q, box, *_ = model.with_denoising(denoising, torch.rand(1, 6, 32), torch.rand(1, 6, 4))
-    assert torch.equal(Q[0, :2], torch.stack((model.label_embed.weight[3], torch.zeros(32))))
+    assert torch.equal(Q[0, :2], torch.stack((model.label_embed.weight[0], torch.zeros(32))))
     assert torch.equal(box[0, :2], denoising.boxes_logit[0].sigmoid())
 
 

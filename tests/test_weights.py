@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pickle
-import re
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch import nn
 
 from dimaskdino import Config, DIMaskDINO
 from small_models import SMALL, build, microsoft_names, pictures
-from weights import config_of, load_model, load_weights, read_checkpoint
+from weights import coarse_to_fine, config_of, imagenet, load_model, load_weights, read_checkpoint, translate
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
@@ -90,8 +90,63 @@ def test_a_swin_of_unknown_size_is_refused_with_its_size():
         config_of({"model": state})
 
 
+def test_torchvisions_weights_are_loaded_on_the_cpu_checked_and_without_running_code(monkeypatch):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **rest: (url, rest))
+    url, rest = imagenet("resnet50")
+    assert url == torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
+    assert rest == {"map_location": "cpu", "check_hash": True, "weights_only": True}
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (
+            OSError("no network"),
+            "https://.*pth cannot be downloaded (no network): give the file with --backbone-weights,",
+        ),
+        (RuntimeError("bad hash\nmore"), "checkpoints/resnet18-.*pth is damaged (bad hash): delete it, and it is"),
+        (EOFError(), "checkpoints/resnet18-.*pth is damaged (EOFError): delete it, and it is"),
+    ],
+)
+def test_torchvisions_weights_that_cannot_be_had_are_named_with_the_way_out(monkeypatch, error, message):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        imagenet("resnet18")
+
+
+def test_swin_l_which_torchvision_has_not_is_told_where_its_weights_are():
+    with pytest.raises(ValueError, match="no Swin-L: give swin_large_.*pth of https://.* with --backbone-weights"):
+        imagenet("swin_l")
+
+
+def test_levels_of_the_authors_decoder_are_turned_and_those_of_their_encoder_are_not():
+    model, bias = build(), torch.arange(2 * 4 * 4 * 2.0)  # heads, levels, points, x and y
+    decoder = "sem_seg_head.predictor.decoder.layers.0.cross_attn.sampling_offsets.bias"
+    encoder = "sem_seg_head.pixel_decoder.transformer.encoder.layers.0.self_attn.sampling_offsets.bias"
+    load_weights(model, {decoder: bias, encoder: bias}, partial=True)
+    assert torch.equal(model.residual.cross_attention.offsets.bias, coarse_to_fine(bias, SMALL))
+    assert torch.equal(model.encoder.layers[0].attention.offsets.bias, bias)
+
+
+def test_tensors_that_stand_for_one_have_to_be_equal():
+    one, other = "sem_seg_head.predictor.class_embed.bias", "sem_seg_head.predictor.decoder.class_embed.bias"
+    state, foreign = translate({"model": {one: torch.ones(3), other: torch.ones(3)}})
+    assert foreign and state.keys() == {"det_head.classifier.bias"}
+    with pytest.raises(ValueError, match=f"^{other} differs from another .* stands for det_head.classifier.bias$"):
+        translate({one: torch.ones(3), other: torch.zeros(3)})
+
+
+@pytest.mark.parametrize("each", [1, 2])  # weights; offsets in x and y
+def test_coarse_to_fine_turns_the_levels_of_each_head_and_nothing_else(each):
+    x = torch.arange(2 * 4 * 4 * each * 3).view(-1, 3)  # heads, levels, points
+    assert torch.equal(coarse_to_fine(x, SMALL), x.view(2, 4, 4 * each, 3).flip(1).reshape(-1, 3))
+
+
 def test_a_file_without_a_model_is_told_where_a_backbone_goes():
-    with pytest.raises(ValueError, match="--backbone-weights"):
+    with pytest.raises(ValueError, match="^it holds no .*MaskDINO model; a backbone's .* to --backbone-weights$"):
         config_of({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}})
 
 
@@ -126,32 +181,65 @@ def test_a_pretrained_backbones_norms_are_frozen_and_those_of_our_unfrozen_check
     assert not again.train().backbone.stages[0].bn1.training
 
 
-def test_twenty_odd_tensors_are_listed_and_the_others_counted():
+@pytest.mark.parametrize("number, last", [(20, []), (21, ["  and 1 more"])])
+def test_twenty_odd_tensors_are_listed_and_the_others_counted(number, last):
+    model, more = build(), {f"other.{i:02}": torch.zeros(i) for i in range(number)}
     with pytest.raises(ValueError) as error:
-        load_weights(build(), {"head_norm.weight": torch.zeros(32)})
-    odd, more = map(int, re.search(r"these (\d+) tensors(?s:.*)and (\d+) more$", str(error.value)).groups())
-    assert str(error.value).count(" in the model") == 20 == odd - more
+        load_weights(model, model.state_dict() | more)
+    listed = [f"  other.{i:02}: ({i},) in the file, missing in the model" for i in range(20)]
+    first = f"these {number} tensors do not fit, and nothing was loaded:"
+    assert str(error.value).splitlines() == [first, *listed, *last]
 
 
 def test_a_file_of_which_no_tensor_fits_is_refused_even_in_part():
-    with pytest.raises(ValueError, match="no tensor of the file fits"):
+    with pytest.raises(ValueError, match="^no tensor of the file fits the model$"):
         load_weights(build(), {"head_norm.weight": torch.zeros(7)}, partial=True)
 
 
-def test_a_missing_file_is_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
+def test_a_missing_file_is_a_missing_file_and_a_folder_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^there is no checkpoint .*nowhere.pth$"):
         read_checkpoint(tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match=f"^{tmp_path} is a folder, not a checkpoint such as {tmp_path}/best.pt$"):
+        read_checkpoint(tmp_path)
+
+
+def loaded(path, model, **known):
+    torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config)} | known, path)
+    found = load_model(path)
+    assert not found.training
+    return found.named, found.classes, found.category_ids, found.test_size, found.trained_on
 
 
 def test_a_loaded_model_knows_its_classes_its_test_size_and_its_data(tmp_path):
-    checkpoint = {"model": build().state_dict(), "config": dataclasses.asdict(SMALL)}
-    torch.save(checkpoint, tmp_path / "bare.pt")
-    known = {"classes": list("abcde"), "recipe": {"test_size": (64, 96)}, "data": "shapes"}
-    torch.save(checkpoint | known, tmp_path / "whole.pt")
-    bare, whole = load_model(tmp_path / "bare.pt"), load_model(tmp_path / "whole.pt")
-    assert not bare.training and bare.classes == [f"class {i}" for i in range(5)]
-    assert (bare.test_size, bare.trained_on) == ((800, 1333), None)
-    assert (whole.classes, whole.test_size, whole.trained_on) == (list("abcde"), (64, 96), "shapes")
+    known = {"classes": list("abcde"), "category_ids": [9, 7, 5, 3, 1], "data": "shapes"}
+    found = loaded(tmp_path / "whole.pt", build(), **known, recipe={"test_size": [64, 96]})
+    assert found == (True, list("abcde"), [9, 7, 5, 3, 1], (64, 96), "shapes")
+
+
+def test_a_model_of_which_nothing_else_is_known_numbers_its_classes_or_has_those_of_coco(tmp_path):
+    found = loaded(tmp_path / "bare.pt", build())
+    assert found == (False, [f"class {i}" for i in range(5)], [0, 1, 2, 3, 4], (800, 1333), None)
+    _, classes, ids, size, data = loaded(tmp_path / "coco.pt", build(num_classes=80))
+    assert (classes[0], classes[79], ids[0], ids[79]) == ("person", "toothbrush", 1, 90)
+    assert (len(classes), len(ids), size, data) == (80, 80, (800, 1333), "coco")
+
+
+def test_a_loaded_model_is_on_the_device_that_is_asked_for(tmp_path):
+    torch.save({"model": build().state_dict(), "config": dataclasses.asdict(SMALL)}, tmp_path / "small.pt")
+    assert {x.device.type for x in load_model(tmp_path / "small.pt", "meta").parameters()} == {"meta"}
+
+
+def test_a_file_that_holds_no_model_or_another_is_named_with_what_is_wrong(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="^.*list.pt is no checkpoint: it holds a list$"):
+        load_model(tmp_path / "list.pt")
+    torch.save(
+        {"model": build().state_dict(), "config": dataclasses.asdict(SMALL) | {"dim": 64}}, tmp_path / "other.pt"
+    )
+    with pytest.raises(
+        ValueError, match="^.*other.pt does not fit: these .* tensors do not fit, and nothing was loaded:"
+    ):
+        load_model(tmp_path / "other.pt")
 
 
 class Bomb:
@@ -169,8 +257,9 @@ def test_a_file_that_carries_code_is_refused_and_nothing_of_it_runs(tmp_path, su
     file, crater = tmp_path / f"weights{suffix}", tmp_path / "crater"
     content = {"model": {"head_norm.weight": torch.ones(2) if suffix == ".pth" else np.ones(2), "x": Bomb(crater)}}
     torch.save(content, file) if suffix == ".pth" else file.write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match="weights.* cannot be read as weights"):
+    with pytest.raises(ValueError, match="weights.* cannot be read as weights") as error:
         load_weights(build(), file)
+    assert suffix == ".pth" or "it asks for posix.mkdir, which is no array" in str(error.value)
     assert not crater.exists()
 
 
@@ -181,6 +270,15 @@ def test_a_pickle_of_arrays_loads(tmp_path, protocol):
     (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}, protocol))
     assert load_weights(model, tmp_path / "R-18.pkl") == []
     assert torch.equal(model.backbone.stages[0].conv1.weight, source.conv1.weight)
+
+
+def test_a_pickle_of_python_2_and_of_an_older_numpy_loads(tmp_path):
+    content = OrderedDict(model={"x": np.arange(3.0), "scale": np.float32(2)})
+    (tmp_path / "old.pkl").write_bytes(pickle.dumps(content, 2).replace(b"numpy._core.", b"numpy.core."))
+    found = read_checkpoint(tmp_path / "old.pkl")["model"]
+    assert found["x"].tolist() == [0, 1, 2] and found["scale"] == 2
+    (tmp_path / "text.pkl").write_bytes(b"\x80\x02U\x01\xe9.")  # a string of Python 2: bytes
+    assert read_checkpoint(tmp_path / "text.pkl") == "\xe9"
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a checkpoint"])
@@ -196,5 +294,5 @@ def test_a_checkpoint_made_before_settings_of_training_left_the_config_still_loa
 
 
 def test_a_field_of_a_checkpoints_config_that_nobody_knows_is_named():
-    with pytest.raises(ValueError, match="not know: colour"):
-        config_of({"config": {**dataclasses.asdict(SMALL), "colour": "red"}})
+    with pytest.raises(ValueError, match="^its config .* not know: colour, size$"):
+        config_of({"config": {**dataclasses.asdict(SMALL), "size": 7, "colour": "red"}})
