@@ -281,7 +281,8 @@ def speed(model, dataset, device, amp=None, warm_up=5, most=50):
         if step >= warm_up:
             seconds["FPS_without_postprocessing"].append(middle - start)
             seconds["FPS"].append(clock(device) - start)
-    flop = {image.shape: flop_of(model, image[None].to(device)) for image in {x.shape: x for x in loaded}.values()}
+    of_each_size = {image.shape: image for image in loaded}
+    flop = {size: flop_of(model, image[None].to(device)) for size, image in of_each_size.items()}
     return {
         **{name: 1 / statistics.median(times) for name, times in seconds.items()},
         "GFLOP": statistics.fmean(flop[image.shape] for image in loaded) / 1e9,
@@ -331,6 +332,7 @@ def main(arguments=None):
         if args.workers is None:
             args.workers = workers_for(device)
         model = load_model(args.ckpt, device)
+        args.amp = args.amp or amp_for(device, model.config.backbone)
         model.test_size = args.test_size or model.test_size
         name = args.val_json or args.data or (None if args.images else model.trained_on)
         dataset = open_data(model, name, args) if name else None
@@ -449,9 +451,8 @@ def evaluate_dataset(model, dataset, device, args):
     if args.per_class:
         classes = metrics["classes"] = dict(zip(dataset.classes, metrics["classes"].values(), strict=True))
         print(f"\n{table(classes.items(), ['AP_box', 'AP_mask'])}\n")
-    used = args.amp or amp_for(device, model.config.backbone)
     print(
-        f"over {len(dataset):,} images with {dataset.objects:,} objects, autocast {used}; "
+        f"over {len(dataset):,} images with {dataset.objects:,} objects, autocast {args.amp}; "
         f"{args.out} has all that was found"
     )
     metrics = {**metrics, "images": len(dataset), "objects": dataset.objects}
