@@ -1,9 +1,10 @@
 // The CUDA kernels, forward and backward. No PyTorch in here.
 //
 // Who owns what. A pair is one query and one head. LANES threads of a warp own a pair and take 32 of its channels at a
-// time, WIDTH neighbours for each thread: 16 bytes of memory. So a warp owns WIDTH pairs, and a block a tile of queries
-// that lie side by side, of one head of one image, whose samples are often of the same rows, which are then found in
-// L1. Blocks go head by head: those that run at one time share one or two heads' rows of the value, which stay in L2.
+// time, WIDTH for each thread: in the forward 16 bytes of the value, in the backward 32 bytes of sums. So a warp owns
+// WIDTH pairs, and a block a tile of queries that lie side by side, of one head of one image, whose samples are often
+// of the same rows, which are then found in L1. Blocks go head by head: those that run at one time share one or two
+// heads' rows of the value, which stay in L2.
 //
 // First the threads of a pair find the sum that its softmax divides by. Then its L * P points are taken in steps. Each
 // thread computes two of them (of double one), its items (`locate`), and leaves the tokens of their corners and what
@@ -11,15 +12,15 @@
 // slots, read the four rows of each, and sum in registers. A warp of the forward synchronises with itself alone.
 //
 // The backward adds to grad_value, where the corners of many points meet. A block first sums what it has for a token
-// (`Tile`), then adds it to memory once. 49 million numbers are added for the encoder's 300 million at local offsets,
-// and 255 for 321 million at random ones. L2 adds perhaps 0.8 million a microsecond. By this estimate
+// (`Tile`), then adds it to memory once. 35 million numbers are added for the encoder's 300 million at local offsets,
+// and 222 for 321 million at random ones. L2 adds perhaps 0.8 million a microsecond. By this estimate
 // even the random ones are worth the instructions that it costs; so it is done always.
 //
 // What bounds it, for 20,197 queries of 8 heads, 32 channels and 16 points on an H100: instructions. It issues 0.93
 // million warp instructions a microsecond, and the forward is 32 million of them in float32 and 36 million in 16 bit,
 // so 34 or 39 us, while its 1.3 (0.66) GB of rows leave L1 in 45 (22) us. Most are those that a point needs: for each
-// corner a load, its address, WIDTH multiplications, and in 16 bit WIDTH conversions. The backward is 134 million in
-// float32 and 146 million in 16 bit, so 145 or 158 us, of which sums of tokens are half.
+// corner a load, its address, WIDTH multiplications, and in 16 bit WIDTH conversions. The backward is 112 million in
+// float32 and 119 million in 16 bit, so 121 or 129 us, of which sums of tokens are half.
 // `python -m deform_attn_cuda.sass` counts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -79,6 +80,13 @@ constexpr double LOG2_E = 1.4426950408889634;
 template <typename V, int WIDTH>
 struct alignas(sizeof(V) * WIDTH) Row { V channel[WIDTH]; };
 
+// Where a backward's thread finds piece j of its channels. Each piece is moved by one instruction, threads side by side
+// move neighbouring pieces, and those whose `turn` differs move theirs in another order: from different banks.
+template <int LANES, int PIECE>
+__device__ __forceinline__ int channel_of(int j, int lane, int turn) {
+  return ((j ^ turn) * LANES + lane) * PIECE;
+}
+
 template <typename A, int WIDTH>
 __device__ __forceinline__ void widen(const Row<A, WIDTH>& row, A (&to)[WIDTH]) {
 #pragma unroll
@@ -119,9 +127,11 @@ struct Pair {
   const A* logits;
   A x, y;                  // its centre
   A cells, width, height;  // an offset of 1 is so many cells, and so much of a level's W and H
-  A half;                  // 0.5 / P
   A shift;                 // of the softmax
 
+  __device__ __forceinline__ Offset<A> scale(const Level& level) const {  // how many cells an offset of 1 is
+    return {width * level.W + cells, height * level.H + cells};
+  }
   __device__ __forceinline__ A weight(int point) const { return power_of_2(__ldg(logits + point) * A(LOG2_E) - shift); }
 };
 
@@ -129,9 +139,8 @@ template <typename A>
 struct Point {
   Corners<unsigned> tokens;
   Corners<A> counts;   // weight * share of the line * share of the column
-  A weight, dx, dy;    // how far it lies right of and below the top left corner
-  A scale_x, scale_y;  // how many cells an offset of 1 is
-  int inside;          // bit k: corner k is inside of the level
+  A weight, dx, dy;  // how far it lies right of and below the top left corner
+  int inside;        // bit k: corner k is inside of the level
 };
 
 __device__ __forceinline__ const Level& level_of(const CudaProblem& problem, int point) {
@@ -147,10 +156,9 @@ __device__ __forceinline__ Point<A> locate(const CudaProblem& problem, const Pai
   const Level& level = level_of(problem, point);
   const int W = level.W, H = level.H, start = level.start;
   p.weight = pair.weight(point);
-  p.scale_x = pair.width * W + pair.cells;
-  p.scale_y = pair.height * H + pair.cells;
-  const A x = __ldg(&pair.offsets[point].x) * p.scale_x + (pair.x * W - A(0.5));
-  const A y = __ldg(&pair.offsets[point].y) * p.scale_y + (pair.y * H - A(0.5));
+  const Offset<A> scale = pair.scale(level);
+  const A x = __ldg(&pair.offsets[point].x) * scale.x + (pair.x * W - A(0.5));
+  const A y = __ldg(&pair.offsets[point].y) * scale.y + (pair.y * H - A(0.5));
   const A near_x = min(max(x, A(-2)), A(W)), near_y = min(max(y, A(-2)), A(H));  // -2 for NaN
   const int column = int(floor(near_x)), line = int(floor(near_y));
   p.dx = x == x ? near_x - column : x;
@@ -178,8 +186,7 @@ struct Place {
   static constexpr int ITEMS = 8 / sizeof(A), LANES = CHANNELS / WIDTH, PAIRS = 32 / LANES, STEP = ITEMS * LANES;
   int warp, pair, lane;  // number of its warp in the block, of its pair in the warp, and of itself in the pair
   bool asks;             // false where there is no query; such a thread computes what another does, for nothing
-  int row;               // number of its pair in [B Q h]
-  int reference;         // first element of its query in the reference
+  int query;             // number of its query in [B Q]
   int64_t slice;         // first element of its image and head in the value
 
   __device__ __forceinline__ Place(const CudaProblem& problem) {
@@ -191,13 +198,19 @@ struct Place {
     while (blockIdx.x >= field[1].first_tile) ++field;
     const unsigned tile = blockIdx.x - field->first_tile, tile_line = __umulhi(2 * tile, field->lines_per_tile);
     const int line = tile_line * WARPS + warp, column = (tile - tile_line * field->columns) * PAIRS + pair;
-    const int query = field->start + line * field->W + column;
+    query = field->start + line * field->W + column;
     asks = line < field->H && column < field->W && query < problem.Q;
-    const int asked = asks ? query : 0, asked_of_all = image * problem.Q + asked;
-    reference = problem.boxes ? 4 * asked_of_all : 2 * asked;
-    row = asked_of_all * problem.h + head;
+    query = image * problem.Q + (asks ? query : 0);
     slice = int64_t(image * problem.N * problem.h + head) * problem.c;
     keep(slice);
+  }
+
+  // The number of its pair in [B Q h].
+  __device__ __forceinline__ int row(const CudaProblem& problem) const { return query * problem.h + int(blockIdx.y); }
+
+  // The first element of its query in the reference.
+  __device__ __forceinline__ int reference(const CudaProblem& problem) const {
+    return problem.boxes ? 4 * query : 2 * (query - int(blockIdx.z) * problem.Q);
   }
 };
 
@@ -244,13 +257,13 @@ __device__ __forceinline__ Pair<A> pair_of(const CudaProblem& problem, const Pla
                                            const Offset<A>* offsets, const A* logits) {
   constexpr int LANES = Place<A, WIDTH>::LANES;
   const int points = problem.L * problem.P;
-  reference += at.reference;
+  reference += at.reference(problem);
   const A half = A(0.5) * reciprocal(A(problem.P));
-  const int64_t first = int64_t(at.row) * points;
+  const int64_t first = int64_t(at.row(problem)) * points;
   offsets += first, logits += first;
   keep(offsets), keep(logits);
   Pair<A> pair = {offsets, logits, reference[0], reference[1], A(!problem.boxes),
-                  problem.boxes ? reference[2] * half : 0, problem.boxes ? reference[3] * half : 0, half};
+                  problem.boxes ? reference[2] * half : 0, problem.boxes ? reference[3] * half : 0};
   A top = __ldg(pair.logits), sum = 0;
 #pragma unroll 1
   for (int point = at.lane; point < points; point += LANES) {
@@ -325,7 +338,7 @@ forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value
       Row<V, WIDTH> row;
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) row.channel[i] = narrow<V>(sum[i]);
-      V* const first = output + uint64_t(unsigned(at.row)) * unsigned(problem.c);
+      V* const first = output + uint64_t(unsigned(at.row(problem))) * unsigned(problem.c);
       Row<V, WIDTH>* const to = reinterpret_cast<Row<V, WIDTH>*>(first + channel);
       if constexpr (sizeof row == 16)  // nvcc would split a plain store
         __stcg(reinterpret_cast<int4*>(to), *reinterpret_cast<const int4*>(&row));
@@ -335,74 +348,111 @@ forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value
   }
 }
 
-// Adds to a thread's WIDTH channels in memory, at once, or one by one, which lie `apart`.
-template <bool AT_ONCE, int WIDTH, typename A>
-__device__ __forceinline__ void add_to_memory(A* to, const A (&sum)[WIDTH], int apart) {
-  if constexpr (AT_ONCE) {
+// Adds to neighbouring channels in memory.
+template <int PIECE, typename A>
+__device__ __forceinline__ void add_to_memory(A* to, const A (&sum)[PIECE]) {
+  if constexpr (PIECE == 4)
     add_four(to, sum[0], sum[1], sum[2], sum[3]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) atomicAdd(to + i * apart, sum[i]);
-  }
+  else
+    atomicAdd(to, sum[0]);
 }
 
-// Of d[0] to d[7] the sums over the threads of a pair: each returns that of d[lane % 8].
+// Of d[0] to d[3] the sums over the threads of a pair: each returns that of d[lane % 4].
 template <int LANES, typename A>
-__device__ __forceinline__ A sum_of_lanes(A (&d)[8], int lane) {
+__device__ __forceinline__ A sum_of_lanes(A (&d)[4], int lane) {
 #pragma unroll
-  for (int half = 4; half > 0; half /= 2) {
-    const int distance = 4 / half;
+  for (int half = 2; half > 0; half /= 2) {
+    const int distance = 2 / half;
     const bool odd = lane & distance;
 #pragma unroll
     for (int i = 0; i < half; ++i)
       d[i] = (odd ? d[2 * i + 1] : d[2 * i]) + __shfl_xor_sync(ALL, odd ? d[2 * i] : d[2 * i + 1], distance);
   }
 #pragma unroll
-  for (int distance = 8; distance < LANES; distance *= 2) d[0] += __shfl_xor_sync(ALL, d[0], distance);
+  for (int distance = 4; distance < LANES; distance *= 2) d[0] += __shfl_xor_sync(ALL, d[0], distance);
   return d[0];
 }
 
 // What a block of the backward shares in a step. Corners are numbered through its points. Each asks that its count
 // times the grad_output of its pair be added to grad_value at its token, and those of neighbouring queries often name
 // the same token. So corners of one token are linked to a list, and a list is summed before it is added to memory.
+// Instead of a token stands the number of the piece of the value that its row begins with.
 template <typename A, int WIDTH>
 struct Tile {
   using At = Place<A, WIDTH>;
-  static constexpr int POINTS = THREADS * At::ITEMS, CORNERS = 4 * POINTS, PLACES = CORNERS / 2 * 3;
+  static constexpr int POINTS = THREADS * At::ITEMS, CORNERS = 4 * POINTS;
   static constexpr unsigned NONE = ~0u;
-  struct alignas(2 * sizeof(A)) Corner { A count; unsigned next; };
-
-  Row<A, WIDTH> grads[THREADS];  // of each pair's channels
-  Corners<unsigned> tokens[POINTS];
-  union {
-    struct { Corners<A> counts[POINTS], sums[POINTS]; } of;  // sums over channels of grad_output times a corner's row
-    Corner corners[CORNERS];                                 // later
+  struct Points {
+    Corners<unsigned> pieces[POINTS];
+    Corners<A> counts[POINTS], sums[POINTS];  // sums over channels of grad_output times a corner's row
   };
-  unsigned last[PLACES];           // the corner that a list begins with, at a place found by its token
-  unsigned short places[CORNERS];  // of all lists
-  unsigned lists;                  // how many there are
+  struct alignas(2 * sizeof(A)) Corner { A count; unsigned next; };
+  struct alignas(8) List { unsigned piece, corner; };  // the corner that it begins with
+  struct Lists {
+    Corner corners[CORNERS];
+    List places[CORNERS];           // a list is at a place that follows from its piece, or at the next free one
+    unsigned short taken[CORNERS];  // places that hold lists
+    unsigned number;                // of lists
+  };
 
-  __device__ __forceinline__ unsigned token(unsigned corner) const {
-    return reinterpret_cast<const unsigned*>(tokens)[corner];
-  }
+  alignas(16) A grads[THREADS / At::LANES][CHANNELS];  // of each pair
+  union {
+    Points of;
+    Lists lists;  // later
+  };
 
-  __device__ __forceinline__ void clear() {
+  __device__ __forceinline__ void clear_lists() {
 #pragma unroll
-    for (int i = 0; i < PLACES / THREADS; ++i) last[i * THREADS + threadIdx.x] = NONE;
-    if (threadIdx.x == 0) lists = 0;
+    for (int i = 0; i < CORNERS / THREADS; ++i) lists.places[i * THREADS + threadIdx.x] = {NONE, NONE};
+    if (threadIdx.x == 0) lists.number = 0;
   }
 
-  // Puts a corner before the others of its token. Returns the place of the list if it is a new one, else NONE. A place
-  // that is taken stays so, and its corners are all of one token.
-  __device__ __forceinline__ unsigned link(unsigned corner, unsigned its_token, A count) {
-    unsigned place = __umulhi(its_token * 2654435769u, PLACES), before;
+  // Puts a corner before the others of its token.
+  __device__ __forceinline__ void link(unsigned corner, unsigned piece, A count) {
+    unsigned place = piece * 2654435769u / (~0u / CORNERS + 1), found;
 #pragma unroll 1
-    while ((before = atomicCAS(&last[place], NONE, corner)) != NONE && token(before) != its_token)
-      place = place + 1 < PLACES ? place + 1 : 0;
-    const bool first = before == NONE;
-    if (!first) before = atomicExch(&last[place], corner);
-    corners[corner] = {count, before};
-    return first ? place : NONE;
+    while ((found = atomicCAS(&lists.places[place].piece, NONE, piece)) != NONE && found != piece)
+      place = (place + 1) % CORNERS;
+    if (found == NONE) lists.taken[atomicInc(&lists.number, CORNERS)] = place;  // nvcc makes more of atomicAdd
+    lists.corners[corner] = {count, atomicExch(&lists.places[place].corner, corner)};
+  }
+
+  // Sums lists and adds the sums to rows that begin at `rows`, so many elements a piece; `channels` are left of a row.
+  __device__ __forceinline__ void add_lists(A* rows, int channels, int elements) const {
+    // Four neighbours are added at once, or each for itself by eight threads side by side: whole sectors of memory.
+    constexpr bool AT_ONCE = VECTOR_REDUCTION && WIDTH == 8;
+    constexpr int LANES = AT_ONCE || At::LANES > 8 ? At::LANES : 8, PIECE = AT_ONCE ? 4 : 1;
+    constexpr int PIECES = CHANNELS / LANES / PIECE;
+    const unsigned first = threadIdx.x / LANES;
+    int channel[PIECES];
+    A* to[PIECES];
+#pragma unroll
+    for (int j = 0; j < PIECES; ++j) {
+      channel[j] = channel_of<LANES, PIECE>(j, threadIdx.x % LANES, first % PIECES);
+      to[j] = rows + channel[j];
+      keep(to[j]);
+    }
+#pragma unroll 1
+    for (unsigned i = first, number = lists.number; i < number; i += THREADS / LANES) {
+      const List list = lists.places[lists.taken[i]];
+      unsigned corner = list.corner;
+      A sum[PIECES][PIECE] = {};
+#pragma unroll 1
+      do {
+        const Corner now = lists.corners[corner];
+        const unsigned its_grads = corner / (4 * At::STEP) * CHANNELS;
+#pragma unroll
+        for (int j = 0; j < PIECES; ++j) {
+          const auto& grad = reinterpret_cast<const Row<A, PIECE>&>(grads[0][its_grads | channel[j]]);
+#pragma unroll
+          for (int i = 0; i < PIECE; ++i) sum[j][i] += now.count * grad.channel[i];
+        }
+        corner = now.next;
+      } while (corner != NONE);
+#pragma unroll
+      for (int j = 0; j < PIECES; ++j)
+        if (channel[j] < channels) add_to_memory(to[j] + uint64_t(list.piece) * elements, sum[j]);
+    }
   }
 };
 
@@ -422,66 +472,71 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
   const Pair<A> pair = pair_of(problem, at, reference, offsets, logits);
   const int points = problem.L * problem.P;
   const bool works = __any_sync(ALL, at.asks);
-  grad_output += int64_t(at.row) * problem.c;
-  grad_offsets += int64_t(at.row) * points;
-  grad_logits += int64_t(at.row) * points;
+  grad_output += int64_t(at.row(problem)) * problem.c;
+  grad_offsets += int64_t(at.row(problem)) * points;
+  grad_logits += int64_t(at.row(problem)) * points;
   // Points of a pair lie in a row, swapped so that the pairs of a warp read from different banks.
-  const int row = threadIdx.x / At::LANES * At::STEP, swap = 2 * at.pair;
+  const int block_pair = threadIdx.x / At::LANES, row = block_pair * At::STEP ^ at.pair;
+  // 16 bytes of the value are a piece of a thread's channels.
+  constexpr int PIECE = 16 / sizeof(V) < WIDTH ? 16 / sizeof(V) : WIDTH, PIECES = WIDTH / PIECE;
+  using Piece = Row<V, PIECE>;
+  const unsigned pieces_of_token = problem.h * problem.c / PIECE;
 
+  A by_reference[4] = {};
   for (int begin = 0; begin < problem.c; begin += CHANNELS) {  // later rounds add to the gradients of the points
-    const int channel = begin + at.lane * WIDTH;
-    const bool active = channel < problem.c;
-    // Where four are not added at once, neighbouring threads add to neighbouring channels: whole sectors of memory.
-    constexpr bool at_once = VECTOR_REDUCTION && WIDTH == 4 && sizeof(A) == 4;
-    const int apart = at_once ? 1 : min(CHANNELS, problem.c - begin) / WIDTH;
-    A* const added = grad_value + at.slice + (at_once ? channel : begin + at.lane);
-    A grad[WIDTH] = {};
+    A grad[PIECES][PIECE] = {};
+    const Piece* pieces[PIECES];  // this thread's, of the first token
     A nothing = 0;  // NaN where grad_output is not finite, which shows even by a count of 0
-    if (active && at.asks) {
-      widen(*reinterpret_cast<const Row<V, WIDTH>*>(grad_output + channel), grad);
 #pragma unroll
-      for (int i = 0; i < WIDTH; ++i) nothing += A(0) * grad[i];
+    for (int j = 0; j < PIECES; ++j) {
+      const int in_round = channel_of<At::LANES, PIECE>(j, at.lane, at.pair % PIECES), channel = begin + in_round;
+      const bool active = channel < problem.c;
+      if (active && at.asks) {
+        widen(*reinterpret_cast<const Piece*>(grad_output + channel), grad[j]);
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) nothing += A(0) * grad[j][i];
+      }
+#pragma unroll
+      for (int i = 0; i < PIECE; ++i) tile.grads[block_pair][in_round + i] = grad[j][i];
+      pieces[j] = reinterpret_cast<const Piece*>(value + at.slice + (active ? channel : begin));
     }
     nothing = sum_of_pair<At::LANES>(nothing);
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) tile.grads[threadIdx.x].channel[i] = grad[i];
-    const auto* const values = reinterpret_cast<const Row<V, WIDTH>*>(value + at.slice + (active ? channel : begin));
-    const Table<const Row<V, WIDTH>> table = {values, problem.h * problem.c * unsigned(sizeof(V))};
     A by_weight = 0;  // sum of weight * its gradient
 
     for (int first = 0; first < points; first += At::STEP) {
       Point<A> items[At::ITEMS];
-      tile.clear();
       if (works) {
 #pragma unroll
         for (int item = 0; item < At::ITEMS; ++item) {
           const int slot = item * At::LANES + at.lane, point = min(first + slot, points - 1);
           items[item] = locate(problem, pair, point);
-          tile.tokens[row + (slot ^ swap)] = items[item].tokens;
-          tile.of.counts[row + (slot ^ swap)] = items[item].counts;
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            tile.of.pieces[row ^ slot].corner[k] = items[item].tokens.corner[k] * pieces_of_token;
+          tile.of.counts[row ^ slot] = items[item].counts;
         }
         __syncwarp();
         const int end = min(At::STEP, points - first);
 #pragma unroll 1
-        for (int slot = 0; slot < end; slot += 2) {  // by the whole warp, as its threads exchange numbers
-          A d[8];
+        for (int slot = 0; slot < end; ++slot) {  // by the whole warp, as its threads exchange numbers
+          const Corners<unsigned> first_pieces = tile.of.pieces[row ^ slot];
+          Piece sampled[4][PIECES];
 #pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            const Corners<unsigned> tokens = tile.tokens[row + (slot ^ swap) + s];
-            Row<V, WIDTH> rows[4];
+          for (int k = 0; k < 4; ++k)
 #pragma unroll
-            for (int k = 0; k < 4; ++k) rows[k] = table[tokens.corner[k]];
+            for (int j = 0; j < PIECES; ++j) sampled[k][j] = pieces[j][first_pieces.corner[k]];
+          A d[4] = {};
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              A sampled[WIDTH];
-              widen(rows[k], sampled);
-              d[4 * s + k] = grad[0] * sampled[0];
+          for (int k = 0; k < 4; ++k)
 #pragma unroll
-              for (int i = 1; i < WIDTH; ++i) d[4 * s + k] += grad[i] * sampled[i];
+            for (int j = 0; j < PIECES; ++j) {
+              A wide[PIECE];
+              widen(sampled[k][j], wide);
+#pragma unroll
+              for (int i = 0; i < PIECE; ++i) d[k] += grad[j][i] * wide[i];
             }
-          }
           const A sum = sum_of_lanes<At::LANES>(d, at.lane);
-          if (at.lane < 8) tile.of.sums[row + (slot ^ swap) + at.lane / 4].corner[at.lane % 4] = sum;
+          if (at.lane < 4) tile.of.sums[row ^ slot].corner[at.lane] = sum;
         }
         __syncwarp();
       }
@@ -490,7 +545,7 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
         const int slot = item * At::LANES + at.lane, point = first + slot;
         if (at.asks && point < points) {
           const Point<A>& p = items[item];
-          Corners<A> d = tile.of.sums[row + (slot ^ swap)];
+          Corners<A> d = tile.of.sums[row ^ slot];
 #pragma unroll
           for (int k = 0; k < 4; ++k) d.corner[k] = p.inside >> k & 1 ? d.corner[k] : A(0) * d.corner[k];
           const A upper = d.corner[1] - d.corner[0], lower = d.corner[3] - d.corner[2];
@@ -499,69 +554,42 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
           const A y = p.weight * ((1 - p.dx) * (d.corner[2] - d.corner[0]) + p.dx * (d.corner[3] - d.corner[1]));
           by_weight += logit;
           grad_logits[point] = logit + (begin > 0 ? grad_logits[point] : 0);
-          grad_offsets[point].x = x * p.scale_x + (begin > 0 ? grad_offsets[point].x : 0);
-          grad_offsets[point].y = y * p.scale_y + (begin > 0 ? grad_offsets[point].y : 0);
-          int reference_asks = grad_reference != nullptr;
-          keep(reference_asks);
-          if (reference_asks) {
-            const Level& level = level_of(problem, point);
-            A* const to = grad_reference + at.reference;
-            atomicAdd(to, x * level.W);
-            atomicAdd(to + 1, y * level.H);
-            if (problem.boxes) {
-              atomicAdd(to + 2, x * level.W * pair.offsets[point].x * pair.half);
-              atomicAdd(to + 3, y * level.H * pair.offsets[point].y * pair.half);
-            }
-          }
+          const Level& level = level_of(problem, point);
+          const Offset<A> scale = pair.scale(level), by_centre = {x * level.W, y * level.H};
+          grad_offsets[point].x = x * scale.x + (begin > 0 ? grad_offsets[point].x : 0);
+          grad_offsets[point].y = y * scale.y + (begin > 0 ? grad_offsets[point].y : 0);
+          by_reference[0] += by_centre.x;
+          by_reference[1] += by_centre.y;
+          by_reference[2] += by_centre.x * __ldg(&pair.offsets[point].x);
+          by_reference[3] += by_centre.y * __ldg(&pair.offsets[point].y);
         }
       }
 
+      Corners<unsigned> first_pieces[At::ITEMS];
       Corners<A> counts[At::ITEMS];
 #pragma unroll
-      for (int item = 0; item < At::ITEMS; ++item)
-        counts[item] = tile.of.counts[row + ((item * At::LANES + at.lane) ^ swap)];
-      __syncthreads();  // all tokens are there, and what `corners` writes over has been read
-      unsigned places[At::ITEMS][4], lists = 0;
+      for (int item = 0; item < At::ITEMS; ++item) {
+        const int point = row ^ (item * At::LANES + at.lane);
+        first_pieces[item] = tile.of.pieces[point];
+        counts[item] = tile.of.counts[point];
+      }
+      __syncthreads();  // what the lists write over has been read
+      tile.clear_lists();
+      __syncthreads();
 #pragma unroll
       for (int item = 0; item < At::ITEMS; ++item) {
-        const int slot = item * At::LANES + at.lane, point = row + (slot ^ swap);
-        const bool asks = at.asks && first + slot < points;
-        const Corners<unsigned> tokens = tile.tokens[point];
-        unsigned corner = 4 * point;
+        const int slot = item * At::LANES + at.lane;
+        unsigned corner = 4 * (row ^ slot);
         keep(corner);
+        if (at.asks && first + slot < points)
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const A count = counts[item].corner[k];
-          places[item][k] = asks && count != nothing ? tile.link(corner + k, tokens.corner[k], count) : Tile::NONE;
-          lists += places[item][k] != Tile::NONE;
-        }
+          for (int k = 0; k < 4; ++k) {
+            const A count = counts[item].corner[k];
+            if (count != nothing) tile.link(corner + k, first_pieces[item].corner[k], count);
+          }
       }
-      unsigned number = atomicAdd(&tile.lists, lists);
-#pragma unroll
-      for (int k = 0; k < 4 * At::ITEMS; ++k)
-        if (places[k / 4][k % 4] != Tile::NONE) tile.places[number++] = places[k / 4][k % 4];
-
       __syncthreads();  // the lists are whole
-#pragma unroll 1
-      for (unsigned list = threadIdx.x / At::LANES, lists = tile.lists; list < lists; list += THREADS / At::LANES) {
-        unsigned corner = tile.last[tile.places[list]];
-        A* const to = added + uint64_t(tile.token(corner)) * unsigned(problem.h * problem.c);
-        A sum[WIDTH] = {};
-#pragma unroll 1
-        do {
-          const typename Tile::Corner now = tile.corners[corner];
-          const Row<A, WIDTH>* const grads = tile.grads + corner / (4 * At::STEP) * At::LANES;
-          Row<A, WIDTH> grad;
-          if constexpr (at_once)
-            grad = grads[at.lane];
-          else
-            for (int i = 0; i < WIDTH; ++i) grad.channel[i] = grads->channel[at.lane + i * apart];
-#pragma unroll
-          for (int i = 0; i < WIDTH; ++i) sum[i] += now.count * grad.channel[i];
-          corner = now.next;
-        } while (corner != Tile::NONE);
-        if (active) add_to_memory<at_once>(to, sum, apart);
-      }
+      tile.add_lists(grad_value + at.slice + begin, problem.c - begin, PIECE);
       __syncthreads();  // and have been used
     }
     by_weight = sum_of_pair<At::LANES>(by_weight);
@@ -569,6 +597,10 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
     for (int point = at.lane; point < points && at.asks; point += At::LANES)
       grad_logits[point] -= pair.weight(point) * by_weight;
   }
+  if (grad_reference == nullptr) return;
+  const A half = A(0.5) * reciprocal(A(problem.P));
+  const A sum = sum_of_lanes<At::LANES>(by_reference, at.lane) * (at.lane < 2 ? 1 : half);
+  if (at.asks && at.lane < (problem.boxes ? 4 : 2)) atomicAdd(grad_reference + at.reference(problem) + at.lane, sum);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -589,7 +621,7 @@ void launch_forward(CudaProblem problem, const Inputs<V, A>& in, V* output, cuda
     start(forward<V, A, 1>, 1);
 }
 
-// A thread adds 16 bytes of grad_value, whose type is A, at once.
+// A thread has 32 bytes of a pair's sums, whose type is A.
 template <typename V, typename A>
 void launch_backward(CudaProblem problem, const V* grad_output, const Inputs<V, A>& in,
                      const Gradients<A>& gradients, cudaStream_t stream) {
@@ -599,7 +631,7 @@ void launch_backward(CudaProblem problem, const V* grad_output, const Inputs<V, 
            reinterpret_cast<const Offset<A>*>(in.offsets), in.logits, gradients.value, gradients.reference,
            reinterpret_cast<Offset<A>*>(gradients.offsets), gradients.logits);
   };
-  constexpr int WIDTH = 16 / sizeof(A);
+  constexpr int WIDTH = 32 / sizeof(A);
   if (problem.c % WIDTH == 0 && aligned(in.value) && aligned(grad_output) && aligned(gradients.value))
     start(backward<V, A, WIDTH>, WIDTH);
   else

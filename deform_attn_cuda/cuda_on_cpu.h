@@ -86,6 +86,7 @@ T exchanged(T* at, T with) {
   return before;
 }
 template <typename T> T atomicExch(T* at, T with) { return exchanged(at, with); }
+inline unsigned atomicInc(unsigned* at, unsigned last) { return exchanged(at, *at < last ? *at + 1 : 0); }
 template <typename T> T atomicCAS(T* at, T expected, T with) { return exchanged(at, *at == expected ? with : *at); }
 template <typename T> T atomicAdd(T* to, T term) {
   if (is_shared(to)) return exchanged(to, *to + term);

@@ -21,10 +21,10 @@ from .build import find_nvcc
 
 LEVELS, HEADS, CHANNELS, POINTS = [(100, 152), (50, 76), (25, 38), (13, 19)], 8, 32, 16
 QUERIES = sum(H * W for H, W in LEVELS)
-# How often a warp of the backward enters the loop over lists of corners, and that over the corners of a list, by the
-# channels of a thread; at the benchmark's local offsets, where a list has six corners on average. A warp sums as many
-# lists at a time and waits for the longest.
-LISTS = {4: (9.4, 97.2), 2: (14.1, 73.8), 1: (21.8, 58.1)}
+# How often, in a step, a warp of the backward enters the loop over lists of corners, and that over the corners of a
+# list, by the channels of a thread; at the benchmark's local offsets, where a list has 8 corners on average if a warp
+# has 8 pairs. A warp sums as many lists at a time as it has pairs and waits for the longest.
+LISTS = {8: (3.4, 61.7), 4: (4.6, 47.4), 1: (20.6, 57.2)}
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 MANGLED = {"f": "float32", "d": "float64", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 KERNEL = re.compile(r"(forward|backward)I(f|d|6__half|13__nv_bfloat16)[fd]Li(\d)E")
@@ -98,7 +98,7 @@ def instructions_of_kernels(nvdisasm, cubin):
     return kernels
 
 
-def warp_instructions(instructions, loops, width):
+def warp_instructions(instructions, loops, dtype, width):
     """How many instructions all warps issue. Code that a warp may jump over counts as if it did not."""
 
     def trips(loop):
@@ -106,8 +106,7 @@ def warp_instructions(instructions, loops, width):
         corners, or find a corner's list, mostly at once, or go through the points of one thread."""
         if loads(loop) >= 4:
             depth = sum(within(loop, other) and loads(other) >= 4 for other in loops)
-            points_at_once = min(loads(loop) // 4, 2)
-            return (min(step, POINTS) / points_at_once, math.ceil(POINTS / step), math.ceil(CHANNELS / 32))[depth]
+            return (min(step, POINTS), math.ceil(POINTS / step), math.ceil(CHANNELS / 32))[depth]
         if has(loop, "RED"):
             return LISTS[width][0]
         if any(within(other, loop) and has(other, "RED") and loads(other) < 4 for other in loops):
@@ -123,7 +122,8 @@ def warp_instructions(instructions, loops, width):
     def loads(loop):
         return sum("LDG" in text for text in instructions[loop[0] : loop[1] + 1])
 
-    step, warps = 64 // width, HEADS * sum(H * math.ceil(W / width) for H, W in LEVELS)
+    step = (32 if dtype == "float64" else 64) // width
+    warps = HEADS * sum(H * math.ceil(W / width) for H, W in LEVELS)
     return warps * sum(
         math.prod(trips(loop) for loop in loops if loop[0] <= i <= loop[1]) for i in range(len(instructions))
     )
@@ -148,7 +148,7 @@ def main():
     )
     for kernel in sorted(code, key=lambda kernel: (-kernel[2], kernel)):
         direction, dtype, width = kernel
-        count = warp_instructions(*code[kernel], width) / 1e6
+        count = warp_instructions(*code[kernel], dtype, width) / 1e6
         rows = QUERIES * HEADS * POINTS * 4 * CHANNELS * BYTES[dtype] / 128
         registers, shared, spilled = resources[kernel]
         print(
