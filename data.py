@@ -217,15 +217,17 @@ def open_dataset(
     geometry: Callable,
     training: bool,
     seed: int = 0,
-    jsons: dict[str, Path] | None = None,
-    image_folder: Path | None = None,
+    files: dict[str, str | Path] | None = None,
 ) -> CocoDataset:
     """The data set `data`: "shapes", "shapes-full", "coco" or "bdd100k" under `root`, or a folder (see layouts.py).
 
-    split: "train" or "val". geometry, training, seed: see CocoDataset. jsons: files by split, in place of `data`;
-    image_folder: in place of the usual places. FileNotFoundError says what layout is expected, ValueError what is wrong
-    with the json.
+    split: "train" or "val". geometry, training, seed: see CocoDataset. files: those that flags name outright:
+    `train_json` and `val_json`, in place of `data`, and `image_folder`, in place of the usual places.
+    FileNotFoundError says what layout is expected, ValueError what is wrong with the json.
     """
+    files = {flag: Path(path) for flag, path in (files or {}).items()}
+    image_folder = files.pop("image_folder", None)
+    jsons = {flag.removesuffix("_json"): path for flag, path in files.items()}
     if jsons:
         found = read_files(jsons, split, image_folder)
     elif data == "bdd100k":

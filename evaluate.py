@@ -357,12 +357,11 @@ def main(arguments=None):
 
 def open_data(model, name, args):
     """The validation images to measure on, or to take class names from. Raises ValueError where they do not fit."""
-    files = {"val_json": args.val_json, "image_folder": args.image_folder}
+    files = {flag: path for flag in ("val_json", "image_folder") if (path := getattr(args, flag))}
     if not (args.data or args.val_json):
-        files = model.trained_files | {flag: path for flag, path in files.items() if path}
-    jsons = {split: Path(path) for split in ("train", "val") if (path := files.get(f"{split}_json"))}
-    folder, size = files.get("image_folder"), shortest_side(*model.test_size)
-    dataset = data.open_dataset(str(name), args.data_root, "val", size, False, 0, jsons, folder and Path(folder))
+        files = model.trained_files | files
+    size = shortest_side(*model.test_size)
+    dataset = data.open_dataset(str(name), args.data_root, "val", size, training=False, files=files)
     if sound := data.require_sound(dataset, f"validation images of {name}"):
         say(sound)
     if not model.named and len(model.classes) == len(dataset.classes):

@@ -362,7 +362,8 @@ def figure3(args):
     models = [load_model(checkpoint, args.device or "cpu") for checkpoint in args.ckpt]
     names = [f"{number}: {name_of(model.config)}" for number, model in enumerate(models, 1)]
     print("\n".join(f"{name}, {checkpoint}" for name, checkpoint in zip(names, args.ckpt, strict=True)))
-    dataset = data.open_dataset(args.data or models[0].trained_on, args.data_root, "val", identity, training=False)
+    name, files = (args.data, {}) if args.data else (models[0].trained_on, models[0].trained_files)
+    dataset = data.open_dataset(name, args.data_root, "val", identity, training=False, files=files)
     places = data.evenly_spaced(args.images, len(dataset))
     figure = Figure((4 * len(models) + 4, 4 * len(places)), layout="constrained")
     for row, place in zip(figure.subplots(len(places), len(models) + 1, squeeze=False), places, strict=True):

@@ -67,13 +67,17 @@ SAVE_EVERY = 1000  # steps, beside the end of each epoch
 # ---- Building a run --------------------------------------------------------------------------------------------------
 
 
+def files_of(args):
+    """{flag: path} of the files that the command line names outright."""
+    return {flag: str(path) for flag in FILES if (path := getattr(args, flag))}
+
+
 def open_data(args, recipe):
     """The training and the validation set. Raises ValueError with all that is wrong with them."""
     augment = partial(AUGMENTATIONS[recipe.augmentation], recipe.image_size)
-    jsons = {split: path for split, path in (("train", args.train_json), ("val", args.val_json)) if path}
-    files = jsons, args.image_folder
-    train_set = data.open_dataset(args.data, args.data_root, "train", augment, True, args.seed, *files)
-    val_set = data.open_dataset(args.data, args.data_root, "val", shortest_side(*recipe.test_size), False, 0, *files)
+    files = files_of(args)
+    train_set = data.open_dataset(args.data, args.data_root, "train", augment, True, args.seed, files)
+    val_set = data.open_dataset(args.data, args.data_root, "val", shortest_side(*recipe.test_size), False, 0, files)
     for split, dataset in (("training", train_set), ("validation", val_set)):
         if sound := data.require_sound(dataset, f"{split} images of {args.data}", decode=args.check):
             say(sound)
@@ -382,8 +386,7 @@ def save(run, name):
         return
     state = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
     progress = {"epoch": run.epoch, "step": run.step, "best": run.best}
-    files = {flag: str(path) for flag in FILES if (path := getattr(run.args, flag))}
-    origin = {"data": run.args.data, "files": files, "category_ids": run.train_set.category_ids}
+    origin = {"data": run.args.data, "files": files_of(run.args), "category_ids": run.train_set.category_ids}
     origin["torch"] = str(torch.__version__)
     path, unfinished = run.args.out / name, run.args.out / f"{name}.tmp"
     try:

@@ -585,9 +585,9 @@ def test_a_json_and_a_folder_can_be_given_outright(tmp_path):
     write(tmp_path, [{}, {"image_id": 2}])
     (tmp_path / "val").rename(tmp_path / "photos")
     path = (tmp_path / "annotations" / "instances_val.json").rename(tmp_path / "my.json")
-    for jsons, lengths in (({"train": path}, [1, 1]), ({"train": path, "val": path}, [2, 2])):
-        files = {"jsons": jsons, "image_folder": tmp_path / "photos"}
-        sets = [open_dataset("x", ".", split, identity, False, **files) for split in ("train", "val")]
+    for jsons, lengths in (({"train_json": path}, [1, 1]), ({"train_json": path, "val_json": path}, [2, 2])):
+        files = {"image_folder": tmp_path / "photos", **jsons}
+        sets = [open_dataset("x", ".", split, identity, False, files=files) for split in ("train", "val")]
         assert [len(dataset) for dataset in sets] == lengths
 
 

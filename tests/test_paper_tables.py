@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import evaluate
 import paper_tables
@@ -248,6 +249,14 @@ def test_figure_3_draws_each_image_under_every_checkpoint_and_the_truth(folder, 
     checkpoints = [str(run / "last.pt") for run in (maskdino, trained)]
     flags = ["--data", str(folder), "--images", "2", "--score", "0.01", "--out", str(tmp_path / "figure.png")]
     paper_tables.main(["figure3", *checkpoints, *flags])
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_figure_3_finds_the_files_that_the_first_model_was_trained_with(folder, trained, tmp_path):
+    files = {f"{split}_json": str(folder / f"annotations/instances_{split}.json") for split in ("train", "val")}
+    checkpoint = torch.load(trained / "last.pt", weights_only=True)
+    torch.save(checkpoint | {"data": "gone", "files": files}, tmp_path / "last.pt")
+    paper_tables.main(["figure3", str(tmp_path / "last.pt"), "--out", str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
