@@ -387,7 +387,7 @@ struct Tile {
     Corners<A> counts[POINTS], sums[POINTS];  // sums over channels of grad_output times a corner's row
   };
   struct alignas(2 * sizeof(A)) Corner { A count; unsigned next; };
-  struct alignas(8) List { unsigned piece, corner; };  // the corner that it begins with
+  struct alignas(8) List { unsigned piece, corner; };  // of its token; that it begins with
   struct Lists {
     Corner corners[CORNERS];
     List places[CORNERS];           // a list is at a place that follows from its piece, or at the next free one
@@ -413,7 +413,8 @@ struct Tile {
 #pragma unroll 1
     while ((found = atomicCAS(&lists.places[place].piece, NONE, piece)) != NONE && found != piece)
       place = (place + 1) % CORNERS;
-    if (found == NONE) lists.taken[atomicInc(&lists.number, CORNERS)] = place;  // nvcc makes more of atomicAdd
+    // With atomicAdd, nvcc would count new lists over the warp, which takes more instructions.
+    if (found == NONE) lists.taken[atomicInc(&lists.number, CORNERS)] = place;
     lists.corners[corner] = {count, atomicExch(&lists.places[place].corner, corner)};
   }
 
@@ -433,8 +434,8 @@ struct Tile {
       keep(to[j]);
     }
 #pragma unroll 1
-    for (unsigned i = first, number = lists.number; i < number; i += THREADS / LANES) {
-      const List list = lists.places[lists.taken[i]];
+    for (unsigned n = first, number = lists.number; n < number; n += THREADS / LANES) {
+      const List list = lists.places[lists.taken[n]];
       unsigned corner = list.corner;
       A sum[PIECES][PIECE] = {};
 #pragma unroll 1
