@@ -1,6 +1,7 @@
 """What `deform_attn` promises, on every device and path of this machine."""
 
 import ctypes
+import functools
 import json
 import os
 import re
@@ -571,20 +572,26 @@ def test_what_a_block_of_queries_adds_to_a_token_it_adds_once(cuda_on_cpu):
     assert cuda_on_cpu.numbers_added == blocks * corners * 32 + of_references
 
 
+@pytest.fixture(scope="module")
+def compiled_for(nvcc, tmp_path_factory):
+    """A function: compute capability without its dot -> the file of machine code, and what each kernel takes."""
+    return functools.cache(lambda capability: sass.compile_kernels(nvcc, capability, tmp_path_factory.mktemp("cubin")))
+
+
 @pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
-def test_the_cuda_kernels_compile_without_spills(nvcc, architecture, tmp_path):
-    _, resources = sass.compile_kernels(nvcc, architecture, tmp_path)
+def test_the_cuda_kernels_compile_without_spills(compiled_for, architecture):
+    _, resources = compiled_for(architecture)
     assert len(resources) == 16  # 4 types, 2 widths, 2 directions
     assert not any(spilled for registers, shared, spilled in resources.values())
 
 
 @pytest.fixture(scope="module")
-def machine_code(nvcc, tmp_path_factory):
+def machine_code(nvcc, compiled_for):
     """Kernel -> its instructions and loops, for sm_90."""
     nvdisasm = sass.find_nvdisasm(nvcc)
     if nvdisasm is None:
         pytest.skip("no nvdisasm")
-    return sass.instructions_of_kernels(nvdisasm, sass.compile_kernels(nvcc, 90, tmp_path_factory.mktemp("sass"))[0])
+    return sass.instructions_of_kernels(nvdisasm, compiled_for(90)[0])
 
 
 @pytest.mark.parametrize(
