@@ -33,6 +33,7 @@ from dimaskdino import (
     refine,
     select,
     sine_of_grid,
+    wavelengths,
 )
 from losses import Denoising, denoising_queries
 from small_models import RELEASED, SMALL, TRAINING, build, close, law, objects, pictures, step
@@ -132,6 +133,10 @@ def test_a_config_that_makes_no_model_is_refused_with_the_field_and_what_it_may_
     assert str(error.value) == message
 
 
+def test_a_selection_may_be_a_list():
+    assert dataclasses.replace(SMALL, selection=[12, 6]) == dataclasses.replace(SMALL, selection=(12, 6))
+
+
 def test_a_selection_of_one_token_three_levels_and_two_decoder_layers_are_enough():
     out = build(selection=(1,), levels=3, decoder_layers=2)(pictures(1, 3, 32, 32))
     assert out["logits"].shape == (1, 1, 5)
@@ -175,6 +180,20 @@ def test_queries_and_keys_of_attention_know_their_place_and_values_do_not():
     placed = x + position
     for found, expected in zip(seen, [(placed, placed, x), (placed, placed, x), (placed, T_g, T_g)], strict=True):
         assert all(map(torch.equal, found, expected))
+
+
+def test_deformable_attention_samples_where_a_token_and_its_place_say():
+    attention, seen = build().encoder.layers[0].attention, []
+    attention.offsets.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x, position = torch.rand(1, 4, 32), torch.rand(4, 32)
+    attention(x, position, torch.rand(4, 2), x, [(1, 1)] * 4)
+    assert torch.equal(seen[0], x + position)
+
+
+def test_the_weights_of_a_model_are_its_parameters_and_the_statistics_of_its_batch_norms():
+    model = build(backbone="resnet18")
+    others = model.state_dict().keys() - dict(model.named_parameters()).keys()
+    assert {name.rpartition(".")[2] for name in others} == {"running_mean", "running_var", "num_batches_tracked"}
 
 
 # ---- Feature Tokens Extractor (3.2.1) --------------------------------------------------------------------------------
@@ -261,6 +280,18 @@ def test_the_position_of_a_cell_counts_from_1_and_turns_once_over_a_side():
         ((3, 0), slice(4, 6), 1 / 8), ((2, 5), slice(4, 6), 6 / 8), ((0, 3), slice(6, 8), 4 / 8 / 100),
     ]:  # fmt: skip
         close(position[place][channels], torch.tensor([math.sin(math.tau * turns), math.cos(math.tau * turns)]))
+
+
+def test_the_encoder_knows_place_and_level_of_a_token_by_their_sum():
+    model, seen = build(), []
+    model.encoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    model(pictures(1, 3, 64, 64))
+    level = model.encoder.level_embed.repeat_interleave(torch.tensor([64, 16, 4, 1]), 0)
+    assert torch.equal(seen[0], sine_of_grid([(8, 8), (4, 4), (2, 2), (1, 1)], 32, "cpu") + level)
+
+
+def test_the_longest_turn_of_a_position_tends_to_ten_thousand():
+    assert wavelengths(4).tolist() == [1, 100] and wavelengths(8).tolist() == pytest.approx([1, 10, 100, 1000])
 
 
 def test_the_position_token_of_a_box_turns_with_cy_cx_w_and_h():
@@ -661,6 +692,7 @@ def test_eq10_classes_and_boxes_are_float32_even_under_autocast():
 def test_classes_start_at_the_focal_prior_of_one_in_a_hundred():
     out = build(trained=False)(pictures(1, 3, 64, 64))
     assert 0.003 < out["logits"].sigmoid().mean() < 0.03  # the weights around the prior are random
+    close(build(trained=False).det_head.classifier.bias.sigmoid(), torch.full((5,), 0.01), 1e-6)
 
 
 @torch.no_grad()
@@ -751,6 +783,14 @@ def test_the_trace_holds_every_symbol_by_its_name_and_what_is_predicted():
     assert out["trace"].keys() == set(names.split())
     for symbol, name in (("c", "logits"), ("b", "boxes"), ("m", "masks")):
         assert torch.equal(out["trace"][symbol], out[name])
+
+
+@torch.no_grad()
+def test_classes_are_read_from_the_Q_ref_of_the_trace():
+    model = build().eval()
+    out = model(pictures(1, 3, 64, 64), trace=True)
+    assert torch.equal(model.det_head.classifier(model.head_norm(out["trace"]["Q_ref"])), out["logits"])
+    assert "trace" not in model(pictures(1, 3, 64, 64))
 
 
 def test_masks_that_are_given_as_they_are_keep_their_type():
@@ -990,8 +1030,10 @@ def test_run_as_a_program_it_prints_what_each_equation_makes_of_an_image_of_800x
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DIMaskDINO(SMALL).parameters())
     assert head == f"DI-MaskDINO, {parameters:,} parameters, image [1, 3, 800, 1216]"
-    made = [tuple(re.search(r"^(FTE|Eq. \d+) .* (\w+) +(\[.*\]) +[1-9]\d*\.0 ms$", line).groups()) for line in steps]
-    assert made == [
+    made = [re.search(r"^(FTE|Eq. \d+) .* (\w+) +(\[.*\]) +([1-9]\d*)000\.0 ms$", line).groups() for line in steps]
+    assert sum(int(ticks) for *_, ticks in made) <= len(called) / 2  # of two runs
+    assert "F_cnn, T_i: backbone, encoder" in steps[0]
+    assert [tuple(line) for *line, _ in made] == [
         ("FTE", "T_i", "[1, 20197, 32]"),
         ("Eq. 1", "T_s1", "[1, 12, 32]"),
         ("Eq. 2", "T_s1_sa", "[1, 12, 32]"),

@@ -171,7 +171,7 @@ def test_run_lengths_decode_as_pycocotools_decodes_them(height, width, seed, sha
     assert np.array_equal(decode(rle.encode(np.asfortranarray(mask))), mask)
 
 
-@pytest.mark.parametrize("counts", ["\x10", "P", "\x80", "1P"])
+@pytest.mark.parametrize("counts", ["\x10", "P", "\x80", "1P", "p0"])
 def test_run_lengths_that_are_malformed_are_none(counts):
     assert run_lengths(counts) is None
 

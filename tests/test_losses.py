@@ -80,6 +80,25 @@ def test_every_term_of_one_pair_is_what_one_works_out_by_hand():
     assert terms["dice_0"] == pytest.approx(5 * (1 - 1 / (TRAINING.mask_points / 2 + 1)))  # smoothed by 1
 
 
+def test_dice_of_an_object_that_fills_the_image_is_what_one_works_out_by_hand():
+    prediction, targets = one_pair()
+    targets[0]["masks"][:] = True
+    points = TRAINING.mask_points  # at each the mask is half there
+    expected = 5 * (1 - (2 * points / 2 + 1) / (points / 2 + points + 1))
+    assert losses_of(prediction, targets)["dice_0"] == pytest.approx(expected)
+
+
+def test_losses_are_computed_in_float32_under_autocast():
+    prediction, targets = one_pair()
+    prediction["mask_product"] = Masks(torch.rand(1, 1, 4), torch.rand(1, 4, 8, 8))
+    del prediction["masks"]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(0)
+        under = losses_of(prediction, targets)
+    torch.manual_seed(0)
+    assert under == losses_of(prediction, targets)
+
+
 def test_giou_is_torchvisions_but_for_a_millionth_that_is_added_to_union_and_hull():
     a, b = (torchvision.ops.box_convert(torch.rand(50, 4), "cxcywh", "xyxy") for _ in range(2))
     close(giou(a, b), torchvision.ops.generalized_box_iou(a, b).diagonal(), 1e-4)  # areas are hundredths: 1e-6 of them
@@ -282,6 +301,15 @@ def test_so_is_one_without_masks_of_an_image_without_a_name(wrong, source):
     assert str(error.value) == f"matching met a number that is not finite: {source}, in set 7, image 1"
 
 
+def test_an_image_is_reported_by_its_id():
+    targets = objects(2, 1)
+    targets[1]["image_id"] = 4711
+    prediction = perfect(targets, 4, 5)
+    prediction["boxes"][1] = torch.nan
+    with pytest.raises(FloatingPointError, match="image 4711$"):
+        Criterion(TRAINING).match({"0": prediction}, targets)
+
+
 def test_a_target_that_is_not_finite_is_reported():
     targets = objects(2, 1)
     prediction = perfect(targets, 4, 5)
@@ -330,6 +358,10 @@ def test_denoising_fills_as_many_groups_as_fit_and_leaves_other_slots_empty(coun
     assert (denoising.labels >= 0).sum(1).tolist() == [n * groups for n in counts]
 
 
+def test_denoising_queries_are_a_hundred_unless_told_otherwise():
+    assert denoising_queries(objects(1), 5).labels.shape == (1, 100)
+
+
 def test_without_noise_denoising_queries_are_the_objects():
     targets = objects(2, 3)
     denoising = denoising_queries(targets, 5, queries=6, label_noise=0, box_noise=0)
@@ -359,8 +391,8 @@ def test_redrawn_labels_are_of_any_class():
 def test_noised_boxes_stay_in_the_image():
     targets = objects(1)
     targets[0]["boxes"] = torch.tensor([[0.05, 0.9, 0.9, 0.9]])
-    boxes = denoising_queries(targets, 5, queries=1000).boxes_logit.sigmoid()
-    assert boxes.min() < 1e-4 and boxes.max() > 1 - 1e-4  # clamped, not turned away
+    logits = denoising_queries(targets, 5, queries=1000).boxes_logit
+    assert logits.isfinite().all() and logits.sigmoid().min() < 1e-4 and logits.sigmoid().max() > 1 - 1e-4  # clamped
 
 
 def test_denoising_queries_move_to_a_device_together():

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from torch import nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from recipe import Recipe, parameter_groups
 
@@ -79,13 +80,22 @@ def test_weights_decay_but_for_norms_and_embeddings_and_what_is_frozen_does_not_
         "group": nn.GroupNorm(1, 2),
     }
     layers |= {"batch": nn.BatchNorm2d(2), "embed": nn.Embedding(2, 2), "frozen": nn.Linear(2, 2).requires_grad_(False)}
+    swin = ShiftedWindowAttention(4, [2, 2], [0, 0], 2)
     head = nn.Linear(2, 2)
-    model = nn.ModuleDict({"backbone": nn.ModuleDict(layers), "head": head})
-    of = {id(p): (g["weight_decay"], g["base_lr"]) for g in parameter_groups(model, Recipe()) for p in g["params"]}
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({**layers, "swin": swin}), "head": head})
+    groups = parameter_groups(model, Recipe())
+    of = {id(p): (g["weight_decay"], g["base_lr"]) for g in groups for p in g["params"]}
+    assert len(of) == sum(len(g["params"]) for g in groups)  # each once
     found = {name: of.get(id(layer.weight)) for name, layer in layers.items()}
     decayed, plain = (0.05, pytest.approx(1e-5)), (0.0, pytest.approx(1e-5))
     assert found == {
         **{"linear": decayed, "conv": decayed, "layer": plain, "group": plain, "batch": plain, "embed": plain},
         "frozen": None,
     }
+    assert of[id(swin.relative_position_bias_table)] == plain and of[id(swin.qkv.weight)] == decayed
     assert of[id(head.weight)] == of[id(head.bias)] == (0.05, 1e-4)
+
+
+def test_a_schedule_that_nobody_knows_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="^schedule='linear' is not one of steps, cosine$"):
+        Recipe(schedule="linear")

@@ -104,7 +104,7 @@ def test_torchvisions_weights_are_loaded_on_the_cpu_checked_and_without_running_
             OSError("no network"),
             "https://.*pth cannot be downloaded (no network): give the file with --backbone-weights,",
         ),
-        (RuntimeError("bad hash\nmore"), "checkpoints/resnet18-.*pth is damaged (bad hash): delete it, and it is"),
+        (RuntimeError("bad hash\nmore"), "/hub/checkpoints/resnet18-.*pth is damaged (bad hash): delete it, and it is"),
         (EOFError(), "checkpoints/resnet18-.*pth is damaged (EOFError): delete it, and it is"),
     ],
 )
@@ -207,19 +207,19 @@ def loaded(path, model, **known):
     torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config)} | known, path)
     found = load_model(path)
     assert not found.training
-    return found.named, found.classes, found.category_ids, found.test_size, found.trained_on
+    return found.named, found.classes, found.category_ids, found.test_size, found.trained_on, found.trained_files
 
 
 def test_a_loaded_model_knows_its_classes_its_test_size_and_its_data(tmp_path):
-    known = {"classes": list("abcde"), "category_ids": [9, 7, 5, 3, 1], "data": "shapes"}
+    known = {"classes": list("abcde"), "category_ids": [9, 7, 5, 3, 1], "data": "shapes", "files": {"val_json": "a"}}
     found = loaded(tmp_path / "whole.pt", build(), **known, recipe={"test_size": [64, 96]})
-    assert found == (True, list("abcde"), [9, 7, 5, 3, 1], (64, 96), "shapes")
+    assert found == (True, list("abcde"), [9, 7, 5, 3, 1], (64, 96), "shapes", {"val_json": "a"})
 
 
 def test_a_model_of_which_nothing_else_is_known_numbers_its_classes_or_has_those_of_coco(tmp_path):
     found = loaded(tmp_path / "bare.pt", build())
-    assert found == (False, [f"class {i}" for i in range(5)], [0, 1, 2, 3, 4], (800, 1333), None)
-    _, classes, ids, size, data = loaded(tmp_path / "coco.pt", build(num_classes=80))
+    assert found == (False, [f"class {i}" for i in range(5)], [0, 1, 2, 3, 4], (800, 1333), None, {})
+    _, classes, ids, size, data, _ = loaded(tmp_path / "coco.pt", build(num_classes=80))
     assert (classes[0], classes[79], ids[0], ids[79]) == ("person", "toothbrush", 1, 90)
     assert (len(classes), len(ids), size, data) == (80, 80, (800, 1333), "coco")
 
@@ -261,6 +261,13 @@ def test_a_file_that_carries_code_is_refused_and_nothing_of_it_runs(tmp_path, su
         load_weights(build(), file)
     assert suffix == ".pth" or "it asks for posix.mkdir, which is no array" in str(error.value)
     assert not crater.exists()
+
+
+@pytest.mark.parametrize("module, name", [("numpy._core.multiarray", "fromfile"), ("posix", "scalar")])
+def test_a_pickle_may_ask_for_what_makes_arrays_and_for_nothing_beside_it(tmp_path, module, name):
+    (tmp_path / "odd.pkl").write_bytes(f"c{module}\n{name}\n.".encode())
+    with pytest.raises(ValueError, match=f"it asks for {module}.{name}, which is no array"):
+        read_checkpoint(tmp_path / "odd.pkl")
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
