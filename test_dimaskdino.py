@@ -785,6 +785,10 @@ def test_the_trace_holds_every_symbol_by_its_name_and_what_is_predicted():
         assert torch.equal(out["trace"][symbol], out[name])
 
 
+def test_without_denoising_queries_nothing_is_predicted_for_them():
+    assert build()(pictures(1, 3, 64, 64))["denoising"] == []
+
+
 @torch.no_grad()
 def test_classes_are_read_from_the_Q_ref_of_the_trace():
     model = build().eval()

@@ -288,6 +288,15 @@ def test_a_pickle_of_python_2_and_of_an_older_numpy_loads(tmp_path):
     assert read_checkpoint(tmp_path / "text.pkl") == "\xe9"
 
 
+def test_an_error_without_words_is_named_by_its_type(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise EOFError
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match="a.pth cannot be read as weights .*: EOFError$"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a checkpoint"])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "broken.pth").write_bytes(content)
