@@ -273,10 +273,10 @@ class Sample(torch.nn.Module):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
-def test_compiled_graphs_hold_it_whole(path, device):
+@pytest.mark.parametrize("path, backend", [(deform_attn, "inductor"), (deform_attn_pytorch, "aot_eager")])
+def test_compiled_graphs_hold_it_whole(path, backend, device):
     tensors = inputs(dtype=torch.float32, device=device)
-    compiled = torch.compile(Sample(path), fullgraph=True)
+    compiled = torch.compile(Sample(path), fullgraph=True, backend=backend)
     assert_close(
         outputs(lambda value, shapes, *rest: compiled(value, *rest), LEVELS, tensors),
         outputs(path, LEVELS, tensors),
