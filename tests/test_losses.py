@@ -95,7 +95,7 @@ def test_dice_of_an_object_that_fills_the_image_is_what_one_works_out_by_hand(in
 def test_masks_are_multiplied_in_their_own_type_under_autocast(inside):
     prediction, targets = one_pair()
     del prediction["masks"]
-    prediction["mask_product"] = Masks(torch.ones(1, 1, 1), torch.full((1, 1, 8, 8), 1.001))  # 1 in bf16
+    prediction["mask_product"] = Masks(torch.full((1, 1, 2), 0.5), torch.full((1, 2, 8, 8), 1.001))  # 1 in bf16
     with torch.autocast("cpu", torch.bfloat16):
         terms = losses_of(prediction, targets)
     assert terms["mask_0"] == pytest.approx(5 * math.log1p(math.exp(1.001)), rel=1e-5)
