@@ -21,8 +21,10 @@ lint: build  ## check style and format, and change nothing
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 
-test: build  ## run the specification
-	$(PYTHON) -m pytest
+# A file goes to one process, as its tests share what they trained. One thread each: two would wait for one another.
+test: export OMP_NUM_THREADS = 1
+test: build  ## run the specification, in two processes
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 mutants: export OMP_NUM_THREADS = 1
 mutants: build  ## change the program in one place at a time and list what no test notices (hours; SAMPLE=300: a sample)
