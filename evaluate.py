@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import data
 from dimaskdino import postprocess
-from flags import AMP_HELP, add_data_flags, at_least, user_path
+from flags import AMP_HELP, add_data_flags, at_least, files_of, user_path
 from flops import flop_of
 from geometry import shortest_side
 from images import find_images, read_image, upright_rgb
@@ -357,7 +357,7 @@ def main(arguments=None):
 
 def open_data(model, name, args):
     """The validation images to measure on, or to take class names from. Raises ValueError where they do not fit."""
-    files = {flag: path for flag in ("val_json", "image_folder") if (path := getattr(args, flag))}
+    files = files_of(args)
     if not (args.data or args.val_json):
         files = model.trained_files | files
     size = shortest_side(*model.test_size)

@@ -44,6 +44,12 @@ def add_data_flags(add, **data_flag):
     add("--val-json", type=user_path, metavar="FILE", help="COCO json of the validation images, in place of --data")
 
 
+def files_of(args):
+    """{flag: path} of the files that a command line names outright."""
+    flags = ("train_json", "val_json", "image_folder")
+    return {flag: str(path) for flag in flags if (path := getattr(args, flag, None))}
+
+
 # ---- Of training -----------------------------------------------------------------------------------------------------
 
 # What --set may change: every field of Config and Recipe that has no flag of its own.

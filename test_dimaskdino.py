@@ -794,7 +794,10 @@ def test_classes_are_read_from_the_Q_ref_of_the_trace():
     model = build().eval()
     out = model(pictures(1, 3, 64, 64), trace=True)
     assert torch.equal(model.det_head.classifier(model.head_norm(out["trace"]["Q_ref"])), out["logits"])
-    assert "trace" not in model(pictures(1, 3, 64, 64))
+
+
+def test_there_is_no_trace_unless_it_is_asked_for():
+    assert "trace" not in build()(pictures(1, 3, 64, 64))
 
 
 def test_masks_that_are_given_as_they_are_keep_their_type():

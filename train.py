@@ -32,7 +32,7 @@ import data
 from backbones import Norm
 from dimaskdino import DIMaskDINO
 from evaluate import autocast, evaluate
-from flags import choose_config, choose_recipe, parse_training
+from flags import choose_config, choose_recipe, files_of, parse_training
 from geometry import AUGMENTATIONS, shortest_side
 from log import Log, counted, describe
 from losses import Criterion, denoising_queries
@@ -58,18 +58,12 @@ from processes import (
 from recipe import parameter_groups
 from weights import imagenet, load_weights, read_checkpoint
 
-FILES = ("train_json", "val_json", "image_folder")  # flags
 LOG_EVERY = 50  # steps
 MOST_SKIPPED = 30  # steps in a row; fp16's scale then is a billionth of its first
 SAVE_EVERY = 1000  # steps, beside the end of each epoch
 
 
 # ---- Building a run --------------------------------------------------------------------------------------------------
-
-
-def files_of(args):
-    """{flag: path} of the files that the command line names outright."""
-    return {flag: str(path) for flag in FILES if (path := getattr(args, flag))}
 
 
 def open_data(args, recipe):

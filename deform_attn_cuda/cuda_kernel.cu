@@ -138,9 +138,9 @@ struct Pair {
 template <typename A>
 struct Point {
   Corners<unsigned> tokens;
-  Corners<A> counts;   // weight * share of the line * share of the column
-  A weight, dx, dy;  // how far it lies right of and below the top left corner
-  int inside;        // bit k: corner k is inside of the level
+  Corners<A> counts;  // weight * share of the line * share of the column
+  A weight, dx, dy;   // how far it lies right of and below the top left corner
+  int inside;         // bit k: corner k is inside of the level
 };
 
 __device__ __forceinline__ const Level& level_of(const CudaProblem& problem, int point) {
@@ -561,8 +561,10 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
           grad_offsets[point].y = y * scale.y + (begin > 0 ? grad_offsets[point].y : 0);
           by_reference[0] += by_centre.x;
           by_reference[1] += by_centre.y;
-          by_reference[2] += by_centre.x * __ldg(&pair.offsets[point].x);
-          by_reference[3] += by_centre.y * __ldg(&pair.offsets[point].y);
+          if (problem.boxes) {
+            by_reference[2] += by_centre.x * __ldg(&pair.offsets[point].x);
+            by_reference[3] += by_centre.y * __ldg(&pair.offsets[point].y);
+          }
         }
       }
 

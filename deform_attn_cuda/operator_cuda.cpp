@@ -27,8 +27,8 @@ CudaProblem problem_of(const Tensor& value, IntArrayRef level_shapes, const Tens
   TORCH_CHECK_VALUE(L <= MAX_LEVELS, "deform_attn: level_shapes hold ", L, " levels, the CUDA kernel takes ",
                     MAX_LEVELS);
   TORCH_CHECK_VALUE(B <= MAX_BLOCKS && h <= MAX_BLOCKS && h * c < limit && P <= 4096 && B * h * (Q + 1) < limit &&
-                    B * N * h < limit && N * h * c < 8 * limit, "deform_attn: value ", value.sizes(), " with offsets ", offsets.sizes(),
-                    " is too large for the CUDA kernel");
+                    B * N * h < limit && N * h * c < 8 * limit, "deform_attn: value ", value.sizes(), " with offsets ",
+                    offsets.sizes(), " is too large for the CUDA kernel");
   const int64_t sizes[] = {B, N, h, c, Q, L, P, reference.dim() == 3};
   return deform_attn::problem_of(sizes, level_shapes.data());
 }

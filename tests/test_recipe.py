@@ -80,9 +80,8 @@ def test_weights_decay_but_for_norms_and_embeddings_and_what_is_frozen_does_not_
         "group": nn.GroupNorm(1, 2),
     }
     layers |= {"batch": nn.BatchNorm2d(2), "embed": nn.Embedding(2, 2), "frozen": nn.Linear(2, 2).requires_grad_(False)}
-    swin = ShiftedWindowAttention(4, [2, 2], [0, 0], 2)
-    head = nn.Linear(2, 2)
-    model = nn.ModuleDict({"backbone": nn.ModuleDict({**layers, "swin": swin}), "head": head})
+    swin, head = ShiftedWindowAttention(4, [2, 2], [0, 0], 2), nn.Linear(2, 2)
+    model = nn.ModuleDict({"backbone": nn.ModuleDict(layers | {"swin": swin}), "head": head})
     groups = parameter_groups(model, Recipe())
     of = {id(p): (g["weight_decay"], g["base_lr"]) for g in groups for p in g["params"]}
     assert len(of) == sum(len(g["params"]) for g in groups)  # each once
