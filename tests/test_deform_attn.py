@@ -564,10 +564,16 @@ def test_the_cuda_source_takes_more_channels_than_a_warp_holds_at_once(cuda_on_c
 
 
 def test_what_a_block_of_queries_adds_to_a_token_it_adds_once(cuda_on_cpu):
-    value, reference, offsets, logits = inputs([(6, 9)], B=1, Q=128, h=1, c=32, P=1, dtype=torch.float32)
-    reference.data.fill_(0.4)
-    tensors = value, reference, torch.zeros_like(offsets).requires_grad_(), logits
-    assert_close(cuda_on_cpu([(6, 9)], tensors), outputs(deform_attn_pytorch, [(6, 9)], tensors), 1e-5)
+    level_shapes, middle = [(8, 8)], 3.25 / 8  # weights of 1/4 and 3/4, upstream in whole numbers: sums are exact
+    value, reference, offsets, logits = inputs(level_shapes, B=1, Q=128, h=1, c=32, P=1, dtype=torch.float32)
+    reference.data.fill_(middle)
+    offsets.data.zero_()
+    tensors = value, reference, offsets, logits
+    upstream = torch.arange(128.0 * 32).remainder(13).sub(6).view(1, 128, 32)
+    actual = cuda_on_cpu(level_shapes, tensors, lambda _: upstream)
+    expected = outputs(deform_attn_pytorch, level_shapes, tensors, lambda _: upstream)
+    assert_close(actual, expected, 1e-5)
+    assert torch.equal(actual[1], expected[1])
     blocks, corners, of_references = 128 // 64, 4, 128 * 2
     assert cuda_on_cpu.numbers_added == blocks * corners * 32 + of_references
 
