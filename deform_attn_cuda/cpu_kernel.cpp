@@ -3,14 +3,29 @@
 // Of one query and head, `locate` computes all points at once: the tokens of their four corners and what each corner
 // counts. Then the rows of those tokens, c channels in a row of memory, are read in vectors. A corner outside its
 // level counts nothing and reads the level's first token, so there are no branches; a location that is not a number
-// makes every corner count NaN.
+// makes every corner count NaN. No vector is wider than a register, but for doubles, which serve tests of gradients:
+// compilers take wider ones apart, number by number.
+#include <algorithm>
+#include <utility>
+
 #include "cpu_kernel.h"
 
 namespace deform_attn {
 namespace {
 
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64;  // bytes
+#elif defined(__AVX__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+template <typename A>
+constexpr int WIDEST = std::max<int>(4, REGISTER / sizeof(A));
+
 template <typename T, int LANES>
 struct VectorOf {
+  static_assert(sizeof(T) * LANES <= REGISTER || sizeof(T) == 8, "wider than a register, so slow");
   typedef T type __attribute__((vector_size(sizeof(T) * LANES)));
 };
 template <typename T, int LANES>
@@ -51,35 +66,30 @@ inline Vector<T, 4> lane_sums(Vector<T, 4> a, Vector<T, 4> b, Vector<T, 4> c, Ve
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-template <typename T>
-inline Vector<T, 4> fold(Vector<T, 4> v) { return v; }
-template <typename T>
-inline Vector<T, 4> fold(Vector<T, 8> v) {
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+// The two halves of a vector, added.
+template <typename V, int... I>
+inline auto halved(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, int(sizeof...(I)) + I...);
 }
-template <typename T>
-inline Vector<T, 4> fold(Vector<T, 16> v) {
-  return fold<T>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+
+// A vector of any number of lanes, halved until it has four of them.
+template <typename T, typename V>
+inline Vector<T, 4> fold(V v) {
+  constexpr int LANES = sizeof(V) / sizeof(T);
+  if constexpr (LANES == 1) return Vector<T, 4>{v[0], 0, 0, 0};
+  else if constexpr (LANES == 4) return v;
+  else return fold<T>(halved(v, std::make_integer_sequence<int, LANES / 2>()));
 }
-template <typename T>
-inline Vector<T, 4> fold(Vector<T, 1> v) { return Vector<T, 4>{v[0], 0, 0, 0}; }
 
 template <typename A> struct IntegerOf { using type = int32_t; };
 template <> struct IntegerOf<double> { using type = int64_t; };
 
 // The even elements of 2 * LANES numbers in a row, and the odd ones.
-template <typename A>
-inline void split_pairs(const A* pairs, Vector<A, 4>& even, Vector<A, 4>& odd) {
-  const auto a = load<4>(pairs), b = load<4>(pairs + 4);
-  even = __builtin_shufflevector(a, b, 0, 2, 4, 6);
-  odd = __builtin_shufflevector(a, b, 1, 3, 5, 7);
-}
-template <typename A>
-inline void split_pairs(const A* pairs, Vector<A, 16>& even, Vector<A, 16>& odd) {
-  const auto a = load<16>(pairs), b = load<16>(pairs + 16);
-  even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+template <typename A, typename Real, int... I>
+inline void split_pairs(const A* pairs, Real& even, Real& odd, std::integer_sequence<int, I...>) {
+  const Real a = load<sizeof...(I)>(pairs), b = load<sizeof...(I)>(pairs + sizeof...(I));
+  even = __builtin_shufflevector(a, b, 2 * I...);
+  odd = __builtin_shufflevector(a, b, 2 * I + 1 ...);
 }
 
 // Where a query looks from: its centre, how many cells an offset of 1 is, and how much of a level's W and H.
@@ -121,17 +131,26 @@ struct Points {
 
   template <bool DERIVATIVES>
   void locate(const Reference<A>& reference, const A* offsets, const A* weights, int count) {
-    using Real = Vector<A, GROUP>;
-    using Whole = Vector<Integer, GROUP>;
     for (int p = 0; p < count && count < GROUP; ++p) {  // do not read beyond the end
       offset[2 * p] = offsets[2 * p];
       offset[2 * p + 1] = offsets[2 * p + 1];
       weight[p] = weights[p];
     }
+    constexpr int LANES = std::min<int>(GROUP, WIDEST<A>);
+    for (int first = 0; first < count; first += LANES)
+      locate_together<DERIVATIVES, LANES>(reference, (count < GROUP ? offset : offsets) + 2 * first,
+                                          (count < GROUP ? weight : weights) + first, first);
+  }
+
+  // Of the points [first, first + LANES) of the group.
+  template <bool DERIVATIVES, int LANES>
+  void locate_together(const Reference<A>& reference, const A* offsets, const A* weights, int first) {
+    using Real = Vector<A, LANES>;
+    using Whole = Vector<Integer, LANES>;
     Real x, y;
-    split_pairs(count < GROUP ? offset : offsets, x, y);
-    const Real w = load<GROUP>(count < GROUP ? weight : weights), zero = {};
-    const Whole W = load<GROUP>(width), H = load<GROUP>(height), origin = load<GROUP>(start);
+    split_pairs(offsets, x, y, std::make_integer_sequence<int, LANES>());
+    const Real w = load<LANES>(weights), zero = {};
+    const Whole W = load<LANES>(width + first), H = load<LANES>(height + first), origin = load<LANES>(start + first);
     const Real W_real = __builtin_convertvector(W, Real), H_real = __builtin_convertvector(H, Real);
     const Real cells_x = W_real * reference.width + reference.cells;
     const Real cells_y = H_real * reference.height + reference.cells;
@@ -149,36 +168,37 @@ struct Points {
     const Real share_left = (has_left ? 1 - dx : zero) + nan_x, share_right = (has_right ? dx : zero) + nan_x;
     const Real share_top = (has_top ? 1 - dy : zero) + nan_y, share_bottom = (has_bottom ? dy : zero) + nan_y;
     const Whole token_top = line * W + column, token_bottom = token_top + W;
-    store<GROUP>(token[0], origin + (has_top & has_left & token_top));
-    store<GROUP>(token[1], origin + (has_top & has_right & (token_top + 1)));
-    store<GROUP>(token[2], origin + (has_bottom & has_left & token_bottom));
-    store<GROUP>(token[3], origin + (has_bottom & has_right & (token_bottom + 1)));
-    store<GROUP>(corner[0], w * share_top * share_left);
-    store<GROUP>(corner[1], w * share_top * share_right);
-    store<GROUP>(corner[2], w * share_bottom * share_left);
-    store<GROUP>(corner[3], w * share_bottom * share_right);
+    store<LANES>(token[0] + first, origin + (has_top & has_left & token_top));
+    store<LANES>(token[1] + first, origin + (has_top & has_right & (token_top + 1)));
+    store<LANES>(token[2] + first, origin + (has_bottom & has_left & token_bottom));
+    store<LANES>(token[3] + first, origin + (has_bottom & has_right & (token_bottom + 1)));
+    store<LANES>(corner[0] + first, w * share_top * share_left);
+    store<LANES>(corner[1] + first, w * share_top * share_right);
+    store<LANES>(corner[2] + first, w * share_bottom * share_left);
+    store<LANES>(corner[3] + first, w * share_bottom * share_right);
     if constexpr (DERIVATIVES) {
-      store<GROUP>(left, share_left);
-      store<GROUP>(right, share_right);
-      store<GROUP>(top, share_top);
-      store<GROUP>(bottom, share_bottom);
-      store<GROUP>(left_x, has_left ? zero - 1 : zero);
-      store<GROUP>(right_x, has_right ? zero + 1 : zero);
-      store<GROUP>(top_y, has_top ? zero - 1 : zero);
-      store<GROUP>(bottom_y, has_bottom ? zero + 1 : zero);
-      store<GROUP>(scale_x, cells_x);
-      store<GROUP>(scale_y, cells_y);
+      store<LANES>(left + first, share_left);
+      store<LANES>(right + first, share_right);
+      store<LANES>(top + first, share_top);
+      store<LANES>(bottom + first, share_bottom);
+      store<LANES>(left_x + first, has_left ? zero - 1 : zero);
+      store<LANES>(right_x + first, has_right ? zero + 1 : zero);
+      store<LANES>(top_y + first, has_top ? zero - 1 : zero);
+      store<LANES>(bottom_y + first, has_bottom ? zero + 1 : zero);
+      store<LANES>(scale_x + first, cells_x);
+      store<LANES>(scale_y + first, cells_y);
     }
   }
 };
 
 // Calls visit.operator()<LANES, VECTORS>(channel) for blocks of LANES * VECTORS channels that make up c.
-template <typename Visit>
+template <typename A, typename Visit>
 inline void for_channels(int64_t c, Visit visit) {
   int64_t channel = 0;
-  for (; channel + 32 <= c; channel += 32) visit.template operator()<16, 2>(channel);
-  for (; channel + 16 <= c; channel += 16) visit.template operator()<16, 1>(channel);
-  for (; channel + 8 <= c; channel += 8) visit.template operator()<8, 1>(channel);
+  constexpr auto lanes = [](int channels) { return std::min<int>(channels, WIDEST<A>); };
+  for (; channel + 32 <= c; channel += 32) visit.template operator()<lanes(32), 32 / lanes(32)>(channel);
+  for (; channel + 16 <= c; channel += 16) visit.template operator()<lanes(16), 16 / lanes(16)>(channel);
+  for (; channel + 8 <= c; channel += 8) visit.template operator()<lanes(8), 8 / lanes(8)>(channel);
   for (; channel + 4 <= c; channel += 4) visit.template operator()<4, 1>(channel);
   for (; channel < c; ++channel) visit.template operator()<1, 1>(channel);
 }
@@ -196,8 +216,9 @@ void forward(const Problem& problem, const V* value, const A* references, const 
     const int64_t row = (image * problem.Q + query) * problem.h + head;
     const Reference<A> reference(problem, references, image, query);
     points.template locate<false>(reference, offsets + 2 * row * all, weights + row * all, first_count);
-    for_channels(problem.c, [&]<int LANES, int VECTORS>(int64_t channel) {
-      Vector<A, LANES> sum[4][VECTORS] = {};
+    for_channels<A>(problem.c, [&]<int LANES, int VECTORS>(int64_t channel) {
+      constexpr int SUMS = std::clamp(8 / VECTORS, 1, 4);  // as many as registers hold: sums need not wait for each other
+      Vector<A, LANES> sum[SUMS][VECTORS] = {};
       for (int64_t group = 0; group < all; group += GROUP) {
         const int count = int(all - group < GROUP ? all - group : GROUP);
         if (all > GROUP) {
@@ -208,10 +229,13 @@ void forward(const Problem& problem, const V* value, const A* references, const 
         for (int p = 0; p < count; ++p)
           for (int k = 0; k < 4; ++k)
             for (int j = 0; j < VECTORS; ++j)
-              sum[k][j] += load<LANES>(value + points.token[k][p] * stride + channel + j * LANES) * points.corner[k][p];
+              sum[k % SUMS][j] += load<LANES>(value + points.token[k][p] * stride + channel + j * LANES) * points.corner[k][p];
       }
-      for (int j = 0; j < VECTORS; ++j)
-        store<LANES>(output + row * problem.c + channel + j * LANES, (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]));
+      for (int j = 0; j < VECTORS; ++j) {
+        for (int half = SUMS / 2; half > 0; half /= 2)
+          for (int k = 0; k < half; ++k) sum[k][j] += sum[k + half][j];
+        store<LANES>(output + row * problem.c + channel + j * LANES, sum[0][j]);
+      }
     });
   }
 }
@@ -239,7 +263,7 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
       const int count = int(P - group < GROUP ? P - group : GROUP);
       points.template locate<true>(reference, offsets + 2 * at, weights + at, count);
       Vector<A, 4> dot[GROUP] = {};  // grad_output . value of each corner
-      for_channels(c, [&]<int LANES, int VECTORS>(int64_t channel) {
+      for_channels<A>(c, [&]<int LANES, int VECTORS>(int64_t channel) {
         Vector<A, LANES> grad[VECTORS];
         for (int j = 0; j < VECTORS; ++j) grad[j] = load<LANES>(grad_output + row * c + channel + j * LANES);
         for (int p = 0; p < count; ++p) {
