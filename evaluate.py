@@ -55,6 +55,7 @@ from processes import (
     rank_and_world,
     samples,
     say,
+    warn_of_emulation,
     workers_for,
 )
 from weights import load_model
@@ -333,6 +334,7 @@ def main(arguments=None):
             args.workers = workers_for(device)
         model = load_model(args.ckpt, device)
         args.amp = args.amp or amp_for(device, model.config.backbone)
+        warn_of_emulation(device, args.amp)
         model.test_size = args.test_size or model.test_size
         name = args.val_json or args.data or (None if args.images else model.trained_on)
         dataset = open_data(model, name, args) if name else None

@@ -191,9 +191,19 @@ def workers_for(device: torch.device) -> int:
 def amp_for(device: torch.device, backbone: str) -> str:
     """The type of autocast unless somebody says otherwise: bf16 on a GPU, and on a CPU with instructions for it unless
     the backbone is "tiny", whose products are too small to gain from them."""
+    return "bf16" if device.type == "cuda" or (backbone != "tiny" and not emulates(device, "bf16")) else "off"
+
+
+def emulates(device: torch.device, amp: str) -> bool:
+    """Whether this is a CPU without instructions for the type of autocast: it takes many times as long then."""
     cpu = torch.cpu.get_capabilities()
-    fast = backbone != "tiny" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    return "bf16" if device.type == "cuda" or fast else "off"
+    return device.type == "cpu" and amp != "off" and not (cpu.get(f"avx512_{amp}") or cpu.get(f"amx_{amp}"))
+
+
+def warn_of_emulation(device: torch.device, amp: str) -> None:
+    """Say so where the CPU emulates the type of autocast."""
+    if emulates(device, amp):
+        say(f"warning: this CPU has no instructions for {amp} and emulates it, very slowly: --amp off is faster")
 
 
 def keep_working(worker: int) -> None:

@@ -53,6 +53,7 @@ from processes import (
     say,
     share_statistics,
     stop,
+    warn_of_emulation,
     workers_for,
 )
 from recipe import parameter_groups
@@ -422,6 +423,7 @@ def train(args):
     run = on_every_rank(partial(Run, args, device))
     on_every_rank(partial(args.out.mkdir, parents=True, exist_ok=True))
     describe(run)
+    warn_of_emulation(device, args.amp)
     if dist.is_initialized():
         run.parallel = nn.parallel.DistributedDataParallel(run.model, device_ids=[device] if on_gpu else None)
     log, interruption = Log(run), Interruption()

@@ -70,6 +70,7 @@ def test_the_released_model_works_under_the_autocast_of_a_gpu():
 
 def test_the_table_has_every_row_and_the_json_its_operators(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "PHOTO", (64, 96))
+    monkeypatch.setattr(benchmark, "emulates", lambda *_: False)
     flags = "--preset tiny --image-size 64 --batch-size 1 --repeats 1 --device cpu"
     benchmark.main([*flags.split(), "--json", str(tmp_path / "figures.json")])
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
@@ -82,6 +83,12 @@ def test_the_table_has_every_row_and_the_json_its_operators(tmp_path, capsys, mo
     for row in figures["rows"]:
         assert row["operators"] == sum(row["operators_by_name"].values()) > 0
         assert row["seconds"] > 0
+
+
+def test_bf16_is_left_out_where_the_cpu_emulates_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert {case.amp for case in benchmark.cases_of(benchmark.parse_arguments(["--device", "cpu"]))} == {"off"}
+    assert {case.amp for case in benchmark.cases_of(benchmark.parse_arguments(["--device", "cuda"]))} == {"off", "bf16"}
 
 
 def test_against_grid_sample_every_row_has_a_partner_that_calls_no_kernel():

@@ -26,7 +26,7 @@ from dimaskdino import Config, DIMaskDINO, postprocess
 from flops import flop_of
 from geometry import identity
 from pictures import draw, draw_dataset
-from processes import amp_for
+from processes import amp_for, warn_of_emulation
 from small_runs import exit_code, log_of, same, train_in, write_images
 from weights import load_model, read_checkpoint
 
@@ -271,6 +271,32 @@ def test_of_all_layers_results_only_one_layers_are_held_at_a_time(folder, traine
 def test_autocast_is_bf16_where_it_pays(device, backbone, instructions, amp, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
     assert amp_for(torch.device(device), backbone) == amp
+
+
+@pytest.mark.parametrize(
+    "device, amp, instructions, warned",
+    [
+        ("cpu", "bf16", (), True),
+        ("cpu", "bf16", ("avx512_fp16",), True),
+        ("cpu", "fp16", ("avx512_bf16", "amx_bf16"), True),
+        ("cpu", "fp16", ("amx_fp16",), False),
+        ("cpu", "bf16", ("avx512_bf16",), False),
+        ("cpu", "off", (), False),
+        ("cuda", "bf16", (), False),
+    ],
+)
+def test_who_asks_a_cpu_for_numbers_that_it_emulates_is_warned(device, amp, instructions, warned, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    warn_of_emulation(torch.device(device), amp)
+    assert (f"no instructions for {amp}" in capsys.readouterr().out) == warned
+
+
+def test_training_and_evaluation_warn_of_emulation(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert train_in(folder, tmp_path / "run", "--amp", "bf16") == 0
+    assert capsys.readouterr().out.count("no instructions for bf16") == 1
+    assert run(tmp_path / "run" / "last.pt", "--data", folder, "--amp", "bf16", "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("no instructions for bf16") == 1
 
 
 def test_whoever_does_not_say_gets_the_autocast_that_pays(folder, trained, model, tmp_path, monkeypatch, capsys):
