@@ -553,8 +553,8 @@ class DIMaskDINO(nn.Module):
         selection: that of the k1 tokens of the first selection;
         interaction: those of each token interaction layer, without masks;
         denoising: those of the denoising queries, layer by layer, or an empty list;
-        trace: if asked for, T_i, T_s1, T_s1_sa, T_s2, Q_bal, T_g_mask, T_g_box, T_g, T_bal, Q_ref, F_cnn, their box_*,
-            the predictions c, b, m, and the selections' index_1, index_2, counted in T_i, and scores_1, scores_2.
+        trace: if asked for, what this model has of T_i, T_s1, T_s1_sa, T_s2, Q_bal, T_g_mask, T_g_box, T_g, T_bal,
+            Q_ref, F_cnn, their box_*, c, b, m, and the selections' index_1, index_2, counted in T_i, scores_1, scores_2.
     """
 
     def __init__(self, config):

@@ -150,7 +150,7 @@ def describe(run):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     recipe, classes, config = run.recipe, run.train_set.classes, run.config
     kernel = deform_attn_cuda.status(device.type)
-    deform_attn_cuda._said.add(kernel)  # or the operator's first call would say it again
+    deform_attn_cuda.SAID.add(kernel)
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     say(
         f"device: {name}{f' x {world}' if world > 1 else ''}, autocast {run.args.amp}\n"

@@ -418,7 +418,7 @@ def train(args):
     on_gpu = device.type == "cuda"
     args.workers = workers_for(device) if args.workers is None else args.workers
     if args.check:
-        return on_every_rank(partial(check_data, args))
+        return on_every_rank(lambda: rank_and_world()[0] or check_data(args))
     on_every_rank(lambda: rank_and_world()[0] or try_output(args.out))
     run = on_every_rank(partial(Run, args, device))
     on_every_rank(partial(args.out.mkdir, parents=True, exist_ok=True))
@@ -466,7 +466,7 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     print_anything()
     args = parse_training(arguments, __doc__.split("\n")[0])
-    if args.gpus > 1 and must_launch(args.gpus):
+    if args.gpus > 1 and not args.check and must_launch(args.gpus):  # to read all files, one process is enough
         if args.device != "cpu" and args.gpus > torch.cuda.device_count():
             stop(f"this machine has {torch.cuda.device_count()} GPUs, not {args.gpus}; --device cpu goes without", 2)
         sys.exit(launch(__file__, arguments, args.gpus))

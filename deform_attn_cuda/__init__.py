@@ -140,13 +140,14 @@ def _compiled(device, dtype):
     if (device, dtype) not in _paths:
         _paths[device, dtype] = not _why_not(device, dtype)
         line = status(device, dtype)
-        if line not in _said:
-            _said.add(line)
+        if line not in SAID:
+            SAID.add(line)
             print(line, file=sys.stderr)
     return _paths[device, dtype]
 
 
-_paths, _said = {}, set()
+_paths = {}
+SAID = set()  # lines of `status` that need not be said again
 
 
 def sources_digest():

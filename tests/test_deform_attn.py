@@ -702,7 +702,7 @@ def test_deterministic_algorithms_are_asked_for_in_vain():
 
 def test_the_first_use_says_once_which_path_runs(capsys, monkeypatch):
     monkeypatch.setattr(deform_attn_cuda, "_paths", {})
-    monkeypatch.setattr(deform_attn_cuda, "_said", set())
+    monkeypatch.setattr(deform_attn_cuda, "SAID", set())
     value, *others = inputs(dtype=torch.float32)
     for _ in range(2):
         deform_attn(value, LEVELS, *others)

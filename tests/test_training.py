@@ -319,6 +319,12 @@ def test_images_with_more_objects_than_queries_are_counted_with_the_setting(fold
     assert "4 training images have more objects than the model has queries (2)" in said and "selection" in said
 
 
+def test_to_check_the_data_takes_one_process(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "launch", None)
+    assert train_in(folder, tmp_path, "--check", "--gpus", "4") == 0
+    assert "is sound" in capsys.readouterr().out
+
+
 def test_a_folder_with_a_single_json_trains_and_holds_images_out(folder, tmp_path, capsys):
     files = "--train-json", folder / "annotations" / "instances_train.json", "--image-folder", folder / "train"
     assert exit_code(train.main, [*SMALL, *map(str, files), "--out", str(tmp_path)]) == 0
