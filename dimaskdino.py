@@ -554,7 +554,7 @@ class DIMaskDINO(nn.Module):
         interaction: those of each token interaction layer, without masks;
         denoising: those of the denoising queries, layer by layer, or an empty list;
         trace: if asked for, what this model has of T_i, T_s1, T_s1_sa, T_s2, Q_bal, T_g_mask, T_g_box, T_g, T_bal,
-            Q_ref, F_cnn, their box_*, c, b, m, and the selections' index_1, index_2, counted in T_i, scores_1, scores_2.
+            Q_ref, F_cnn, their box_*, c, b, m, the selections' index_1, index_2, counted in T_i, scores_1, scores_2.
     """
 
     def __init__(self, config):
