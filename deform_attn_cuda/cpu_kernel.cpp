@@ -217,7 +217,7 @@ void forward(const Problem& problem, const V* value, const A* references, const 
     const Reference<A> reference(problem, references, image, query);
     points.template locate<false>(reference, offsets + 2 * row * all, weights + row * all, first_count);
     for_channels<A>(problem.c, [&]<int LANES, int VECTORS>(int64_t channel) {
-      constexpr int SUMS = std::clamp(8 / VECTORS, 1, 4);  // as many as registers hold: sums need not wait for each other
+      constexpr int SUMS = std::clamp(8 / VECTORS, 1, 4);  // they need not wait for each other, and fit into registers
       Vector<A, LANES> sum[SUMS][VECTORS] = {};
       for (int64_t group = 0; group < all; group += GROUP) {
         const int count = int(all - group < GROUP ? all - group : GROUP);
@@ -228,8 +228,10 @@ void forward(const Problem& problem, const V* value, const A* references, const 
         }
         for (int p = 0; p < count; ++p)
           for (int k = 0; k < 4; ++k)
-            for (int j = 0; j < VECTORS; ++j)
-              sum[k % SUMS][j] += load<LANES>(value + points.token[k][p] * stride + channel + j * LANES) * points.corner[k][p];
+            for (int j = 0; j < VECTORS; ++j) {
+              const int64_t element = points.token[k][p] * stride + channel + j * LANES;
+              sum[k % SUMS][j] += load<LANES>(value + element) * points.corner[k][p];
+            }
       }
       for (int j = 0; j < VECTORS; ++j) {
         for (int half = SUMS / 2; half > 0; half /= 2)
