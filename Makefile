@@ -9,10 +9,6 @@ build:     ## install requirements.txt and compile the deformable attention oper
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(PYTHON) -m deform_attn_cuda.build
 
-# glibc would give the memory of each step back to the system and ask for it again: keeping it is a fifth faster.
-demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
-demo: export MALLOC_TRIM_THRESHOLD_ = 1073741824
-demo: export MALLOC_TOP_PAD_ = 268435456
 demo: build  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (12 minutes, 2 cores)
 	$(PYTHON) train.py --data shapes --preset tiny --out runs/demo --resume
 	$(PYTHON) evaluate.py --ckpt runs/demo/last.pt --draw 12 --json runs/demo/metrics.json

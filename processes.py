@@ -5,8 +5,10 @@ Everything here also works in a single process that nobody launched: it is then 
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -68,10 +70,21 @@ def join(device: str | None) -> torch.device:
         )
     if device == "cuda":
         torch.cuda.set_device(local_rank)
+    else:
+        keep_memory()
     if launched_processes() > 1:
         # gloo carries what lives on the CPU, so that small decisions never wait for the GPU.
         dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+
+
+def keep_memory() -> None:
+    """Let glibc keep what is freed. It would give the memory of each step back to the system and ask for it again."""
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**28)):
+            libc.mallopt(parameter, size)
 
 
 def launched_processes() -> int:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -125,6 +126,21 @@ def test_gpus_are_refused_where_a_launcher_has_started_another_number(monkeypatc
         monkeypatch.setenv(name, value)
     assert exit_code(train.main, ["--gpus", "4", "--device", "cpu"]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_a_process_on_a_cpu_keeps_the_memory_that_a_step_frees():
+    program = """if True:
+        import resource, torch, processes
+        processes.join("cpu")
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            tensors = [torch.ones(2**21) for _ in range(10)]
+            del tensors
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    ended = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 1000  # page faults; 80 MB are 20,480 pages of 4 KB
 
 
 def test_one_process_joins_nobody_whatever_a_cluster_has_set(monkeypatch):
