@@ -3,8 +3,8 @@
 // Of one query and head, `locate` computes as many points at once as a register holds: the tokens of their four corners
 // and what each corner counts. Then the rows of those tokens, c channels in a row of memory, are read in vectors. A
 // corner outside its level counts nothing and reads the level's first token, so there are no branches; a location that
-// is not a number makes every corner count NaN. No vector is wider than a register, but for doubles, which serve tests of gradients:
-// compilers take wider ones apart, number by number.
+// is not a number makes every corner count NaN. No vector is wider than a register, but for doubles, which serve tests
+// of gradients: compilers take wider ones apart, number by number.
 #include <algorithm>
 #include <utility>
 
