@@ -1,12 +1,15 @@
-# Every target does all the set-up it needs; PYTHON chooses the environment it is done in.
+# Every target does all the set-up it needs; PYTHON chooses the environment it is done in. Installing compiles no
+# bytecode, which takes half a minute for PyTorch: Python keeps that of what is imported, if nothing forbids it.
 PYTHON ?= python
+PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help build demo lint test mutants clean
 help:      ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/ -/'
 
 build:     ## install requirements.txt and compile the deformable attention operator
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	$(PYTHON) -m deform_attn_cuda.build
 
 demo: build  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (12 minutes, 2 cores)
@@ -24,7 +27,7 @@ test: build  ## run the specification, in two processes
 
 mutants: export OMP_NUM_THREADS = 1
 mutants: build  ## change the program in one place at a time and list what no test notices (hours; SAMPLE=300: a sample)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check mutmut==3.8.1
+	$(PIP) mutmut==3.8.1
 	$(PYTHON) -m tests.mutants "$(or $(MUTANTS),*)" $(if $(SAMPLE),--sample $(SAMPLE))
 
 clean:     ## remove the compiled operator, caches, and nothing that was trained or downloaded

@@ -476,13 +476,15 @@ def main(arguments=None):
             print(text(row))
             if args.operators:
                 print("   ", ", ".join(f"{number} {name}" for name, number in row["operators_by_name"].items()))
-        head["graphs"] = ["CUDA graphs and torch.compile: no GPU, skipped"]
         if device.type == "cuda":
             plain = [case for case in cases if case.name == "inference" and case.path == "kernel"]
-            head["graphs"] = [x for c in plain for x in captured_and_compiled(c, runs[c.model], args.repeats)]
-        print("", *head["graphs"], sep="\n")
+            remarks = [x for c in plain for x in captured_and_compiled(c, runs[c.model], args.repeats)]
+        else:
+            remarks = ["CUDA graphs and torch.compile: no GPU, skipped"]
         if emulates(device, "bf16"):
-            print("bf16: this CPU has no instructions for it, skipped")
+            remarks.append("bf16: this CPU has no instructions for it, skipped")
+        print("", *remarks, sep="\n")
+        head["remarks"] = remarks
     if args.json:
         args.json.write_text(json.dumps(head | {"rows": rows}, indent=1))
 

@@ -109,7 +109,7 @@ class CocoDataset(Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, record["id"]))
         geometry = self.geometry(rng, record["width"], record["height"])
         picture = geometry.image(read_record(self.folder, record))
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous(), geometry
+        return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy()), geometry
 
     def __getitem__(self, index):
         image_id = self.image_ids[index]

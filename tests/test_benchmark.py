@@ -74,7 +74,8 @@ def test_the_table_has_every_row_and_the_json_its_operators(tmp_path, capsys, mo
     flags = "--preset tiny --image-size 64 --batch-size 1 --repeats 1 --device cpu"
     benchmark.main([*flags.split(), "--json", str(tmp_path / "figures.json")])
     printed, figures = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
-    assert flags in printed and torch.__version__ in printed and "no GPU, skipped" in printed
+    assert flags in printed and torch.__version__ in printed
+    assert all(remark in printed for remark in figures["remarks"]) and "no GPU, skipped" in figures["remarks"][0]
     lines = [line.split() for line in printed.splitlines() if " tiny " in line][1:]  # after the command
     assert len(figures["rows"]) == len(lines) == 9
     for amp in ("fp32", "bf16"):
@@ -85,10 +86,13 @@ def test_the_table_has_every_row_and_the_json_its_operators(tmp_path, capsys, mo
         assert row["seconds"] > 0
 
 
-def test_bf16_is_left_out_where_the_cpu_emulates_it(monkeypatch):
+def test_bf16_is_left_out_where_the_cpu_emulates_it_and_the_json_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert {case.amp for case in benchmark.cases_of(benchmark.parse_arguments(["--device", "cpu"]))} == {"off"}
     assert {case.amp for case in benchmark.cases_of(benchmark.parse_arguments(["--device", "cuda"]))} == {"off", "bf16"}
+    monkeypatch.setattr(benchmark, "cases_of", lambda args: [])
+    benchmark.main(["--device", "cpu", "--json", str(tmp_path / "figures.json")])
+    assert "bf16: this CPU" in json.loads((tmp_path / "figures.json").read_text())["remarks"][-1]
 
 
 def test_against_grid_sample_every_row_has_a_partner_that_calls_no_kernel():

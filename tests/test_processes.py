@@ -134,9 +134,10 @@ def test_a_process_on_a_cpu_keeps_the_memory_that_a_step_frees():
         import resource, torch, processes
         processes.join("cpu")
         faults = []
-        for _ in range(20):  # the first ones ask for what the others use again
+        for step in range(20):  # the first ones ask for what the others use again
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            tensors = [torch.ones(2**21) for _ in range(10)]
+            # Each is larger than any that was freed, else glibc might by chance keep that by itself.
+            tensors = [torch.ones(2**21 + 2**12 * step) for _ in range(10)]
             del tensors
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         print(min(faults))
