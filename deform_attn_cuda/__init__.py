@@ -68,8 +68,8 @@ def deform_attn_pytorch(value, level_shapes, reference, offsets, logits):
 def locate(level_shapes, reference, offsets):
     """The locations [B Q h L P 2] that references and offsets mean."""
     if reference.shape[-1] == 2:
-        wh = torch.tensor([(W, H) for H, W in level_shapes], dtype=offsets.dtype, device=offsets.device)
-        return reference[:, None, None, None] + offsets / wh[:, None]
+        sides = [offsets.new_full((1,), side) for H, W in level_shapes for side in (W, H)]  # no copy: graphs forbid it
+        return reference[:, None, None, None] + offsets / torch.cat(sides).view(-1, 1, 2)
     center, size = reference[:, :, None, None, None].chunk(2, -1)
     return center + offsets * size * (0.5 / offsets.shape[4])
 

@@ -66,6 +66,13 @@ __device__ __forceinline__ void add_four(float* to, float a, float b, float c, f
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(a),
                "f"(b), "f"(c), "f"(d) : "memory");
 }
+// Unlike atomicAdd, these say that memory is global even where nvcc does not know, and nothing waits for them.
+__device__ __forceinline__ void add_one(float* to, float a) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(a) : "memory");
+}
+__device__ __forceinline__ void add_one(double* to, double a) {
+  asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "d"(a) : "memory");
+}
 #endif
 
 namespace deform_attn {
@@ -354,7 +361,7 @@ __device__ __forceinline__ void add_to_memory(A* to, const A (&sum)[PIECE]) {
   if constexpr (PIECE == 4)
     add_four(to, sum[0], sum[1], sum[2], sum[3]);
   else
-    atomicAdd(to, sum[0]);
+    add_one(to, sum[0]);
 }
 
 // Of d[0] to d[3] the sums over the threads of a pair: each returns that of d[lane % 4].
@@ -603,7 +610,7 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
   if (grad_reference == nullptr) return;
   const A half = A(0.5) * reciprocal(A(problem.P));
   const A sum = sum_of_lanes<At::LANES>(by_reference, at.lane) * (at.lane < 2 ? 1 : half);
-  if (at.asks && at.lane < (problem.boxes ? 4 : 2)) atomicAdd(grad_reference + at.reference(problem) + at.lane, sum);
+  if (at.asks && at.lane < (problem.boxes ? 4 : 2)) add_one(grad_reference + at.reference(problem) + at.lane, sum);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

@@ -75,8 +75,6 @@ inline bool __any_sync(unsigned mask, int x) {
   return x;
 }
 
-inline bool is_shared(const void* to) { return to >= shared_memory && to < std::end(shared_memory); }
-
 template <typename T>
 T exchanged(T* at, T with) {
   const T before = *at;
@@ -88,11 +86,6 @@ T exchanged(T* at, T with) {
 template <typename T> T atomicExch(T* at, T with) { return exchanged(at, with); }
 inline unsigned atomicInc(unsigned* at, unsigned last) { return exchanged(at, *at < last ? *at + 1 : 0); }
 template <typename T> T atomicCAS(T* at, T expected, T with) { return exchanged(at, *at == expected ? with : *at); }
-template <typename T> T atomicAdd(T* to, T term) {
-  if (is_shared(to)) return exchanged(to, *to + term);
-  ++numbers_added;
-  return *to += term;
-}
 
 static std::function<void()> kernel_call;
 

@@ -615,6 +615,17 @@ def test_the_encoder_costs_few_instructions(machine_code, direction, dtype, widt
     assert sass.warp_instructions(*machine_code[direction, dtype, width], dtype, width) <= 1e6 * millions
 
 
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_additions_to_memory_wait_for_nothing(nvcc, compiled_for, architecture):
+    """A generic atomic asks first where its address lies, and branches on the answer."""
+    nvdisasm = sass.find_nvdisasm(nvcc)
+    if nvdisasm is None:
+        pytest.skip("no nvdisasm")
+    for kernel, (instructions, _) in sass.instructions_of_kernels(nvdisasm, compiled_for(architecture)[0]).items():
+        assert not any("QSPC" in text or "ATOM.E" in text or "ATOMG" in text for text in instructions), kernel
+        assert any("RED" in text for text in instructions) == (kernel[0] == "backward"), kernel
+
+
 @pytest.mark.parametrize("dtype", sass.BYTES)
 def test_the_cuda_kernels_move_16_bytes_at_once(machine_code, dtype):
     instructions, _ = machine_code["forward", dtype, 16 // sass.BYTES[dtype]]
@@ -627,6 +638,12 @@ def test_the_cuda_kernels_move_16_bytes_at_once(machine_code, dtype):
 # ---- The CUDA kernels on a GPU
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@needs_gpu
+def test_where_there_are_a_gpu_and_its_nvcc_the_kernel_runs(nvcc):
+    """Others would skip, or pass with the fallback."""
+    assert status("cuda") == "deform_attn: CUDA kernel"
 
 
 @needs_gpu
