@@ -96,10 +96,13 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("num_classes", "dim", "heads", "points", "ffn", "guiding_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is less than 1")
         if not self.selection or min(self.selection) < 1 or list(self.selection) != sorted(self.selection)[::-1]:
             raise ValueError(f"selection={self.selection} must be counts that do not grow, like (600, 300)")
-        if self.dim % 4 or self.dim % self.heads:
-            raise ValueError(f"dim={self.dim} must be a multiple of 4 and of heads={self.heads}")
+        if self.dim % 4 or self.dim % self.heads or self.dim > 64 and self.dim % 32:  # 32 groups are normed alike
+            raise ValueError(f"dim={self.dim} must be a multiple of 4, above 64 of 32, and of heads={self.heads}")
         if self.levels < 3 or self.decoder_layers < 2:  # Eq. 4 is one, Eq. 9 at least another
             raise ValueError(f"levels={self.levels} or decoder_layers={self.decoder_layers} is less than 3 or 2")
 
@@ -144,7 +147,7 @@ class Attention(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """x = norm(x + deformable attention of x + position to a memory of L levels)."""
+    """x = norm(x + D), where D is the deformable attention of the query x + position to a memory of L levels."""
 
     def __init__(self, config):
         super().__init__()
@@ -195,7 +198,7 @@ def sine_of_grid(level_shapes, dim, device):
     return torch.cat(positions)
 
 
-class PositionToken(MLP):
+class BoxPosition(MLP):
     """What attention reads of a query's box: box [B Q 4] -> [B Q C]."""
 
     def __init__(self, dim):
@@ -217,12 +220,17 @@ def cell_centers(level_shapes, device):
     return torch.cat(centers)
 
 
-def box_mlp(dim):
-    """The change of a box in logit space, none at the start: [... C] -> [... 4]."""
-    mlp = MLP(dim, dim, 4, 3)
-    for parameter in mlp.layers[-1].parameters():
-        nn.init.zeros_(parameter)
-    return mlp
+class BoxMLP(MLP):
+    """The change of a box in logit space, none at the start: [... C] -> [... 4]. float32, as bfloat16 is too coarse."""
+
+    def __init__(self, dim):
+        super().__init__(dim, dim, 4, 3)
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 def normed_conv(inputs, outputs, kernel, stride=1, bias=False):
@@ -293,7 +301,7 @@ def token_anchors(level_shapes, device):
     """The box around each token's cell that first predictions refine, as a logit [N 4], and which tokens have one [N].
 
     released code: the size doubles from the coarsest level (0.05) to the finest, and a token whose anchor leaves
-    (0.01, 0.99), at the border of maps wider than 50 cells, has none: its logit is infinite.
+    (0.01, 0.99), at the border of maps with sides of 50 cells or more, has none: its logit is infinite.
     """
     sizes = [0.05 * 2**i for i in reversed(range(len(level_shapes)))]
     sizes = torch.cat([torch.full((h * w, 2), s, device=device) for s, (h, w) in zip(sizes, level_shapes, strict=True)])
@@ -343,7 +351,7 @@ class TokenInteraction(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList(TokenInteractionLayer(config) for _ in range(config.interaction_layers))
-        self.position, self.box_mlp = PositionToken(config.dim), box_mlp(config.dim)
+        self.position, self.box_mlp = BoxPosition(config.dim), BoxMLP(config.dim)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, T_s1, box_s1):
@@ -359,7 +367,7 @@ class TokenInteraction(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer of Eq. 9, and Eq. 4: self-attention, deformable cross-attention at the queries' boxes, feed-forward."""
+    """A layer of Eq. 9, and Eq. 4 (released code): self-attention, deformable attention at boxes, feed-forward."""
 
     def __init__(self, config):
         super().__init__()
@@ -390,13 +398,15 @@ class MaskGuide(nn.Module):
 
     def forward(self, Q_bal, mask_mlp):
         """[B G C] -> [B G C]"""
-        return Q_bal if self.network is None else self.mlp(Q_bal) if self.network == "own" else mask_mlp(Q_bal)
+        if self.network is None:
+            return Q_bal
+        return self.mlp(Q_bal) if self.network == "own" else mask_mlp(Q_bal)
 
 
 class BoxGuide(MaskGuide):
     """Eq. 6.  T_g^box = N_box(Q_bal): where each query's object is, by a three-layer MLP.
 
-    released code, guide_networks="heads": by the position token of the query's box, which is not trained through it.
+    released code, guide_networks="heads": by the decoder's MLP for the positions of boxes; boxes are not trained by it.
     Table 6, without guiding token generation: nothing.
     """
 
@@ -410,7 +420,8 @@ class BoxGuide(MaskGuide):
 class BalanceAwareTokens(nn.Module):
     """Eq. 8.  T_bal = MHCA(T_i, T_g): every token moves towards the guiding tokens of its object.
 
-    released code, guide_value="T_g_mask": the keys are T_g, the values T_g^mask. Table 4, without BATO: T_bal = T_i.
+    released code: a token's query has its position in the grid, and a feed-forward network follows;
+    guide_value="T_g_mask": the keys are T_g, the values T_g^mask. Table 4, without BATO: T_bal = T_i.
     """
 
     def __init__(self, config):
@@ -430,16 +441,15 @@ class BalanceAwareTokens(nn.Module):
 
 
 class DetectionHead(nn.Module):
-    """Eq. 10.  {c, b} = N_det(Q_ref): float32 even under autocast, as bfloat16 is too coarse to rank scores or place
-    boxes."""
+    """Eq. 10.  {c, b} = N_det(Q_ref), in float32 even under autocast, as bfloat16 is too coarse to rank scores."""
 
     def __init__(self, config):
         super().__init__()
-        self.classifier, self.box_mlp = nn.Linear(config.dim, config.num_classes), box_mlp(config.dim)
+        self.classifier, self.box_mlp = nn.Linear(config.dim, config.num_classes), BoxMLP(config.dim)
 
     def forward(self, x, Q_ref, box):
         """x: Q_ref normed once more [... Q C]; box: to be refined [... Q 4] -> c [... Q K] (logits), b [... Q 4]"""
-        return self.classes(x), refine(self.delta(Q_ref), box)
+        return self.classes(x), refine(self.box_mlp(Q_ref), box)
 
     def classes(self, x):
         """[B Q C] -> class logits [B Q K]"""
@@ -450,11 +460,6 @@ class DetectionHead(nn.Module):
         """[B Q C] -> the logit of the best class [B Q]"""
         return self.classes(x).amax(-1)
 
-    def delta(self, x):
-        """[B Q C] -> change of the box, in logit space [B Q 4]"""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.box_mlp(x.float())
-
 
 class SegmentationHead(nn.Module):
     """Eq. 11.  m = N_seg(Q_ref, T_i, F_cnn): the product of each query's mask embedding with each pixel's embedding."""
@@ -464,7 +469,7 @@ class SegmentationHead(nn.Module):
         self.fuse = normed_conv(config.dim, config.dim, 3)
         self.embed = nn.Conv2d(config.dim, config.dim, 1)
         self.mask_mlp = MLP(config.dim, config.dim, config.dim, 3)
-        self.update = normed_conv(config.dim, config.dim, 3) if config.pixel_tokens == "T_bal" else None
+        self.update = normed_conv(config.dim, config.dim, 3) if config.bato and config.pixel_tokens == "T_bal" else None
 
     def pixel_embedding(self, T_i, level_shapes, F_cnn):
         """T_i [B N C], F_cnn [B C H/4 W/4] -> [B C H/4 W/4]"""
@@ -504,8 +509,8 @@ class Masks(NamedTuple):
 
 
 class Prediction(dict):
-    """Class `logits` [B Q K], `boxes` [B Q 4] and, at most stages, `masks` [B Q H/4 W/4] (logits). Masks are computed
-    when they are read; `mask_product` is what they are made of."""
+    """Class `logits` [B Q K], `boxes` [B Q 4] and, at most stages, `masks` [B Q H/4 W/4] (logits). These are no key:
+    `prediction["masks"]` multiplies the key `mask_product`, what they are made of, whenever it is read."""
 
     def __missing__(self, name):
         if name == "masks" and "mask_product" in self:
@@ -570,7 +575,7 @@ class DIMaskDINO(nn.Module):
         self.bato = BalanceAwareTokens(config)
         self.N_mask, self.N_box = MaskGuide(config), BoxGuide(config)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers - 1))
-        self.position = PositionToken(dim)
+        self.position = BoxPosition(dim)
         self.head_norm = nn.LayerNorm(dim)
         self.det_head, self.seg_head = DetectionHead(config), SegmentationHead(config)
         self.label_embed = nn.Embedding(config.num_classes, dim)
@@ -594,11 +599,11 @@ class DIMaskDINO(nn.Module):
         for interact, k2 in zip(self.interactions, ks, strict=True):  # once; twice for a triple selection
             # Eq. 2  T_s1^sa = MHSA(T_s1)
             T_s1_sa, box_s1_sa, auxiliary = interact(T, box)  # [B k1 C]
-            # Eq. 3  T_s2 = S(T_s1^sa, k2), scored with a norm that what is kept has not; index_2 counts in T_i as well
+            # Eq. 3  T_s2 = S(T_s1^sa, k2); the scores are of normed tokens, those kept are not; index_2 counts in T_i
             scores = self.det_head.scores(interact.norm(T_s1_sa))
             scores_2, _, T, box, index_2 = select(scores, k2, T_s1_sa, box_s1_sa, index_2)  # [B k2 C]
             interaction += [self.predict(*tokens) for tokens in auxiliary]
-        T_s2, box_s2 = T, self.starting_box(box, of="T_s2")  # table 3
+        T_s2, box_s2 = T, self.starting_box(box, of="T_s2")  # released code: what follows trains box_s2; table 3
 
         # Eq. 4  Q_bal = MHCA(T_s2, T_i); in training, D denoising queries go along in front, from here to the heads
         Q_0, box_0, blocked, D = self.with_denoising(denoising, T_s2, box_s2)
@@ -655,7 +660,7 @@ class DIMaskDINO(nn.Module):
 
         released code: what follows does not train the tokens, their predictions do; the boxes are those of the masks.
         """
-        prediction = self.predict(T_s1, (self.det_head.delta(T_s1) + anchor_logit).sigmoid(), pixels)
+        prediction = self.predict(T_s1, (self.det_head.box_mlp(T_s1) + anchor_logit).sigmoid(), pixels)
         with torch.no_grad():
             return T_s1.detach(), mask_to_box(prediction["masks"]), prediction
 
@@ -679,7 +684,7 @@ class DIMaskDINO(nn.Module):
     def decode(self, layer, Q, box, memory, level_shapes, blocked):
         """A decoder layer: queries [B Q C] and boxes [B Q 4] -> both refined"""
         Q = layer(Q, self.position(box), box, memory, level_shapes, blocked)
-        return Q, refine(self.det_head.delta(Q), box)
+        return Q, refine(self.det_head.box_mlp(Q), box)
 
     def guides(self, **tokens):
         """What guides T_i, [B G C] with boxes [B G 4]: Q_bal; table 5: T_s1 or T_s2. released code: the best 50."""
@@ -709,7 +714,7 @@ class DIMaskDINO(nn.Module):
 
 
 def initialize(model):
-    """Start values. released code, except that the class bias starts at the focal prior: one class in a hundred."""
+    """Start values. released code, but the class bias is the focal prior, 1 in 100, and the layers of Eq. 2 differ."""
     for part in (model.encoder.layers, model.residual, model.decoder, model.position, model.bato):
         for parameter in part.parameters():
             if parameter.ndim > 1:

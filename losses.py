@@ -156,7 +156,7 @@ class Criterion(nn.Module):
 
         The loss to minimise is their sum. num_objects: what they are divided by, the number of objects in the batch of
         all processes over the number of processes; None: that of these targets. Raises FloatingPointError where a
-        prediction is not finite, with its name.
+        prediction is not finite for an image with objects, with its name.
         """
         num_objects = max(sum(len(t["labels"]) for t in targets), 1) if num_objects is None else num_objects
         sets = {"selection": outputs["selection"]} | {f"{i}": x for i, x in enumerate(outputs["layers"])}

@@ -56,6 +56,9 @@ class Recipe:
     def __post_init__(self):
         if self.schedule not in ("steps", "cosine"):
             raise ValueError(f"schedule={self.schedule!r} is not one of steps, cosine")
+        for name in ("epochs", "batch_size", "lr", "clip", "mask_points", "image_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not above 0")
 
     def replace(self, **changes) -> "Recipe":
         """The recipe with some fields changed; the size of test images goes with that of training images."""

@@ -21,11 +21,11 @@ from deform_attn_cuda import deform_attn_pytorch, locate
 from dimaskdino import (
     MLP,
     Backbone,
+    BoxPosition,
     Config,
     DeformableAttention,
     DIMaskDINO,
     Masks,
-    PositionToken,
     Prediction,
     mask_product,
     mask_to_box,
@@ -121,8 +121,10 @@ def test_presets_have_as_many_trained_parameters_as_the_authors_models(preset, p
         ({"selection": ()}, "selection=() must be counts that do not grow, like (600, 300)"),
         ({"selection": (300, 600)}, "selection=(300, 600) must be counts that do not grow, like (600, 300)"),
         ({"selection": (1, 0)}, "selection=(1, 0) must be counts that do not grow, like (600, 300)"),
-        ({"dim": 30}, "dim=30 must be a multiple of 4 and of heads=2"),
-        ({"dim": 36, "heads": 8}, "dim=36 must be a multiple of 4 and of heads=8"),
+        ({"dim": 30}, "dim=30 must be a multiple of 4, above 64 of 32, and of heads=2"),
+        ({"dim": 36, "heads": 8}, "dim=36 must be a multiple of 4, above 64 of 32, and of heads=8"),
+        ({"dim": 100, "heads": 4}, "dim=100 must be a multiple of 4, above 64 of 32, and of heads=4"),
+        ({"guiding_tokens": 0}, "guiding_tokens=0 is less than 1"),
         ({"levels": 2}, "levels=2 or decoder_layers=3 is less than 3 or 2"),
         ({"decoder_layers": 1}, "levels=4 or decoder_layers=1 is less than 3 or 2"),
     ],
@@ -295,7 +297,7 @@ def test_the_longest_turn_of_a_position_tends_to_ten_thousand():
 
 
 def test_the_position_token_of_a_box_turns_with_cy_cx_w_and_h():
-    position, seen = PositionToken(8), []  # for each of the four: sine, cosine, and a hundredth of the turn
+    position, seen = BoxPosition(8), []  # for each of the four: sine, cosine, and a hundredth of the turn
     position.layers[0].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     position(torch.tensor([[[0.25, 0.5, 1.0, 0.75]]]))
     turns = torch.tensor([0.5, 0.25, 1.0, 0.75])[:, None] / torch.tensor([1, 100])
@@ -662,7 +664,7 @@ def test_eq9_every_layer_starts_from_the_box_that_the_layer_before_refined():
     trace = model(pictures(1, 3, 64, 64), trace=True)["trace"]
     assert torch.equal(boxes[0][0], trace["box_s2"]) and torch.equal(boxes[1][0], trace["box_bal"])
     for (box, Q), (refined, _) in itertools.pairwise(boxes):
-        close(refined, (model.det_head.delta(Q) + box.logit(1e-5)).sigmoid(), 1e-6)
+        close(refined, (model.det_head.box_mlp(Q) + box.logit(1e-5)).sigmoid(), 1e-6)
 
 
 def test_a_box_at_the_border_of_the_image_can_still_be_refined():
@@ -682,11 +684,13 @@ def test_eq10_permuting_the_classes_permutes_the_logits_and_changes_nothing_else
 
 
 @torch.no_grad()
-def test_eq10_classes_and_boxes_are_float32_even_under_autocast():
-    head, x = build().det_head, torch.randn(1, 7, 32)
+def test_eq2_and_eq10_classes_and_boxes_are_float32_even_under_autocast():
+    model, x = build(), torch.randn(1, 7, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        found = head.classes(x), head.delta(x)
-    assert torch.equal(found[0], head.classifier(x)) and torch.equal(found[1], head.box_mlp(x))
+        classes, boxes = model.det_head.classes(x), [part.box_mlp(x) for part in (model.det_head, *model.interactions)]
+    assert torch.equal(classes, model.det_head.classifier(x))
+    for found, part in zip(boxes, (model.det_head, *model.interactions), strict=True):
+        assert torch.equal(found, part.box_mlp(x)) and found.dtype == torch.float32
 
 
 def test_classes_start_at_the_focal_prior_of_one_in_a_hundred():
@@ -867,6 +871,10 @@ def test_a_switch_changes_its_own_step_and_nothing_before_it(change, first):
 
 
 @torch.no_grad()
+def test_table4_without_bato_nothing_of_it_is_left_of_the_released_code():
+    assert build(bato=False, **RELEASED).state_dict().keys() == build(bato=False).state_dict().keys()
+
+
 def test_table4_without_bato_the_decoder_attends_to_T_i():
     trace = build(bato=False)(pictures(1, 3, 64, 64), trace=True)["trace"]
     assert torch.equal(trace["T_bal"], trace["T_i"]) and "T_g" not in trace

@@ -95,6 +95,12 @@ def test_weights_decay_but_for_norms_and_embeddings_and_what_is_frozen_does_not_
     assert of[id(head.weight)] == of[id(head.bias)] == (0.05, 1e-4)
 
 
+@pytest.mark.parametrize("field", ["epochs", "batch_size", "lr", "clip", "mask_points", "image_size"])
+def test_what_cannot_be_nothing_is_refused(field):
+    with pytest.raises(ValueError, match=f"^{field}=0 is not above 0$"):
+        Recipe(**{field: 0})
+
+
 def test_a_schedule_that_nobody_knows_is_refused_with_those_that_there_are():
     with pytest.raises(ValueError, match="^schedule='linear' is not one of steps, cosine$"):
         Recipe(schedule="linear")
