@@ -356,7 +356,7 @@ def captured_and_compiled(case, run, repeats):
 
 
 def cases_of(args):
-    """The rows of the table. None is in bf16 where the CPU emulates it, as one convolution can take a minute then."""
+    """The rows of the table. None is in bf16 where that is emulated, as one convolution can take a minute then."""
     cases, training = [], (args.image_size, args.image_size)
     for amp in ("off",) if emulates(torch.device(args.device), "bf16") else ("off", "bf16"):
         cases.append(Case("inference", args.preset, amp, PHOTO))
@@ -448,6 +448,8 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parse_arguments(arguments)
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch finds no GPU here: --device cpu")
     head = {
         "machine": machine(device),
         "software": f"PyTorch {torch.__version__}, {status(device)}",
@@ -482,7 +484,7 @@ def main(arguments=None):
         else:
             remarks = ["CUDA graphs and torch.compile: no GPU, skipped"]
         if emulates(device, "bf16"):
-            remarks.append("bf16: this CPU has no instructions for it, skipped")
+            remarks.append(f"bf16: this {device.type.upper()} has no instructions for it, skipped")
         print("", *remarks, sep="\n")
         head["remarks"] = remarks
     if args.json:

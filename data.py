@@ -231,6 +231,8 @@ def open_dataset(
     if jsons:
         found = read_files(jsons, split, image_folder)
     elif data == "bdd100k":
+        if image_folder:
+            raise ValueError(f"bdd100k finds its images in its own folders: leave out --image-folder {image_folder}")
         found = read_bdd100k(official(root, "bdd100k", "labels"), split)
     elif data == "coco":
         found = find_coco(official(root, "coco", "annotations"), split, COCO_LAYOUT, image_folder)

@@ -62,6 +62,7 @@ from weights import load_model
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS = 2**26  # of all masks that are made at a time
+MEASURING = ("layers", "per_class", "speed", "draw", "json")  # flags that mean nothing with --images
 AREAS = {"": 0, "_50": 1, "_S": 3, "_M": 4, "_L": 5}  # suffix of the metric -> place in COCOeval.stats
 
 
@@ -179,7 +180,8 @@ def predict_dataset(
         dist.gather_object(found, shards)
         if rank != 0:
             return None
-        found = {index: layers for shard in shards for index, layers in shard.items()}
+        for shard in shards:
+            found.update(shard)
     return map(unpacked, zip(*(found[index] for index in sorted(found)), strict=True))
 
 
@@ -268,8 +270,8 @@ def average_precision(truth: dict, results: list[dict], per_class: bool = False)
 @torch.inference_mode()
 def speed(model, dataset, device, amp=None, warm_up=5, most=50):
     """Images a second as the paper's tables count them: one at a time, without the time to load them, post-processed to
-    masks of the original size; and the same without post-processing. The median over the first `most` images. The mean
-    GFLOP for one of these (see flops.py), and the number of parameters."""
+    masks of the original size; and the same without post-processing, which multiplies the masks. The median over the
+    first `most` images. The mean GFLOP for one of these (see flops.py), and the number of parameters."""
     model.eval()
     loaded = [dataset.image(place)[0] for place in range(min(most, len(dataset)))]
     seconds = {"FPS": [], "FPS_without_postprocessing": []}
@@ -342,6 +344,8 @@ def main(arguments=None):
             raise ValueError(f"{args.ckpt} does not say which data it was trained on: add --data or --val-json")
         if args.images and rank_and_world()[1] > 1:
             raise ValueError("--images works in one process: start it without torchrun")
+        if args.images and (measuring := [f"--{name.replace('_', '-')}" for name in MEASURING if vars(args)[name]]):
+            raise ValueError(f"--images measures nothing: leave out {' and '.join(measuring)}")
         prepare_output(args, "images" if args.images else Path(name).stem)
         if args.images:
             return evaluate_images(model, args)
@@ -351,6 +355,8 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{error}\n--amp bf16 or a smaller --test-size takes less memory")
     except SystemExit as end:
         if end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             print("stopped by a signal", file=sys.stderr)
@@ -431,22 +437,22 @@ def find(model, picture, image_id, score, amp):
 
 def evaluate_dataset(model, dataset, device, args):
     """The table, and what else the command line asks for."""
-    found = {}
+    found, rows = {}, []
     try:
         layers = predict_dataset(model, dataset, device, args.workers, args.amp, args.layers, found)
-    except SystemExit:
-        results = unpacked(layers[-1] for layers in found.values())
+        if layers is None:
+            return
+        for number, results in enumerate(layers):
+            metrics = average_precision(dataset.json, results, args.per_class)
+            rows.append((f"layer {number}" if args.layers else "DI-MaskDINO", metrics))
+    except BaseException:  # a signal, too little memory, a bug: what was found stays
         if rank_and_world()[0] == 0:
-            write_json(args.out / "predictions.json", results)
+            write_json(args.out / "predictions.json", unpacked(layers[-1] for layers in found.values()))
             count = f"{len(found):,} of {len(dataset):,} images"
             print(f"stopped: {args.out / 'predictions.json'} has what was found on {count}", file=sys.stderr)
+            if rows:
+                print(table(rows))
         raise
-    if layers is None:
-        return
-    rows = []
-    for number, results in enumerate(layers):
-        metrics = average_precision(dataset.json, results, args.per_class)
-        rows.append((f"layer {number}" if args.layers else "DI-MaskDINO", metrics))
     write_json(args.out / "predictions.json", results)
     print(table(rows))
     if args.per_class:
@@ -459,14 +465,16 @@ def evaluate_dataset(model, dataset, device, args):
     metrics = {**metrics, "images": len(dataset), "objects": dataset.objects}
     if args.layers:
         metrics["layers"] = [row for _, row in rows]
-    if args.speed:
-        metrics.update(speed(model, dataset, device, args.amp))
-        print(
-            f"{metrics['FPS']:.1f} images/s ({metrics['FPS_without_postprocessing']:.1f} without post-processing), "
-            f"{metrics['GFLOP']:,.1f} GFLOP, {metrics['parameters']:,} parameters"
-        )
-    if args.json:
-        write_json(args.json, metrics, indent=2)
+    try:
+        if args.speed:
+            metrics.update(speed(model, dataset, device, args.amp))
+            print(
+                f"{metrics['FPS']:.1f} images/s ({metrics['FPS_without_postprocessing']:.1f} without post-processing), "
+                f"{metrics['GFLOP']:,.1f} GFLOP, {metrics['parameters']:,} parameters"
+            )
+    finally:
+        if args.json:
+            write_json(args.json, metrics, indent=2)
     if args.draw:
         indices = data.evenly_spaced(args.draw, len(dataset))
         score = draw_dataset(dataset, results, indices, args.out / "pictures", args.score)

@@ -11,7 +11,6 @@ import argparse
 import sys
 import textwrap
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from matplotlib.collections import LineCollection, PatchCollection
@@ -21,6 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 import data
+from flags import user_path
+from outputs import figure_file, write_figure
 from story import Story
 from weights import load_model
 
@@ -338,9 +339,9 @@ def page(model, picture, score=0.3):
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("image", type=Path, help="any image file")
-    add("--ckpt", required=True, metavar="CKPT", help="a checkpoint of train.py, or the authors'")
-    add("--out", type=Path, default=Path("explained.png"), help="a .png, .svg or .pdf (%(default)s)")
+    add("image", type=user_path, help="any image file")
+    add("--ckpt", required=True, type=user_path, metavar="CKPT", help="a checkpoint of train.py, or the authors'")
+    add("--out", type=user_path, help="a .png, .svg or .pdf (explained.png, or a name that is free)")
     add("--score", type=float, default=0.3, help="least score of the objects that the page follows (%(default)s)")
     add("--test-size", type=int, nargs=2, metavar=("SHORT", "LONG"), help="of the image in the model (as trained)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
@@ -350,13 +351,14 @@ def parse_arguments(arguments):
 def main(arguments=None):
     args = parse_arguments(arguments)
     try:
+        out = figure_file(args.out, "explained.png")
         model = load_model(args.ckpt, args.device)
         model.test_size = args.test_size or model.test_size
-        page(model, data.read_image(args.image), args.score).savefig(args.out, dpi=150)
+        write_figure(page(model, data.read_image(args.image), args.score), out)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    print(f"{args.out} explains what {args.ckpt} does with {args.image}")
+    print(f"{out} explains what {args.ckpt} does with {args.image}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def user_path(text):
 
 def add_data_flags(add, **data_flag):
     """The flags of both programs that say which data set."""
-    add("--data", **data_flag)
+    add("--data", type=os.path.expanduser, **data_flag)
     add("--data-root", default="data", type=user_path, help="where the data sets lie (%(default)s)")
     add("--image-folder", type=user_path, metavar="DIR", help="where the json's file names are found (usual places)")
     add("--val-json", type=user_path, metavar="FILE", help="COCO json of the validation images, in place of --data")
@@ -123,7 +123,7 @@ def parse_training(arguments, description):
     add("--set", action="append", type=setting, default=[], metavar="FIELD=VALUE", help=fields)
     add("--epochs", type=positive, help="(paper: 50; tiny: 12)")
     add("--gpus", type=positive, default=1, help="processes to start on this machine (%(default)s)")
-    add("--batch-size", type=positive, help="of all processes together (paper: 16; tiny: 8)")
+    add("--batch-size", type=positive, help="of all processes together (paper: 16, Swin-L 4; tiny: 8)")
     add("--accumulate", type=positive, default=1, help="parts to do each batch in, to save memory (%(default)s)")
     add("--checkpoint-activations", action="store_true", help="recompute activations, to save memory")
     add("--lr", type=at_least(1e-12, float), help="learning rate (paper: 1e-4; tiny: 2e-3)")

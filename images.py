@@ -93,14 +93,15 @@ def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
     """The files among `paths`, and the images in the folders among them and in theirs, under names that differ.
 
     A file is called by its name, one of a folder by its path in it. Where two would be called alike, all go by
-    their paths from the folder that holds them all. What lies in the folder `beside`, where results are written, is
-    left out of folders. Raises ValueError for a folder that holds no image.
+    their paths from the folder that holds them all. The folder `beside`, where results are written, is left out of
+    folders that it lies in. Raises ValueError for a folder that holds no image.
     """
     found = {}
     for path in paths:
         if path.is_dir():
             files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in SUFFIXES and f.is_file()]
-            files = [f for f in files if beside.resolve() not in f.resolve().parents]
+            if path.resolve() in beside.resolve().parents:
+                files = [f for f in files if beside.resolve() not in f.resolve().parents]
             if not files:
                 raise ValueError(f"{path} holds no images ({', '.join(SUFFIXES)})")
             found.update({f.resolve(): (f.relative_to(path), f) for f in files if f.resolve() not in found})

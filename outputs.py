@@ -26,13 +26,29 @@ def try_output(path: Path, folder: bool = True) -> None:
                 folder.rmdir()
 
 
-def unused(folder: Path) -> Path:
-    """The folder, or where it holds something one with a number behind its name."""
-    number, free = 1, folder
+def unused(path: Path) -> Path:
+    """The path, or where that is a file or a folder that holds something, one with a number behind its name."""
+    number, free = 1, path
     while free.exists() and not (free.is_dir() and not any(free.iterdir())):
         number += 1
-        free = folder.with_name(f"{folder.name}_{number}")
+        free = path.with_stem(f"{path.stem}_{number}")
     return free
+
+
+def figure_file(out: Path | None, default: str) -> Path:
+    """Where a figure is to be written: `out`, or a file like `default` that is not there yet. Raises ValueError or
+    OSError, before any work, if it is no .png, .svg or .pdf or cannot be written."""
+    path = out or unused(Path(default))
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{path} is no name for a figure: it ends in .png, .svg or .pdf")
+    try_output(path, folder=False)
+    return path
+
+
+def write_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure to a file, in a folder that may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:

@@ -2,7 +2,7 @@
 
     python paper_tables.py 4 --seeds 3                      table 4 with the tiny model on synthetic shapes
     python paper_tables.py 4 --data bdd100k --gpus 4        as in the paper; any flag of train.py goes along
-    python paper_tables.py 1 --data coco --set backbone=swin_l --backbone-weights FILE      its rows of Swin-L
+    python paper_tables.py 1 --data coco --set backbone=swin_l --batch-size 4 --backbone-weights FILE  that of Swin-L
     python paper_tables.py figure1 CKPT [CKPT ...]          AP_box and AP_mask at every layer, as bars
     python paper_tables.py figure3 CKPT CKPT                the same images under both, and the truth
 
@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -42,11 +43,13 @@ import data
 import evaluate
 import train
 from explain import BOX, MASK, draw_objects, name_of
-from flags import choose_config, choose_recipe, parse_training, setting
+from flags import choose_config, choose_recipe, files_of, parse_training, setting, user_path
 from geometry import identity
+from outputs import figure_file, write_figure
+from shapes import SHAPES
 from weights import config_of, load_model, read_checkpoint
 
-MASKDINO = "selection=(300,) bato=False pixel_tokens=T_i"  # neither De-Imbalance nor BATO, whatever the preset has
+MASKDINO = "selection=(300,) bato=False"  # neither De-Imbalance nor BATO
 THREE, LESS, RANDOM = " bato=False decoder_layers=3", " detection_loss=0.1", " position_token=random"  # table 3
 AREAS = [kind + area for kind in ("AP_box", "AP_mask") for area in ("", "_S", "_M", "_L")]
 
@@ -171,17 +174,36 @@ def flags_of(row, number, flags, seed):
     return [*flags, *own, "--seed", str(seed)]
 
 
-def folder_of(args, root):
-    """Where a run lies: named after its data, its preset, all that it changes of that preset, and its seed."""
+def digest(**paths):
+    """Eight letters for some paths by name: others would be called alike."""
+    whole = "\n".join(f"{name} {Path(path).resolve()}" for name, path in paths.items())
+    return hashlib.sha256(whole.encode()).hexdigest()[:8]
+
+
+def name_of_data(args):
+    """The name of the data; with a digest of where it lies, unless it is one that everybody has in the usual place."""
+    usual = args.data in (*SHAPES, "coco", "bdd100k") and args.data_root == Path("data")
+    if usual and not files_of(args):
+        return args.data
+    return f"{Path(args.data).name}-{digest(data=args.data, data_root=args.data_root, **files_of(args))}"
+
+
+def name_of_run(args):
+    """What a run is called: after its data, its preset, and all that it changes of that preset."""
     plain = parse_training(["--data", args.data, "--preset", args.preset], "")
-    names = [Path(args.data).name, args.preset]
+    names = [name_of_data(args), args.preset]
     for choose in (lambda args: choose_config(args, 80), choose_recipe):
         before, now = dataclasses.asdict(choose(plain)), dataclasses.asdict(choose(args))
         names += [f"{name}={now[name]}" for name in now if now[name] != before[name]]
+    names += [f"amp={args.amp}"] * bool(args.amp)
     starts = {name: getattr(args, name) for name in ("init", "backbone_weights")}
-    names += [f"{name}={Path(path).stem}" for name, path in starts.items() if path]
-    name = "-".join([*names, f"seed={args.seed}"])
-    return root / name.replace(" ", "").replace("(", "").replace(",)", "").replace(")", "")
+    names += [f"{name}={Path(path).stem}-{digest(path=path)}" for name, path in starts.items() if path]
+    return "-".join(names).replace(" ", "").replace("(", "").replace(",)", "").replace(")", "")
+
+
+def folder_of(args, root):
+    """Where a run lies: named after all that it is, and its seed."""
+    return root / f"{name_of_run(args)}-seed={args.seed}"
 
 
 def measured(args, folder, speed):
@@ -198,8 +220,8 @@ def measured(args, folder, speed):
 
 
 def where(args):
-    """The flags of train.py that evaluate.py needs too."""
-    flags = {"--data": args.data, "--data-root": args.data_root, "--device": args.device}
+    """The flags that evaluate.py needs too. Which data it was trained on, the checkpoint knows."""
+    flags = {"--data-root": args.data_root, "--device": args.device}
     return [word for name, value in flags.items() if value for word in (name, str(value))]
 
 
@@ -303,7 +325,8 @@ def table(number, flags, seeds, root):
     if len(base.selection) < 2 or not base.bato:
         print("the rows switch DI and BATO off themselves: give a preset and settings with both", file=sys.stderr)
         sys.exit(2)
-    results, file = {row: {} for row in TABLES[number]}, root / f"table{number}.md"
+    file = root / f"table{number}-{name_of_run(parse_training(flags, ''))}.md"
+    results = {row: {} for row in TABLES[number]}
     head = head_of(number, flags, seeds)
     for seed in seeds:
         for row in TABLES[number]:
@@ -326,10 +349,10 @@ def layers_of(checkpoint, flags):
 
 def figure1(args):
     """Bars of AP_box and AP_mask at every layer: a panel for each model, the mean over its checkpoints."""
-    models = {}
+    models, flags = {}, [*where(args), *(["--data", args.data] if args.data else [])]
     for checkpoint in args.ckpt:
         config = config_of(read_checkpoint(checkpoint))
-        models.setdefault(config, []).append(layers_of(checkpoint, where(args)))
+        models.setdefault(config, []).append(layers_of(checkpoint, flags))
     most = max(len(runs[0]) for runs in models.values())
     figure = Figure((1 + 1.1 * most * len(models), 4.4), layout="constrained")
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
@@ -354,7 +377,7 @@ def figure1(args):
     panels[0].set(ylabel="AP, %")
     panels[0].legend(loc="upper left", frameon=False)
     figure.suptitle("AP of boxes and masks at every layer; above the bars the gap, AP_box - AP_mask")
-    figure.savefig(args.out, dpi=150)
+    return figure
 
 
 def figure3(args):
@@ -363,6 +386,8 @@ def figure3(args):
     names = [f"{number}: {name_of(model.config)}" for number, model in enumerate(models, 1)]
     print("\n".join(f"{name}, {checkpoint}" for name, checkpoint in zip(names, args.ckpt, strict=True)))
     name, files = (args.data, {}) if args.data else (models[0].trained_on, models[0].trained_files)
+    if not name:
+        raise ValueError(f"{args.ckpt[0]} does not say which data it was trained on: add --data")
     dataset = data.open_dataset(name, args.data_root, "val", identity, training=False, files=files)
     places = data.evenly_spaced(args.images, len(dataset))
     figure = Figure((4 * len(models) + 4, 4 * len(places)), layout="constrained")
@@ -377,7 +402,7 @@ def figure3(args):
         classes = [dataset.classes[label] for label in target["labels"]]
         draw_objects(row[-1], image.permute(1, 2, 0), {"boxes": boxes, "masks": target["masks"], "names": classes})
         row[-1].set_title("truth")
-    figure.savefig(args.out, dpi=150)
+    return figure
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -389,28 +414,26 @@ def main(arguments=None):
     for number in TABLES:
         add = which.add_parser(str(number), allow_abbrev=False, description="... and any flag of train.py").add_argument
         add("--seeds", type=int, default=1, help="how many, from --seed on (%(default)s)")
-        add("--out", type=Path, default=Path("runs/tables"), help="the folder of all runs (%(default)s)")
+        add("--out", type=user_path, default=Path("runs/tables"), help="the folder of all runs (%(default)s)")
     for figure in ("figure1", "figure3"):
         add = which.add_parser(figure).add_argument
-        add(
-            "ckpt", nargs="+", metavar="CKPT", help="checkpoints; figure 1 takes the mean of those of one configuration"
-        )
-        add("--out", type=Path, default=Path(f"{figure}.png"), help="a .png, .svg or .pdf (%(default)s)")
-        add("--data", help="as in evaluate.py (that of the training)")
-        add("--data-root", default="data", help="where the data sets lie (%(default)s)")
+        checkpoints = "checkpoints; figure 1 takes the mean of those of one configuration"
+        add("ckpt", nargs="+", type=user_path, metavar="CKPT", help=checkpoints)
+        add("--out", type=user_path, help=f"a .png, .svg or .pdf ({figure}.png, or a name that is free)")
+        add("--data", type=os.path.expanduser, help="as in evaluate.py (that of the training)")
+        add("--data-root", default="data", type=user_path, help="where the data sets lie (%(default)s)")
         add("--device", choices=["cpu", "cuda"], help="(a GPU where there is one; figure 3: the CPU)")
         add("--images", type=int, default=4, help="of figure 3 (%(default)s)")
         add("--score", type=float, default=0.3, help="least score of what figure 3 draws (%(default)s)")
     args, flags = parser.parse_known_args(arguments)
-    if args.which.isdigit():
-        seeds = range(first := parse_training(flags, "").seed, first + max(1, args.seeds))
-        return table(int(args.which), flags, seeds, args.out)
-    if flags:
+    if flags and not args.which.isdigit():
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
-        if args.which == "figure3":
-            return figure3(args)
-        figure1(args)
+        if args.which.isdigit():
+            seeds = range(first := parse_training(flags, "").seed, first + max(1, args.seeds))
+            return table(int(args.which), flags, seeds, args.out)
+        out = figure_file(args.out, f"{args.which}.png")
+        write_figure({"figure1": figure1, "figure3": figure3}[args.which](args), out)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -202,21 +202,26 @@ def workers_for(device: torch.device) -> int:
 
 
 def amp_for(device: torch.device, backbone: str) -> str:
-    """The type of autocast unless somebody says otherwise: bf16 on a GPU, and on a CPU with instructions for it unless
-    the backbone is "tiny", whose products are too small to gain from them."""
-    return "bf16" if device.type == "cuda" or (backbone != "tiny" and not emulates(device, "bf16")) else "off"
+    """The type of autocast unless somebody says otherwise: bf16 where there are instructions for it, but on a CPU not
+    if the backbone is "tiny", whose products are too small to gain from them."""
+    return "off" if emulates(device, "bf16") or (device.type, backbone) == ("cpu", "tiny") else "bf16"
 
 
 def emulates(device: torch.device, amp: str) -> bool:
-    """Whether this is a CPU without instructions for the type of autocast: it takes many times as long then."""
+    """Whether this device has no instructions for the type of autocast: it takes many times as long then. All GPUs have
+    them for fp16, and those since Ampere for bf16."""
+    if device.type == "cuda":
+        return amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()
-    return device.type == "cpu" and amp != "off" and not (cpu.get(f"avx512_{amp}") or cpu.get(f"amx_{amp}"))
+    return amp != "off" and not (cpu.get(f"avx512_{amp}") or cpu.get(f"amx_{amp}"))
 
 
 def warn_of_emulation(device: torch.device, amp: str) -> None:
-    """Say so where the CPU emulates the type of autocast."""
+    """Say so where the type of autocast is emulated."""
     if emulates(device, amp):
-        say(f"warning: this CPU has no instructions for {amp} and emulates it, very slowly: --amp off is faster")
+        better = "--amp off or fp16" if device.type == "cuda" else "--amp off"
+        kind = {"cuda": "GPU"}.get(device.type, "CPU")
+        say(f"warning: this {kind} has no instructions for {amp} and emulates it, very slowly: {better} is faster")
 
 
 def keep_working(worker: int) -> None:

@@ -158,6 +158,10 @@ class Run:
         if missing := [name for name in needed if name not in checkpoint]:
             raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}; --init takes weights")
         data.require_same_classes(checkpoint["classes"], now["classes"], str(path), self.args.data)
+        now_on = " ".join([self.args.data, *files_of(self.args).values()])
+        was_on = " ".join([checkpoint["data"], *checkpoint["files"].values()]) if "files" in checkpoint else now_on
+        if was_on != now_on:
+            say(f"{path} was trained on {was_on}: the run goes on with {now_on}")
         then, now = flat({name: checkpoint[name] for name in now}), flat(now)
         changed = [f"{name} was {then.get(name)!r}, not {now[name]!r}" for name in now if then.get(name) != now[name]]
         if changed:
@@ -166,14 +170,19 @@ class Run:
 
     def load(self, checkpoint):
         """Fill the model with the weights to start from."""
-        args = self.args
+        args, left_out = self.args, []
         if checkpoint:
             load_weights(self.model, checkpoint)
-        elif args.init:
+            return
+        if args.init:
             left_out = load_weights(self.model, args.init, partial=True)
             say("\n  ".join([f"weights of {args.init}" + ", without" * bool(left_out), *left_out]))
-        elif self.config.backbone != "tiny" and args.backbone_weights != "none":
+        lacking = any(odd.startswith("backbone.") and not odd.endswith("missing in the model") for odd in left_out)
+        wanted = self.config.backbone != "tiny" and (lacking or not args.init)
+        if args.backbone_weights != "none" and (args.backbone_weights or wanted):
             load_weights(self.model, args.backbone_weights or imagenet(self.config.backbone))
+            if args.init:
+                say(f"the backbone's weights are those of {args.backbone_weights or 'ImageNet-1k'}")
 
 
 def last_checkpoint(args):
@@ -376,9 +385,9 @@ def train_epoch(run, interruption, log):
 
 def save(run, name):
     """Write a checkpoint, in process 0. It replaces the one before it only once it is whole; where the disk is full,
-    that one stays and a warning is printed."""
+    that one stays, a warning is printed, and False returned."""
     if rank_and_world()[0] != 0:
-        return
+        return True
     state = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
     progress = {"epoch": run.epoch, "step": run.step, "best": run.best}
     origin = {"data": run.args.data, "files": files_of(run.args), "category_ids": run.train_set.category_ids}
@@ -393,6 +402,8 @@ def save(run, name):
     except (OSError, RuntimeError) as error:  # torch.save reports some of the system's errors as RuntimeError
         unfinished.unlink(missing_ok=True)
         print(f"warning: {path} was not written, the one before it stays ({error})", file=sys.stderr)
+        return False
+    return True
 
 
 # ---- The story -------------------------------------------------------------------------------------------------------
@@ -442,10 +453,10 @@ def train(args):
         log.evaluation(run, metrics, results)
         interruption.saved = False
         score = ((metrics["AP_box"] or 0) + (metrics["AP_mask"] or 0)) / 2
-        better, run.best, run.epoch = score > run.best, max(score, run.best), run.epoch + 1
+        before, run.best, run.epoch = run.best, max(score, run.best), run.epoch + 1
+        if score > before and not save(run, "best.pt"):  # first: what last.pt says of it has to be true
+            run.best = before
         save(run, "last.pt")
-        if better:
-            save(run, "best.pt")
     epochs = counted(run.epoch, "epoch")
     say(f"trained for {epochs}; {args.out / 'best.pt'} is the best, {run.best:.1f}, the mean of both AP")
 

@@ -175,7 +175,9 @@ def config_of(checkpoint):
 
 def translate(checkpoint):
     """The tensors of a checkpoint under the names of dimaskdino.py, and whether they had others."""
-    state = checkpoint.get("model", checkpoint)
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    if not isinstance(state, Mapping):
+        raise ValueError(f"it holds no tensors by name but a {type(state).__name__}")
     state = {name: torch.as_tensor(x) for name, x in state.items() if isinstance(x, Tensor | np.ndarray)}
     if "head_norm.weight" in state:
         for old, new in FORMER_NAMES.items():
@@ -202,7 +204,11 @@ def load_weights(model, source, partial=False):
     lists the odd ones with both shapes and nothing is loaded. partial: keep what fits instead, for other classes or
     sizes. Returns the list of what did not fit. Pretrained batch norms are frozen, so load before making an optimizer.
     """
-    state, foreign = translate(source if isinstance(source, Mapping) else read_checkpoint(source))
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
+    try:
+        state, foreign = translate(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{error}" if checkpoint is source else f"{source}: {error}") from None
     own = model.state_dict()
     frozen = foreign or not any(name.endswith("num_batches_tracked") for name in state)
     if frozen:
@@ -240,6 +246,8 @@ def load_model(path, device="cpu"):
     False, and 80 classes are taken for COCO's, others are called "class 0" and so on. category_ids of our older files
     count from 0, but for COCO's.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU here: load the model on the CPU")
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")

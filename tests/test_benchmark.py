@@ -88,6 +88,7 @@ def test_the_table_has_every_row_and_the_json_its_operators(tmp_path, capsys, mo
 
 def test_bf16_is_left_out_where_the_cpu_emulates_it_and_the_json_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert {case.amp for case in benchmark.cases_of(benchmark.parse_arguments(["--device", "cpu"]))} == {"off"}
     assert {case.amp for case in benchmark.cases_of(benchmark.parse_arguments(["--device", "cuda"]))} == {"off", "bf16"}
     monkeypatch.setattr(benchmark, "cases_of", lambda args: [])

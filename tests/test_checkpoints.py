@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import time
@@ -130,10 +131,46 @@ def test_other_classes_are_refused_with_those_that_differ(folder, trained, tmp_p
     assert "only" in message and "tile" in message and "lid" in message and "plate" not in message
 
 
-def test_best_is_never_overwritten_by_a_worse_epoch_also_after_a_resume(folder, tmp_path, monkeypatch):
-    scores = iter([10.0, 30.0, 20.0, 25.0])
+def test_a_run_that_goes_on_with_other_data_says_so(folder, trained, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copytree(trained, tmp_path / "run")
+    assert train_in(tmp_path / "copy", tmp_path / "run", "--resume") == 0
+    assert f"trained on {folder}: the run goes on with {tmp_path / 'copy'}" in capsys.readouterr().out
+    assert train_in(folder, tmp_path / "run", "--resume") == 0
+    assert "goes on with" not in capsys.readouterr().out
+
+
+def score_epochs(patch, *scores):
+    """Every epoch gets its AP_box from a list."""
+    scores = iter(scores)
     nothing = {name + area: None for name in ("AP_box", "AP_mask") for area in ("", "_50", "_S", "_M", "_L")}
-    monkeypatch.setattr(train, "evaluate", lambda *_: ({**nothing, "AP_box": next(scores), "AP_mask": 5.0}, []))
+    patch.setattr(train, "evaluate", lambda *_: ({**nothing, "AP_box": next(scores), "AP_mask": 5.0}, []))
+
+
+def test_what_the_last_checkpoint_says_of_the_best_is_true_wherever_a_run_is_killed(folder, tmp_path, monkeypatch):
+    score_epochs(monkeypatch, 10.0, 30.0, 20.0)
+    save, bests = train.save, []
+
+    def save_and_look(run, name):
+        written = save(run, name)
+        for file in ("best.pt", "last.pt"):
+            bests.append(read_checkpoint(tmp_path / file)["best"] if (tmp_path / file).exists() else -1.0)
+        return written
+
+    monkeypatch.setattr(train, "save", save_and_look)
+    assert train_in(folder, tmp_path, "--epochs", 3) == 0
+    assert bests[-2:] == [17.5, 17.5] and all(best >= last for best, last in zip(bests[::2], bests[1::2], strict=True))
+
+
+def test_a_best_that_could_not_be_written_is_not_taken_for_the_best(folder, tmp_path, monkeypatch):
+    score_epochs(monkeypatch, 30.0, 10.0)
+    (tmp_path / "best.pt.tmp").symlink_to("/dev/full")  # for one write, after which the link is gone
+    assert train_in(folder, tmp_path, "--epochs", 2) == 0
+    assert read_checkpoint(tmp_path / "best.pt")["epoch"] == 2
+
+
+def test_best_is_never_overwritten_by_a_worse_epoch_also_after_a_resume(folder, tmp_path, monkeypatch):
+    score_epochs(monkeypatch, 10.0, 30.0, 20.0, 25.0)
     assert train_in(folder, tmp_path, "--epochs", 3) == 0
     assert train_in(folder, tmp_path, "--epochs", 4, "--resume") == 0
     best, last = read_checkpoint(tmp_path / "best.pt"), read_checkpoint(tmp_path / "last.pt")
@@ -276,6 +313,22 @@ def test_pretrained_weights_downloaded_once_need_no_network_and_freeze_their_nor
     assert norms and not any(norm.training or norm.weight.requires_grad for norm in norms)
 
 
+def test_init_that_leaves_the_backbone_empty_leaves_it_to_its_own_weights(folder, trained, tmp_path, monkeypatch):
+    net = torchvision.models.resnet18()
+    monkeypatch.setattr(train, "imagenet", lambda backbone: {"resnet18": net.state_dict()}[backbone])
+    flags = ["--init", trained / "last.pt", "--set", "backbone=resnet18"]
+    started = new_run(folder, tmp_path / "out", *flags).model
+    assert torch.equal(started.backbone.stages[2][0].conv1.weight, net.layer2[0].conv1.weight)
+    assert torch.equal(started.label_embed.weight, weights(trained)["label_embed.weight"])
+    torch.nn.init.constant_(net.layer2[0].conv1.weight, 0.25)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    started = new_run(folder, tmp_path / "out", *flags, "--backbone-weights", tmp_path / "net.pt").model
+    assert (started.backbone.stages[2][0].conv1.weight == 0.25).all()
+    monkeypatch.setattr(train, "imagenet", None)  # not asked where --init fills the backbone, or nobody wants weights
+    new_run(folder, tmp_path / "out", *flags[:2])
+    new_run(folder, tmp_path / "out", *flags, "--backbone-weights", "none")
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 cut"])
 def test_a_damaged_download_is_named_with_what_to_do(folder, tmp_path, monkeypatch, capsys, content):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -373,6 +426,10 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, capfd, split, workers):
         (("--batch-size", 5, "--accumulate", 2), "multiple of"),
         (("--image-size", 100), "multiple of 32"),
         (("--init", "nowhere.pt"), "nowhere.pt"),
+        (("--backbone-weights", "nowhere.pt"), "nowhere.pt"),
+        (("--set", "heads=0"), "heads=0 is less than 1"),
+        (("--set", "mask_points=0"), "mask_points=0 is not above 0"),
+        (("--data", "bdd100k", "--image-folder", "x"), "leave out --image-folder"),
         (("--data", "nowhere"), "expected annotations"),
         (("--epochs", 0), "at least 1"),
         (("--seed", -1), "-1 is not at least 0"),

@@ -258,10 +258,17 @@ def test_of_all_layers_results_only_one_layers_are_held_at_a_time(folder, traine
     assert len(held) == 3 and max(held) < 2 * 5 * 18
 
 
+def give_instructions(patch, names):
+    """A CPU has these; or a GPU has those for bf16, if it is named."""
+    patch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or "bf16" in names)
+
+
 @pytest.mark.parametrize(
     "device, backbone, instructions, amp",
     [
-        ("cuda", "tiny", (), "bf16"),
+        ("cuda", "tiny", ("bf16",), "bf16"),
+        ("cuda", "resnet50", (), "off"),
         ("cpu", "resnet50", (), "off"),
         ("cpu", "resnet50", ("avx512_bf16",), "bf16"),
         ("cpu", "swin_l", ("amx_bf16",), "bf16"),
@@ -269,7 +276,7 @@ def test_of_all_layers_results_only_one_layers_are_held_at_a_time(folder, traine
     ],
 )
 def test_autocast_is_bf16_where_it_pays(device, backbone, instructions, amp, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    give_instructions(monkeypatch, instructions)
     assert amp_for(torch.device(device), backbone) == amp
 
 
@@ -282,11 +289,15 @@ def test_autocast_is_bf16_where_it_pays(device, backbone, instructions, amp, mon
         ("cpu", "fp16", ("amx_fp16",), False),
         ("cpu", "bf16", ("avx512_bf16",), False),
         ("cpu", "off", (), False),
-        ("cuda", "bf16", (), False),
+        ("cuda", "bf16", ("bf16",), False),
+        ("cuda", "bf16", (), True),
+        ("cuda", "fp16", (), False),
     ],
 )
-def test_who_asks_a_cpu_for_numbers_that_it_emulates_is_warned(device, amp, instructions, warned, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+def test_who_asks_for_numbers_that_the_device_emulates_is_warned(
+    device, amp, instructions, warned, monkeypatch, capsys
+):
+    give_instructions(monkeypatch, instructions)
     warn_of_emulation(torch.device(device), amp)
     assert (f"no instructions for {amp}" in capsys.readouterr().out) == warned
 
@@ -527,6 +538,39 @@ def test_a_signal_ends_in_a_line_and_keeps_what_was_found(folder, trained, tmp_p
     assert "found on 1 of 5 images" in said and "Traceback" not in said
 
 
+def test_a_signal_or_a_fault_while_ap_is_measured_keeps_what_was_found(folder, trained, tmp_path, monkeypatch, capsys):
+    signal_in(monkeypatch, "average_precision", signal.SIGINT)
+    flags = ("--data", folder, "--layers", "--out")
+    assert run(trained / "best.pt", *flags, tmp_path) == 128 + signal.SIGINT
+    said = capsys.readouterr()
+    assert "found on 5 of 5 images" in said.err and "| layer 0 " in said.out
+    monkeypatch.setattr(evaluate, "average_precision", None)
+    with pytest.raises(TypeError):
+        run(trained / "best.pt", *flags, tmp_path / "again")
+    assert found_in(tmp_path) == found_in(tmp_path / "again") and len(found_in(tmp_path)) == 5
+
+
+def test_too_little_memory_ends_in_a_line_and_keeps_what_was_found(folder, trained, tmp_path, monkeypatch, capsys):
+    action, calls = evaluate.outputs_of, []
+
+    def too_large(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return action(*args)
+
+    monkeypatch.setattr(evaluate, "outputs_of", too_large)
+    assert "smaller --test-size" in run(trained / "best.pt", "--data", folder, "--out", tmp_path)
+    assert len(found_in(tmp_path)) == 2
+
+
+def test_the_metrics_are_kept_where_measuring_the_speed_fails(folder, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "speed", lambda *_: sys.exit(7))
+    flags = ("--speed", "--json", tmp_path / "m.json", "--out", tmp_path)
+    assert run(trained / "best.pt", "--data", folder, *flags) == 7
+    assert "AP_box" in json.loads((tmp_path / "m.json").read_text())
+
+
 def tree(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -570,6 +614,17 @@ def test_outputs_are_made_or_refused_before_any_work(folder, trained, tmp_path, 
         assert train_in(folder, flags[1]) == 2 and flags[1] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["photos", ".", "photos/found"])
+def test_images_are_found_wherever_the_results_go(trained, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "photos", "a.jpg")
+    assert run(trained / "best.pt", "--images", "photos", "--out", out, "--score", 0) == 0
+    assert found_in(tmp_path / out) == ["a.jpg"]
+    if out == "photos/found":  # what was drawn there is no photo
+        assert run(trained / "best.pt", "--images", "photos", "--out", out, "--score", 0) == 0
+        assert found_in(tmp_path / out) == ["a.jpg"]
+
+
 def test_folders_of_images_are_searched_and_equal_names_stay_apart(trained, tmp_path):
     photos(tmp_path / "in", "a.jpg", "x/a.JPG", "x/y/b.png", "x/b.jpg")
     (tmp_path / "in" / "notes.txt").write_text("")
@@ -591,6 +646,8 @@ def test_folders_of_images_are_searched_and_equal_names_stay_apart(trained, tmp_
         (("--ckpt", "nowhere.pt"), "there is no checkpoint nowhere.pt"),
         (("--ckpt", "."), ". is a folder"),
         (("--images", "nothing.jpg"), "nothing.jpg cannot be read as an image: there is no such file"),
+        (("--images", "nothing.jpg", "--json", "a.json", "--per-class"), "leave out --per-class and --json"),
+        (("--images", "nothing.jpg", "--draw", 1), "leave out --draw"),
     ],
 )
 def test_a_wrong_flag_gets_a_line_and_exit_code_2(trained, tmp_path, capsys, flags, named):

@@ -50,6 +50,16 @@ def test_one_command_makes_the_page_in_the_format_of_its_suffix(folder, trained,
     assert page.read_bytes()[:4] in (b"\x89PNG", b"<?xm", b"%PDF")
 
 
+def test_a_default_writes_over_nothing_and_a_figure_is_refused_before_any_work(folder, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["--ckpt", str(trained / "last.pt"), str(folder / "val" / "1.png")]
+    for name in ("explained.png", "explained_2.png"):
+        assert exit_code(explain.main, command) == 0 and (tmp_path / name).exists()
+    monkeypatch.setattr(explain, "page", None)
+    for wrong in ("page.txt", "explained.png/page.png"):
+        assert exit_code(explain.main, [*command, "--out", wrong]) == 2
+
+
 def test_a_file_that_is_no_image_or_no_checkpoint_ends_with_its_name(folder, trained, tmp_path, capsys):
     broken = tmp_path / "broken.jpg"
     broken.write_text("no image")

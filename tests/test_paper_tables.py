@@ -60,7 +60,7 @@ def test_the_rows_of_tables_1_and_2_are_maskdino_and_di_maskdino(preset):
         made = trained_as(row, 2, "--data", "bdd100k", "--preset", preset)
         if row.name == "MaskDINO" and row.group == ("ResNet50", 68):
             own = {} if preset == "paper" else {"guide_networks": "heads", "guiding_tokens": 50}
-            own |= {} if preset == "paper" else {"guide_value": "T_g_mask"}  # which it does not use
+            own |= {} if preset == "paper" else {"guide_value": "T_g_mask", "pixel_tokens": "T_bal"}  # not used
             assert made == (dataclasses.replace(Config.maskdino(), **own), Recipe.bdd100k())
         elif row.name == "DI-MaskDINO" and row.group == ("ResNet50", 68):
             assert made == (getattr(Config, preset)(), Recipe.bdd100k())
@@ -125,6 +125,16 @@ def test_rows_of_other_tables_with_the_same_settings_share_a_folder_and_all_othe
         assert paper_tables.folder_of(plain, tmp_path) != paper_tables.folder_of(changed, tmp_path)
 
 
+def test_other_data_and_weights_of_the_same_name_have_folders_and_tables_of_their_own(tmp_path):
+    runs = ["--data coco", "--data /a/coco", "--data /b/coco", "--data coco --data-root /c", "--data coco --amp fp16"]
+    runs += [f"--data coco --{flag} /a/x" for flag in ("image-folder", "val-json", "train-json")]
+    runs += ["--train-json /b/x", "--train-json /a/x --val-json /a/y"]
+    runs += [f"--data coco --{flag} {path}" for flag in ("init", "backbone-weights") for path in ("/a/x.pt", "/b/x.pt")]
+    parsed = [parse_training(flags.split(), "") for flags in runs]
+    assert len({paper_tables.folder_of(args, tmp_path) for args in parsed}) == len(runs)
+    assert len({paper_tables.name_of_run(args) for args in parsed}) == len(runs)
+
+
 def test_the_papers_figures_are_as_many_as_its_columns_and_the_same_model_has_the_same_everywhere():
     for number in (1, 2):
         assert all(len(row.figures.split()) == 9 for row in TABLES[number])
@@ -187,7 +197,8 @@ def test_a_table_that_was_killed_goes_on_without_repeating_what_was_finished_and
     paper_tables.main(["4", *run_of(folder, out)])
     after = finished(out)
     assert len(after) == 4 and all(after[name] == moment for name, moment in before.items())
-    text, markdown = capsys.readouterr().out, (out / "table4.md").read_text()
+    (file,) = out.glob("table4-*.md")
+    text, markdown = capsys.readouterr().out, file.read_text()
     for row in TABLES[4]:
         assert f"\n{row.name} " in text and f"| {row.name} " in markdown
     assert "27.8 / 24.4" in text and "27.8 / 24.4" in markdown and "1 epoch, seeds 0 to 0" in text
@@ -198,13 +209,21 @@ def test_a_table_that_was_killed_goes_on_without_repeating_what_was_finished_and
 
 
 def test_table_2_shows_other_methods_the_papers_figures_and_speed_and_size_of_both_models(folder, tmp_path, capsys):
-    paper_tables.main(["2", *run_of(folder, tmp_path)])
+    jsons = [folder / "annotations" / f"instances_{split}.json" for split in ("train", "val")]
+    files = ["--train-json", str(jsons[0]), "--val-json", str(jsons[1]), "--out", str(tmp_path)]
+    paper_tables.main(["2", *SMALL, *files])
     lines = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert lines["SOLQ, ResNet50"][-9:] == ["27.0", "16.5", "35.3", "45.6", "19.6", "10.1", "25.8", "37.4", "6.3"]
     measured = [json.loads(path.read_text()) for path in tmp_path.glob("*/speed.json")]
     assert len(measured) == 2 and all(m["FPS"] > 0 and m["parameters"] > 1e5 for m in measured)
     logged = [log_of(path.parent)[-1] for path in tmp_path.glob("*/speed.json")]
     assert [m["AP_box"] for m in measured] == pytest.approx([record["AP_box"] for record in logged], rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", ["--image-size 100", "--set backbone=vgg", "--batch-size 7 --accumulate 2"])
+def test_a_wrong_flag_of_a_table_ends_in_a_line(tmp_path, capsys, flags):
+    assert exit_code(paper_tables.main, ["4", "--out", str(tmp_path), *flags.split()]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_flags_that_train_does_not_know_and_presets_without_di_and_bato_are_refused(tmp_path, capsys):
@@ -258,6 +277,18 @@ def test_figure_3_finds_the_files_that_the_first_model_was_trained_with(folder, 
     torch.save(checkpoint | {"data": "gone", "files": files}, tmp_path / "last.pt")
     paper_tables.main(["figure3", str(tmp_path / "last.pt"), "--out", str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_figure_needs_data_and_a_place_to_be_written_to(trained, tmp_path, capsys, monkeypatch):
+    checkpoint = torch.load(trained / "last.pt", weights_only=True)
+    unknown = {name: x for name, x in checkpoint.items() if name not in ("data", "files", "classes")}
+    torch.save(unknown, tmp_path / "a.pt")
+    assert exit_code(paper_tables.main, ["figure3", str(tmp_path / "a.pt"), "--out", str(tmp_path / "f.png")]) == 2
+    assert "a.pt does not say which data" in capsys.readouterr().err
+    monkeypatch.setattr(paper_tables, "read_checkpoint", None)
+    for out in ("f.txt", "a.pt/f.png"):
+        assert exit_code(paper_tables.main, ["figure1", str(tmp_path / "a.pt"), "--out", str(tmp_path / out)]) == 2
+        assert out in capsys.readouterr().err
 
 
 def test_a_figure_of_a_file_that_is_no_checkpoint_ends_with_its_name(tmp_path, capsys):

@@ -137,6 +137,12 @@ def test_shapes_go_with_the_tiny_model_and_other_data_with_the_papers_unless_tol
     assert parse_training(flags.split(), "").preset == preset
 
 
+@pytest.mark.parametrize("flag", ["data", "data-root", "val-json", "out", "init", "backbone-weights"])
+def test_a_tilde_is_the_home_folder_also_behind_an_equals_sign(flag, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(getattr(parse_training([f"--{flag}=~/x"], ""), flag.replace("-", "_"))) == "/home/me/x"
+
+
 # ---- Steps -----------------------------------------------------------------------------------------------------------
 
 

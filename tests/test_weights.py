@@ -229,10 +229,21 @@ def test_a_loaded_model_is_on_the_device_that_is_asked_for(tmp_path):
     assert {x.device.type for x in load_model(tmp_path / "small.pt", "meta").parameters()} == {"meta"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(ValueError, match="^torch finds no GPU here"):
+        load_model(tmp_path / "small.pt", "cuda")
+
+
 def test_a_file_that_holds_no_model_or_another_is_named_with_what_is_wrong(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="^.*list.pt is no checkpoint: it holds a list$"):
         load_model(tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="^.*list.pt: it holds no tensors by name but a list$"):
+        load_weights(build(), tmp_path / "list.pt")
+    torch.save({"model": [1, 2]}, tmp_path / "inside.pt")
+    with pytest.raises(ValueError, match="^.*inside.pt does not fit: it holds no tensors by name but a list$"):
+        load_model(tmp_path / "inside.pt")
     torch.save(
         {"model": build().state_dict(), "config": dataclasses.asdict(SMALL) | {"dim": 64}}, tmp_path / "other.pt"
     )
