@@ -449,7 +449,8 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch finds no GPU here: --device cpu")
+        print("torch finds no GPU here: --device cpu", file=sys.stderr)
+        sys.exit(2)
     head = {
         "machine": machine(device),
         "software": f"PyTorch {torch.__version__}, {status(device)}",
@@ -484,7 +485,7 @@ def main(arguments=None):
         else:
             remarks = ["CUDA graphs and torch.compile: no GPU, skipped"]
         if emulates(device, "bf16"):
-            remarks.append(f"bf16: this {device.type.upper()} has no instructions for it, skipped")
+            remarks.append(f"bf16: no instructions for it on this {device.type}, skipped")
         print("", *remarks, sep="\n")
         head["remarks"] = remarks
     if args.json:

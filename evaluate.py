@@ -435,6 +435,15 @@ def find(model, picture, image_id, score, amp):
     return results_of(outputs, seen, size, image_id, model.category_ids, score, clip=True)
 
 
+def keep_found(path, found, count):
+    """Write what an evaluation found before it ended; where that fails, the reason of the end is still what is said."""
+    try:
+        write_json(path, unpacked(layers[-1] for layers in found.values()))
+        print(f"stopped: {path} has what was found on {count}", file=sys.stderr)
+    except OSError as error:
+        print(f"warning: {path} was not written ({error})", file=sys.stderr)
+
+
 def evaluate_dataset(model, dataset, device, args):
     """The table, and what else the command line asks for."""
     found, rows = {}, []
@@ -446,10 +455,8 @@ def evaluate_dataset(model, dataset, device, args):
             metrics = average_precision(dataset.json, results, args.per_class)
             rows.append((f"layer {number}" if args.layers else "DI-MaskDINO", metrics))
     except BaseException:  # a signal, too little memory, a bug: what was found stays
-        if rank_and_world()[0] == 0:
-            write_json(args.out / "predictions.json", unpacked(layers[-1] for layers in found.values()))
-            count = f"{len(found):,} of {len(dataset):,} images"
-            print(f"stopped: {args.out / 'predictions.json'} has what was found on {count}", file=sys.stderr)
+        if rank_and_world()[0] == 0 and found:
+            keep_found(args.out / "predictions.json", found, f"{len(found):,} of {len(dataset):,} images")
             if rows:
                 print(table(rows))
         raise

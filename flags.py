@@ -16,7 +16,7 @@ from recipe import Recipe
 
 # ---- Of both programs ------------------------------------------------------------------------------------------------
 
-AMP_HELP = "autocast (bf16 on a GPU, and on a CPU with instructions for it but for the tiny backbone; else off)"
+AMP_HELP = "autocast (bf16 where there are instructions for it, but not for the tiny backbone on a CPU; else off)"
 
 
 def at_least(least, kind=int):
@@ -153,7 +153,7 @@ def parse_training(arguments, description):
         "--backbone-weights",
         type=os.path.expanduser,
         metavar="PATH",
-        help="(torchvision's, of ImageNet-1k); none: start from scratch",
+        help="also in place of --init's (torchvision's, of ImageNet-1k, unless --init fills it); none: from scratch",
     )
     add("--check", action="store_true", help="only check the data: decode every image, measure the loading")
     args = parser.parse_args(arguments)

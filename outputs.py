@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+FIGURES = (".png", ".svg", ".pdf")
+
 
 def try_output(path: Path, folder: bool = True) -> None:
     """Raises OSError, which names the path, unless files can be written into a folder (or into one file), which is made
@@ -31,7 +33,8 @@ def unused(path: Path) -> Path:
     number, free = 1, path
     while free.exists() and not (free.is_dir() and not any(free.iterdir())):
         number += 1
-        free = path.with_stem(f"{path.stem}_{number}")
+        name = f"{path.stem}_{number}{path.suffix}" if path.suffix.lower() in FIGURES else f"{path.name}_{number}"
+        free = path.with_name(name)
     return free
 
 
@@ -39,7 +42,7 @@ def figure_file(out: Path | None, default: str) -> Path:
     """Where a figure is to be written: `out`, or a file like `default` that is not there yet. Raises ValueError or
     OSError, before any work, if it is no .png, .svg or .pdf or cannot be written."""
     path = out or unused(Path(default))
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+    if path.suffix.lower() not in FIGURES:
         raise ValueError(f"{path} is no name for a figure: it ends in .png, .svg or .pdf")
     try_output(path, folder=False)
     return path

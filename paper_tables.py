@@ -43,7 +43,7 @@ import data
 import evaluate
 import train
 from explain import BOX, MASK, draw_objects, name_of
-from flags import choose_config, choose_recipe, files_of, parse_training, setting, user_path
+from flags import at_least, choose_config, choose_recipe, files_of, parse_training, setting, user_path
 from geometry import identity
 from outputs import figure_file, write_figure
 from shapes import SHAPES
@@ -182,10 +182,12 @@ def digest(**paths):
 
 def name_of_data(args):
     """The name of the data; with a digest of where it lies, unless it is one that everybody has in the usual place."""
-    usual = args.data in (*SHAPES, "coco", "bdd100k") and args.data_root == Path("data")
-    if usual and not files_of(args):
-        return args.data
-    return f"{Path(args.data).name}-{digest(data=args.data, data_root=args.data_root, **files_of(args))}"
+    if args.data in (*SHAPES, "coco", "bdd100k"):
+        places = {} if args.data_root == Path("data") else {"data_root": args.data_root}
+    else:
+        places = {"data": args.data}
+    places |= files_of(args)
+    return Path(args.data).name + f"-{digest(**places)}" * bool(places)
 
 
 def name_of_run(args):
@@ -196,8 +198,9 @@ def name_of_run(args):
         before, now = dataclasses.asdict(choose(plain)), dataclasses.asdict(choose(args))
         names += [f"{name}={now[name]}" for name in now if now[name] != before[name]]
     names += [f"amp={args.amp}"] * bool(args.amp)
-    starts = {name: getattr(args, name) for name in ("init", "backbone_weights")}
-    names += [f"{name}={Path(path).stem}-{digest(path=path)}" for name, path in starts.items() if path]
+    names += [f"init={args.init.stem}-{digest(path=args.init)}"] if args.init else []
+    if weights := args.backbone_weights:
+        names += [f"backbone_weights={Path(weights).stem}" + f"-{digest(path=weights)}" * (weights != "none")]
     return "-".join(names).replace(" ", "").replace("(", "").replace(",)", "").replace(")", "")
 
 
@@ -423,20 +426,26 @@ def main(arguments=None):
         add("--data", type=os.path.expanduser, help="as in evaluate.py (that of the training)")
         add("--data-root", default="data", type=user_path, help="where the data sets lie (%(default)s)")
         add("--device", choices=["cpu", "cuda"], help="(a GPU where there is one; figure 3: the CPU)")
-        add("--images", type=int, default=4, help="of figure 3 (%(default)s)")
-        add("--score", type=float, default=0.3, help="least score of what figure 3 draws (%(default)s)")
+        if figure == "figure3":
+            add("--images", type=at_least(1), default=4, help="how many (%(default)s)")
+            add("--score", type=float, default=0.3, help="least score of what is drawn (%(default)s)")
     args, flags = parser.parse_known_args(arguments)
     if flags and not args.which.isdigit():
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         if args.which.isdigit():
-            seeds = range(first := parse_training(flags, "").seed, first + max(1, args.seeds))
-            return table(int(args.which), flags, seeds, args.out)
-        out = figure_file(args.out, f"{args.which}.png")
-        write_figure({"figure1": figure1, "figure3": figure3}[args.which](args), out)
+            number, first = int(args.which), parse_training(flags, "").seed
+            for row in TABLES[number]:  # a wrong flag is found here, before any training
+                if row_flags := flags_of(row, number, flags, first):
+                    folder_of(parse_training(row_flags, ""), args.out)
+        else:
+            out = figure_file(args.out, f"{args.which}.png")
+            write_figure({"figure1": figure1, "figure3": figure3}[args.which](args), out)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    if args.which.isdigit():
+        table(number, flags, range(first, first + max(1, args.seeds)), args.out)
 
 
 if __name__ == "__main__":

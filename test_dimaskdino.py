@@ -870,11 +870,11 @@ def test_a_switch_changes_its_own_step_and_nothing_before_it(change, first):
     assert a[first].shape != b[first].shape or (a[first] != b[first]).any(), f"{first} is as before"
 
 
-@torch.no_grad()
 def test_table4_without_bato_nothing_of_it_is_left_of_the_released_code():
     assert build(bato=False, **RELEASED).state_dict().keys() == build(bato=False).state_dict().keys()
 
 
+@torch.no_grad()
 def test_table4_without_bato_the_decoder_attends_to_T_i():
     trace = build(bato=False)(pictures(1, 3, 64, 64), trace=True)["trace"]
     assert torch.equal(trace["T_bal"], trace["T_i"]) and "T_g" not in trace

@@ -158,10 +158,10 @@ class Run:
         if missing := [name for name in needed if name not in checkpoint]:
             raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}; --init takes weights")
         data.require_same_classes(checkpoint["classes"], now["classes"], str(path), self.args.data)
-        now_on = " ".join([self.args.data, *files_of(self.args).values()])
-        was_on = " ".join([checkpoint["data"], *checkpoint["files"].values()]) if "files" in checkpoint else now_on
-        if was_on != now_on:
-            say(f"{path} was trained on {was_on}: the run goes on with {now_on}")
+        now_on = dict.fromkeys([self.args.data, *files_of(self.args).values()])
+        was_on = dict.fromkeys([checkpoint["data"], *checkpoint["files"].values()]) if "files" in checkpoint else now_on
+        if [*map(os.path.realpath, was_on)] != [*map(os.path.realpath, now_on)]:
+            say(f"{path} was trained on {' '.join(was_on)}: the run goes on with {' '.join(now_on)}")
         then, now = flat({name: checkpoint[name] for name in now}), flat(now)
         changed = [f"{name} was {then.get(name)!r}, not {now[name]!r}" for name in now if then.get(name) != now[name]]
         if changed:

@@ -93,7 +93,7 @@ def test_bf16_is_left_out_where_the_cpu_emulates_it_and_the_json_says_so(tmp_pat
     assert {case.amp for case in benchmark.cases_of(benchmark.parse_arguments(["--device", "cuda"]))} == {"off", "bf16"}
     monkeypatch.setattr(benchmark, "cases_of", lambda args: [])
     benchmark.main(["--device", "cpu", "--json", str(tmp_path / "figures.json")])
-    assert "bf16: this CPU" in json.loads((tmp_path / "figures.json").read_text())["remarks"][-1]
+    assert "bf16: no instructions" in json.loads((tmp_path / "figures.json").read_text())["remarks"][-1]
 
 
 def test_against_grid_sample_every_row_has_a_partner_that_calls_no_kernel():

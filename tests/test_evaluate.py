@@ -548,6 +548,10 @@ def test_a_signal_or_a_fault_while_ap_is_measured_keeps_what_was_found(folder, t
     with pytest.raises(TypeError):
         run(trained / "best.pt", *flags, tmp_path / "again")
     assert found_in(tmp_path) == found_in(tmp_path / "again") and len(found_in(tmp_path)) == 5
+    monkeypatch.setattr(evaluate, "outputs_of", None)  # where nothing was found, what an earlier command left stays
+    with pytest.raises(TypeError):
+        run(trained / "best.pt", *flags, tmp_path)
+    assert len(found_in(tmp_path)) == 5
 
 
 def test_too_little_memory_ends_in_a_line_and_keeps_what_was_found(folder, trained, tmp_path, monkeypatch, capsys):

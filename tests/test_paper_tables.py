@@ -135,6 +135,16 @@ def test_other_data_and_weights_of_the_same_name_have_folders_and_tables_of_thei
     assert len({paper_tables.name_of_run(args) for args in parsed}) == len(runs)
 
 
+@pytest.mark.parametrize("flags", ["coco --data-root /a", "/a/own", "coco --train-json /a/x", "coco --init /a/x.pt"])
+def test_the_folder_of_a_run_does_not_depend_on_where_the_command_is_given(tmp_path, monkeypatch, flags):
+    args, folders = parse_training(["--data", *flags.split()], ""), set()
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        folders.add(paper_tables.folder_of(args, tmp_path))
+    assert len(folders) == 1
+
+
 def test_the_papers_figures_are_as_many_as_its_columns_and_the_same_model_has_the_same_everywhere():
     for number in (1, 2):
         assert all(len(row.figures.split()) == 9 for row in TABLES[number])
