@@ -294,9 +294,7 @@ def test_autocast_is_bf16_where_it_pays(device, backbone, instructions, amp, mon
         ("cuda", "fp16", (), False),
     ],
 )
-def test_who_asks_for_numbers_that_the_device_emulates_is_warned(
-    device, amp, instructions, warned, monkeypatch, capsys
-):
+def test_who_asks_for_emulated_numbers_is_warned(device, amp, instructions, warned, monkeypatch, capsys):
     give_instructions(monkeypatch, instructions)
     warn_of_emulation(torch.device(device), amp)
     assert (f"no instructions for {amp}" in capsys.readouterr().out) == warned
