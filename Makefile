@@ -1,5 +1,5 @@
-# Every target does all the set-up it needs; PYTHON chooses the environment it is done in. pip compiles no bytecode, which
-# would take half a minute: Python does so for what is imported, and nothing forbids it here.
+# Every target does all the set-up it needs; PYTHON chooses the environment it is done in. pip compiles no bytecode,
+# which would take half a minute: Python does so for what is imported, and nothing forbids it here.
 PYTHON ?= python
 PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE =

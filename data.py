@@ -232,7 +232,7 @@ def open_dataset(
         found = read_files(jsons, split, image_folder)
     elif data == "bdd100k":
         if image_folder:
-            raise ValueError("bdd100k has its own places for images: leave out --image-folder, or give --data bdd100k")
+            raise ValueError("bdd100k has its own places for images: leave out --image-folder")
         found = read_bdd100k(official(root, "bdd100k", "labels"), split)
     elif data == "coco":
         found = find_coco(official(root, "coco", "annotations"), split, COCO_LAYOUT, image_folder)

@@ -165,7 +165,7 @@ def predict_dataset(
 
     The processes share out the images; process 0 gets an iterator, which makes each list when its turn comes, the
     others None. The model is left in evaluation mode. found: a dict to fill, image by image, with the results by layer,
-    `packed`, under the image's place in the data set.
+    `packed`, under the image's place in the data set; in process 0 those of all processes in the end.
     """
     model.eval()
     rank, world = rank_and_world()

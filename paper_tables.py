@@ -175,7 +175,7 @@ def flags_of(row, number, flags, seed):
 
 
 def digest(**paths):
-    """Eight letters for some paths by name: others would be called alike."""
+    """Eight characters that tell files or folders of the same name apart. paths: by what they are."""
     whole = "\n".join(f"{name} {Path(path).resolve()}" for name, path in paths.items())
     return hashlib.sha256(whole.encode()).hexdigest()[:8]
 
@@ -324,18 +324,23 @@ def head_of(number, flags, seeds):
 
 def table(number, flags, seeds, root):
     """Train and measure every row of a table for every seed, print the table, and write it after every run."""
-    base = choose_config(parse_training(flags, ""), 80)
-    if len(base.selection) < 2 or not base.bato:
-        print("the rows switch DI and BATO off themselves: give a preset and settings with both", file=sys.stderr)
+    args = parse_training(flags, "")
+    try:  # a wrong flag is found here, before any training
+        base = choose_config(args, 80)
+        if len(base.selection) < 2 or not base.bato:
+            raise ValueError("the rows switch DI and BATO off themselves: give a preset and settings with both")
+        runs = [(row, seed, flags_of(row, number, flags, seed)) for seed in seeds for row in TABLES[number]]
+        runs = [(row, seed, row_flags) for row, seed, row_flags in runs if row_flags]
+        for _, _, row_flags in runs:
+            folder_of(parse_training(row_flags, ""), root)
+        file, head = root / f"table{number}-{name_of_run(args)}.md", head_of(number, flags, seeds)
+    except ValueError as error:
+        print(error, file=sys.stderr)
         sys.exit(2)
-    file = root / f"table{number}-{name_of_run(parse_training(flags, ''))}.md"
     results = {row: {} for row in TABLES[number]}
-    head = head_of(number, flags, seeds)
-    for seed in seeds:
-        for row in TABLES[number]:
-            if row_flags := flags_of(row, number, flags, seed):
-                results[row][seed] = finish(row_flags, root, speed=number <= 2)
-                file.write_text(f"{head}\n\n{aligned([*lines_of(number, results)], markdown=True)}\n")
+    for row, seed, row_flags in runs:
+        results[row][seed] = finish(row_flags, root, speed=number <= 2)
+        file.write_text(f"{head}\n\n{aligned([*lines_of(number, results)], markdown=True)}\n")
     print(f"\n{head}\n\n{aligned([*lines_of(number, results)])}\n\nas Markdown: {file}")
 
 
@@ -430,22 +435,17 @@ def main(arguments=None):
             add("--images", type=at_least(1), default=4, help="how many (%(default)s)")
             add("--score", type=float, default=0.3, help="least score of what is drawn (%(default)s)")
     args, flags = parser.parse_known_args(arguments)
-    if flags and not args.which.isdigit():
+    if args.which.isdigit():
+        seeds = range(first := parse_training(flags, "").seed, first + max(1, args.seeds))
+        return table(int(args.which), flags, seeds, args.out)
+    if flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
-        if args.which.isdigit():
-            number, first = int(args.which), parse_training(flags, "").seed
-            for row in TABLES[number]:  # a wrong flag is found here, before any training
-                if row_flags := flags_of(row, number, flags, first):
-                    folder_of(parse_training(row_flags, ""), args.out)
-        else:
-            out = figure_file(args.out, f"{args.which}.png")
-            write_figure({"figure1": figure1, "figure3": figure3}[args.which](args), out)
+        out = figure_file(args.out, f"{args.which}.png")
+        write_figure({"figure1": figure1, "figure3": figure3}[args.which](args), out)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    if args.which.isdigit():
-        table(number, flags, range(first, first + max(1, args.seeds)), args.out)
 
 
 if __name__ == "__main__":

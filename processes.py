@@ -219,8 +219,7 @@ def emulates(device: torch.device, amp: str) -> bool:
 def warn_of_emulation(device: torch.device, amp: str) -> None:
     """Say so where the type of autocast is emulated."""
     if emulates(device, amp):
-        better = "--amp off or fp16" if device.type == "cuda" else "--amp off"
-        kind = {"cuda": "GPU"}.get(device.type, "CPU")
+        kind, better = ("GPU", "--amp off or fp16") if device.type == "cuda" else ("CPU", "--amp off")
         say(f"warning: this {kind} has no instructions for {amp} and emulates it, very slowly: {better} is faster")
 
 

@@ -296,7 +296,7 @@ def test_the_longest_turn_of_a_position_tends_to_ten_thousand():
     assert wavelengths(4).tolist() == [1, 100] and wavelengths(8).tolist() == pytest.approx([1, 10, 100, 1000])
 
 
-def test_the_position_token_of_a_box_turns_with_cy_cx_w_and_h():
+def test_the_position_of_a_box_turns_with_cy_cx_w_and_h():
     position, seen = BoxPosition(8), []  # for each of the four: sine, cosine, and a hundredth of the turn
     position.layers[0].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     position(torch.tensor([[[0.25, 0.5, 1.0, 0.75]]]))

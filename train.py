@@ -177,7 +177,8 @@ class Run:
         if args.init:
             left_out = load_weights(self.model, args.init, partial=True)
             say("\n  ".join([f"weights of {args.init}" + ", without" * bool(left_out), *left_out]))
-        lacking = any(odd.startswith("backbone.") and not odd.endswith("missing in the model") for odd in left_out)
+        unfilled = {odd.partition(":")[0] for odd in left_out}
+        lacking = any(f"backbone.{name}" in unfilled for name in self.model.backbone.state_dict())
         wanted = self.config.backbone != "tiny" and (lacking or not args.init)
         if args.backbone_weights != "none" and (args.backbone_weights or wanted):
             load_weights(self.model, args.backbone_weights or imagenet(self.config.backbone))
