@@ -38,15 +38,11 @@ from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-import data
+from datasets import coco as data
+from datasets.geometry import shortest_side
+from datasets.images import find_images, read_image, upright_rgb
 from dimaskdino import postprocess
-from flags import AMP_HELP, add_data_flags, at_least, files_of, user_path
-from flops import flop_of
-from geometry import shortest_side
-from images import find_images, read_image, upright_rgb
-from outputs import table, try_output, unused, write_json
-from pictures import SCORE, draw, draw_dataset
-from processes import (
+from util.distributed import (
     Interruption,
     amp_for,
     join,
@@ -58,7 +54,11 @@ from processes import (
     warn_of_emulation,
     workers_for,
 )
-from weights import load_model
+from util.flags import AMP_HELP, add_data_flags, at_least, files_of, user_path
+from util.flops import flop_of
+from util.outputs import table, try_output, unused, write_json
+from util.pictures import SCORE, draw, draw_dataset
+from util.weights import load_model
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS = 2**26  # of all masks that are made at a time

@@ -37,7 +37,7 @@ from dimaskdino import (
 )
 from losses import Denoising, denoising_queries
 from small_models import RELEASED, SMALL, TRAINING, build, close, law, objects, pictures, step
-from weights import load_weights
+from util.weights import load_weights
 
 SWITCHES = [  # every switch of the paper, as it is set in its tables
     {"selection": (12,)}, {"selection": (12, 9, 6)}, {"selection": (6, 6)}, {"selection": (12, 12)}, {"bato": False},

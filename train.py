@@ -28,16 +28,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
-import data
 from backbones import Norm
+from datasets import coco as data
+from datasets.geometry import AUGMENTATIONS, shortest_side
 from dimaskdino import DIMaskDINO
 from evaluate import autocast, evaluate
-from flags import choose_config, choose_recipe, files_of, parse_training
-from geometry import AUGMENTATIONS, shortest_side
-from log import Log, counted, describe
 from losses import Criterion, denoising_queries
-from outputs import try_output
-from processes import (
+from util.distributed import (
     Interruption,
     amp_for,
     any_rank,
@@ -56,8 +53,11 @@ from processes import (
     warn_of_emulation,
     workers_for,
 )
-from recipe import parameter_groups
-from weights import imagenet, load_weights, read_checkpoint
+from util.flags import choose_config, choose_recipe, files_of, parse_training
+from util.log import Log, counted, describe
+from util.outputs import try_output
+from util.recipe import parameter_groups
+from util.weights import imagenet, load_weights, read_checkpoint
 
 LOG_EVERY = 50  # steps
 MOST_SKIPPED = 30  # steps in a row; fp16's scale then is a billionth of its first

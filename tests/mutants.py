@@ -31,17 +31,18 @@ from mutmut.mutation.file_mutation import mutate_file_contents
 from mutmut.mutation.trampoline import set_mutant_under_test
 from mutmut.state import state
 
-MUTATED = ("geometry", "recipe", "dimaskdino", "losses", "weights")  # those that others import first
-TESTS = ["test_dimaskdino.py", *(f"tests/test_{name}.py" for name in MUTATED if name != "dimaskdino")]
+MUTATED = ("datasets.geometry", "util.recipe", "dimaskdino", "losses", "util.weights")  # those that others import first
+TESTS = ["test_dimaskdino.py", *(f"tests/test_{name.split('.')[-1]}.py" for name in MUTATED if name != "dimaskdino")]
 LEFT_OUT = "not (test_the_model_compiles or test_the_model_exports)"  # mutmut's switch is in the way of graphs
 MEMORY = 16 * 2**30  # bytes that a mutant may ask for
 
 
 def load(name):
     """A module with all its mutants: {name: diff}."""
-    mutated = mutate_file_contents(f"{name}.py", Path(f"{name}.py").read_text())
+    path = Path(name.replace(".", "/")).with_suffix(".py")
+    mutated = mutate_file_contents(str(path), path.read_text())
     sys.modules[name] = ModuleType(name)
-    exec(compile(mutated.code, f"{name}.py", "exec"), vars(sys.modules[name]))
+    exec(compile(mutated.code, str(path), "exec"), vars(sys.modules[name]))
     lines, spans = re.sub(r"__mutmut_\w+", "", mutated.code).splitlines(), mutated.line_span_by_function_name
     diffs = {}
     for mutant in mutated.mutant_names:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import train
-from flags import parse_training
-from weights import read_checkpoint
+from datasets import coco as data
+from util.flags import parse_training
+from util.weights import read_checkpoint
 
 FLAGS = (
     "--preset tiny --image-size 64 --batch-size 4 --lr 1e-3 --epochs 1 --device cpu --workers 0 --set dim=32 "

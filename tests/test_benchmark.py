@@ -1,4 +1,4 @@
-"""What benchmark.py counts, which no machine changes: a promise of the model and of the training step."""
+"""What tools/benchmark.py counts, which no machine changes: a promise of the model and of the training step."""
 
 import json
 from dataclasses import replace
@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import benchmark
-from benchmark import Case, count, new_run
 from small_runs import exit_code
+from tools import benchmark
+from tools.benchmark import Case, count, new_run
 
 STEP = Case("training step", "paper", "off", (256, 320))
 

@@ -27,7 +27,7 @@ from small_runs import (
     weights,
     write_images,
 )
-from weights import read_checkpoint
+from util.weights import read_checkpoint
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What data.py and shapes.py promise."""
+"""What datasets/ promises."""
 
 import contextlib
 import io
@@ -17,14 +17,13 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-import data
-import shapes
-import soundness
-from data import collate, open_dataset
+from datasets import checks, shapes
+from datasets import coco as data
+from datasets.checks import compressed as compressed_runs
+from datasets.coco import collate, open_dataset
+from datasets.geometry import Geometry, identity
+from datasets.images import read_image
 from evaluate import average_precision
-from geometry import Geometry, identity
-from images import read_image
-from soundness import compressed as compressed_runs
 
 COCO_MINI = Path(__file__).parents[2] / "shared" / "coco_mini"
 SQUARE = [10, 20, 30, 20, 30, 40, 10, 40]  # a polygon: x 10 to 30, y 20 to 40
@@ -449,7 +448,7 @@ anything = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=60)
 @given(st.lists(anything, max_size=8))
 def test_perfect_predictions_of_whatever_the_check_lets_pass_have_an_ap_of_100(annotations):
-    truth, _ = soundness.sound(
+    truth, _ = checks.sound(
         {
             "images": [{"id": i, "file_name": "conftest.py", "width": 80, "height": 60} for i in (1, 2)],
             "annotations": [{"id": number, **a} for number, a in enumerate(annotations)],

@@ -20,15 +20,15 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import data
 import evaluate
+from datasets import coco as data
+from datasets.geometry import identity
 from dimaskdino import Config, DIMaskDINO, postprocess
-from flops import flop_of
-from geometry import identity
-from pictures import draw, draw_dataset
-from processes import amp_for, warn_of_emulation
 from small_runs import exit_code, log_of, same, train_in, write_images
-from weights import load_model, read_checkpoint
+from util.distributed import amp_for, warn_of_emulation
+from util.flops import flop_of
+from util.pictures import draw, draw_dataset
+from util.weights import load_model, read_checkpoint
 
 HERE = Path(__file__).parents[1]
 

@@ -1,4 +1,4 @@
-"""What explain.py promises."""
+"""What tools/explain.py promises."""
 
 import dataclasses
 
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as nnf
 from PIL import Image
 
-import data
-import explain
+from datasets import coco as data
 from dimaskdino import Config, DIMaskDINO
 from small_runs import exit_code
-from story import SAME, Story, around, overlap
-from weights import load_model
+from tools import explain
+from tools.story import SAME, Story, around, overlap
+from util.weights import load_model
 
 TINY = dataclasses.replace(Config.tiny(), dim=32, heads=2, ffn=48, decoder_layers=2, selection=(12, 6))
 

@@ -1,4 +1,4 @@
-"""What geometry.py promises: an image and its objects move together."""
+"""What datasets/geometry.py promises: an image and its objects move together."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 
-from geometry import AUGMENTATIONS, Geometry, decode, identity, large_scale_jitter, run_lengths, shortest_side
+from datasets.geometry import AUGMENTATIONS, Geometry, decode, identity, large_scale_jitter, run_lengths, shortest_side
 
 # ---- One description for pixels, polygons and masks ------------------------------------------------------------------
 

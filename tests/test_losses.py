@@ -16,8 +16,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import losses
 from dimaskdino import Masks
 from losses import Criterion, Denoising, denoising_queries, giou, mask_costs
-from recipe import Recipe
 from small_models import TRAINING, build, close, law, objects, pictures, step
+from util.recipe import Recipe
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 

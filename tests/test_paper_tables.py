@@ -1,4 +1,4 @@
-"""What paper_tables.py promises."""
+"""What tools/paper_tables.py promises."""
 
 import dataclasses
 import json
@@ -6,17 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import evaluate
-import paper_tables
 from dimaskdino import Config
-from flags import choose_config, choose_recipe, parse_training
-from paper_tables import TABLES
-from recipe import Recipe
 from small_runs import SMALL, exit_code, log_of, train_in
+from tools import paper_tables
+from tools.paper_tables import TABLES
+from util.flags import choose_config, choose_recipe, parse_training
+from util.recipe import Recipe
 
 # ---- The rows --------------------------------------------------------------------------------------------------------
 
@@ -190,7 +191,10 @@ def test_a_table_that_was_killed_goes_on_without_repeating_what_was_finished_and
 ):
     out = tmp_path / "tables"
     program = subprocess.Popen(
-        [sys.executable, paper_tables.__file__, "4", *run_of(folder, out)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tools.paper_tables", "4", *run_of(folder, out)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     begun = 0
     for line in program.stdout:  # a folder is named when its training begins

@@ -1,4 +1,4 @@
-"""What recipe.py promises: the paper's settings of training (4.1, appendix B), by value."""
+"""What util/recipe.py promises: the paper's settings of training (4.1, appendix B), by value."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from recipe import Recipe, parameter_groups
+from util.recipe import Recipe, parameter_groups
 
 PAPER = [  # field, value, where the paper says so; what it leaves open is the released code's
     ("epochs", 50, "4.1"),

@@ -23,9 +23,9 @@ import dimaskdino
 from dimaskdino import Config, DIMaskDINO, postprocess
 from goldens import HERE, Recorded, numbers
 from losses import Criterion, denoising_queries
-from processes import amp_for
-from recipe import Recipe
-from weights import coarse_to_fine, config_of, load_model, load_weights, translate
+from util.distributed import amp_for
+from util.recipe import Recipe
+from util.weights import coarse_to_fine, config_of, load_model, load_weights, translate
 
 OPERATORS = [
     pytest.param(

@@ -1,4 +1,4 @@
-"""What train.py, recipe.py and log.py promise, as long as nothing goes wrong."""
+"""What train.py, util/recipe.py and util/log.py promise, as long as nothing goes wrong."""
 
 import dataclasses
 import json
@@ -11,13 +11,10 @@ import torch
 import torchvision
 from PIL import Image
 
-import log
 import train
 from backbones import SWINS
 from dimaskdino import Config, DIMaskDINO
-from flags import parse_training
 from losses import denoising_queries
-from recipe import Recipe, parameter_groups
 from small_models import microsoft_names
 from small_runs import (
     FOUR,
@@ -33,6 +30,9 @@ from small_runs import (
     without_chance,
     write_images,
 )
+from util import log
+from util.flags import parse_training
+from util.recipe import Recipe, parameter_groups
 
 # ---- The recipe (4.1, appendix B) ------------------------------------------------------------------------------------
 

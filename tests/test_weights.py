@@ -1,4 +1,4 @@
-"""What weights.py promises: any file of weights that fits is read, safely, and what does not fit is named."""
+"""What util/weights.py promises: any file of weights that fits is read, safely, and what does not fit is named."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ from torch import nn
 
 from dimaskdino import Config, DIMaskDINO
 from small_models import SMALL, build, microsoft_names, pictures
-from weights import coarse_to_fine, config_of, imagenet, load_model, load_weights, read_checkpoint, translate
+from util.weights import coarse_to_fine, config_of, imagenet, load_model, load_weights, read_checkpoint, translate
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,11 @@ import os
 import typing
 from pathlib import Path
 
-from data import STRIDE
+from datasets.coco import STRIDE
+from datasets.geometry import AUGMENTATIONS
 from dimaskdino import Config
-from geometry import AUGMENTATIONS
-from processes import rank_and_world
-from recipe import Recipe
+from util.distributed import rank_and_world
+from util.recipe import Recipe
 
 # ---- Of both programs ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What processes.py promises, and that two processes compute what one does."""
+"""What util/distributed.py promises, and that two processes compute what one does."""
 
 import math
 import os
@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 import evaluate
-import processes
 import train
 from small_runs import (
     FOUR,
@@ -29,7 +28,8 @@ from small_runs import (
     parts_of,
     write_images,
 )
-from weights import read_checkpoint
+from util import distributed
+from util.weights import read_checkpoint
 
 HERE = Path(__file__).parents[1]
 
@@ -54,7 +54,7 @@ def two_processes(rank, threads, folder, out):
     seen.update(metrics=metrics, results=results)
     run.parallel.train()(part[0][0] // (rank + 1))
     seen["own statistics"] = torch.cat([buffer.flatten() for buffer in run.model.buffers()])
-    processes.share_statistics(run.model)
+    distributed.share_statistics(run.model)
     seen["shared statistics"] = torch.cat([buffer.flatten() for buffer in run.model.buffers()])
     criterion = run.criterion.forward
     if rank == 1:
@@ -132,7 +132,7 @@ def test_gpus_are_refused_where_a_launcher_has_started_another_number(monkeypatc
 def test_a_process_on_a_cpu_keeps_the_memory_that_a_step_frees():
     program = """if True:
         import resource, torch, processes
-        processes.join("cpu")
+        distributed.join("cpu")
         faults = []
         for step in range(20):  # the first ones ask for what the others use again
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -149,7 +149,7 @@ def test_a_process_on_a_cpu_keeps_the_memory_that_a_step_frees():
 def test_one_process_joins_nobody_whatever_a_cluster_has_set(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no-such-host.invalid"}.items():
         monkeypatch.setenv(name, value)
-    assert processes.join("cpu") == torch.device("cpu") and not dist.is_initialized()
+    assert distributed.join("cpu") == torch.device("cpu") and not dist.is_initialized()
 
 
 def start(folder, out, *more):

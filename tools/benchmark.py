@@ -1,4 +1,4 @@
-"""Time, memory and counts of the whole model and of training steps on this machine: `python benchmark.py`.
+"""Time, memory and counts of the whole model and of training steps on this machine: `python -m tools.benchmark`.
 
 Times are medians of repeats in which all rows take turns, after a warm-up. Peak memory is measured: weights, gradients
 and the optimiser's state, and beside them what PyTorch allocates on a GPU, or how much the process grows on a CPU. The
@@ -47,11 +47,11 @@ from deform_attn_cuda import deform_attn, status
 from deform_attn_cuda.benchmark import grid_sample, peak_megabytes
 from dimaskdino import Config, DIMaskDINO, postprocess
 from evaluate import autocast
-from flops import flop
 from losses import Criterion
-from processes import emulates
-from recipe import Recipe, parameter_groups
 from train import gradients, recompute_activations, update
+from util.distributed import emulates
+from util.flops import flop
+from util.recipe import Recipe, parameter_groups
 
 aten = torch.ops.aten
 PATHS = {"kernel": deform_attn, "grid_sample": grid_sample}
@@ -455,7 +455,7 @@ def main(arguments=None):
         "machine": machine(device),
         "software": f"PyTorch {torch.__version__}, {status(device)}",
         "date": f"{datetime.date.today()}",
-        "command": shlex.join(["python", "benchmark.py", *arguments]),
+        "command": shlex.join(["python", "-m", "tools.benchmark", *arguments]),
     }
     print(*head.values(), sep="\n")
     if args.memory:

@@ -11,10 +11,10 @@ import torch
 from tqdm import tqdm
 
 import deform_attn_cuda
-from data import evenly_spaced
-from outputs import table
-from pictures import SCORE, draw_dataset
-from processes import rank_and_world, say
+from datasets.coco import evenly_spaced
+from util.distributed import rank_and_world, say
+from util.outputs import table
+from util.pictures import SCORE, draw_dataset
 
 PICTURES = 8  # validation images drawn after each epoch, always the same ones
 

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from geometry import Geometry, decode
-from images import read_image
-from layouts import COCO_LAYOUT, FOLDER_LAYOUT, find_coco, official, read_bdd100k, read_files
-from shapes import SHAPES, make_shapes
-from soundness import Report, compressed, sound
+from datasets.checks import Report, compressed, sound
+from datasets.geometry import Geometry, decode
+from datasets.images import read_image
+from datasets.layouts import COCO_LAYOUT, FOLDER_LAYOUT, find_coco, official, read_bdd100k, read_files
+from datasets.shapes import SHAPES, make_shapes
 
 STRIDE = 32  # the network's input is padded to a multiple of this
 

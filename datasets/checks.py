@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pycocotools import mask as rle
 
-from geometry import run_lengths
+from datasets.geometry import run_lengths
 
 MOST_OBJECTS = 100  # detections of an image that AP counts
 

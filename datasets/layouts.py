@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
-from soundness import name_in
+from datasets.checks import name_in
 
 COCO_LAYOUT = (
     "expected annotations/instances_{train,val}2017.json, train2017/*.jpg and val2017/*.jpg there; the publisher "

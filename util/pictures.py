@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
 
-from data import CocoDataset, read_record
-from soundness import compressed
+from datasets.checks import compressed
+from datasets.coco import CocoDataset, read_record
 
 FONT = os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 SIDE = 640  # px: small images are enlarged to about this, so that the words fit

@@ -7,8 +7,8 @@ from scipy import ndimage
 from torchvision.ops import box_convert, box_iou, masks_to_boxes
 from torchvision.transforms.functional import pil_to_tensor
 
+from datasets.geometry import shortest_side
 from dimaskdino import cell_centers, mask_product, select
-from geometry import shortest_side
 
 MOST, SAME = 5, 0.5  # objects on the page; the IoU from which two masks show the same object
 

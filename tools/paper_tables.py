@@ -1,10 +1,10 @@
 """Every table of the paper, and figures 1 and 3, are one command.
 
-    python paper_tables.py 4 --seeds 3                      table 4 with the tiny model on synthetic shapes
-    python paper_tables.py 4 --data bdd100k --gpus 4        as in the paper; any flag of train.py goes along
-    python paper_tables.py 1 --data coco --set backbone=swin_l --batch-size 4 --backbone-weights FILE  that of Swin-L
-    python paper_tables.py figure1 CKPT [CKPT ...]          AP_box and AP_mask at every layer, as bars
-    python paper_tables.py figure3 CKPT CKPT                the same images under both, and the truth
+    python -m tools.paper_tables 4 --seeds 3                      table 4 with the tiny model on synthetic shapes
+    python -m tools.paper_tables 4 --data bdd100k --gpus 4        as in the paper; any flag of train.py goes along
+    python -m tools.paper_tables 1 --data coco --set backbone=swin_l --batch-size 4 --backbone-weights F  Swin-L's
+    python -m tools.paper_tables figure1 CKPT [CKPT ...]          AP_box and AP_mask at every layer, as bars
+    python -m tools.paper_tables figure3 CKPT CKPT                the same images under both, and the truth
 
 Each row and seed is trained in a folder named after what it changes of its preset, so tables share rows. What is
 trained stays trained, and what was stopped, in whatever way, goes on from its last checkpoint. AP is that of the last
@@ -39,15 +39,15 @@ import torch
 from matplotlib.figure import Figure
 from torchvision.ops import masks_to_boxes, nms
 
-import data
 import evaluate
 import train
-from explain import BOX, MASK, draw_objects, name_of
-from flags import at_least, choose_config, choose_recipe, files_of, parse_training, setting, user_path
-from geometry import identity
-from outputs import figure_file, write_figure
-from shapes import SHAPES
-from weights import config_of, load_model, read_checkpoint
+from datasets import coco as data
+from datasets.geometry import identity
+from datasets.shapes import SHAPES
+from tools.explain import BOX, MASK, draw_objects, name_of
+from util.flags import at_least, choose_config, choose_recipe, files_of, parse_training, setting, user_path
+from util.outputs import figure_file, write_figure
+from util.weights import config_of, load_model, read_checkpoint
 
 MASKDINO = "selection=(300,) bato=False"  # neither De-Imbalance nor BATO
 THREE, LESS, RANDOM = " bato=False decoder_layers=3", " detection_loss=0.1", " position_token=random"  # table 3

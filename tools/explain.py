@@ -1,7 +1,7 @@
 """One page that explains the model with your own image, in the order of the paper.
 
-    python explain.py --ckpt runs/demo/best.pt image.jpg                     explained.png
-    python explain.py --ckpt runs/demo/best.pt image.jpg --out page.pdf      or .svg, from the same drawing
+    python -m tools.explain --ckpt runs/demo/best.pt image.jpg                     explained.png
+    python -m tools.explain --ckpt runs/demo/best.pt image.jpg --out page.pdf      or .svg, from the same drawing
 
 Every panel is drawn from `model(image, trace=True)` and from what hooks see going into four of the model's modules. The
 numbers in its sentence are measured on this image. From Python: `page(model, picture).savefig(...)`.
@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-import data
-from flags import user_path
-from outputs import figure_file, write_figure
-from story import Story
-from weights import load_model
+from datasets import coco as data
+from tools.story import Story
+from util.flags import user_path
+from util.outputs import figure_file, write_figure
+from util.weights import load_model
 
 BOX, MASK, CHOSEN, DARK = "#1f6fd6", "#f07f13", "#d4145a", "#222222"  # one meaning for each colour, on the whole page
 HEAT = LinearSegmentedColormap.from_list("heat", ["#5b6b7c", "#ffffff", CHOSEN])  # less than usual, as usual, more

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-WHOLE = HERE.parents[1] / "shared/released"  # the arrays before they were cut, where somebody has them
+WHOLE = HERE.parents[2] / "shared/released"  # the arrays before they were cut, where somebody has them
 
 
 class Recorded:
