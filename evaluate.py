@@ -33,7 +33,9 @@ from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -55,11 +57,11 @@ from util.distributed import (
     workers_for,
 )
 from util.flags import AMP_HELP, add_data_flags, at_least, files_of, user_path
-from util.flops import flop_of
-from util.outputs import table, try_output, unused, write_json
+from util.log import table, try_output, unused, write_json
 from util.pictures import SCORE, draw, draw_dataset
 from util.weights import load_model
 
+aten = torch.ops.aten
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PIXELS = 2**26  # of all masks that are made at a time
 MEASURING = ("layers", "per_class", "speed", "draw", "json")  # flags that mean nothing with --images
@@ -271,7 +273,7 @@ def average_precision(truth: dict, results: list[dict], per_class: bool = False)
 def speed(model, dataset, device, amp=None, warm_up=5, most=50):
     """Images a second as the paper's tables count them: one at a time, without the time to load them, post-processed to
     masks of the original size; and the same without post-processing, which multiplies the masks. The median over the
-    first `most` images. The mean GFLOP for one of these (see flops.py), and the number of parameters."""
+    first `most` images. The mean GFLOP for one of these (see `flop`), and the number of parameters."""
     model.eval()
     loaded = [dataset.image(place)[0] for place in range(min(most, len(dataset)))]
     seconds = {"FPS": [], "FPS_without_postprocessing": []}
@@ -297,6 +299,42 @@ def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+# A multiplication and an addition are two operations; elementwise operators are none, and so is deformable attention
+# that is not compiled.
+
+
+def flop(func, args, kwargs, result) -> int:
+    """Floating point operations of one call of an operator."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if func.namespace == "deform_attn":  # a sample reads four corners; the gradient needs two products with each
+        value, samples = (next(x for x in tensors if x.ndim == n) for n in (4, 6))  # [B N h c], [B Q h L P 2]
+        return 4 * value.shape[-1] * (samples.numel() // 2) * (4 if "backward" in func.name() else 2)
+    if func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu:
+        return sdpa_flop_count(*(x.shape for x in tensors[:3]))
+    if func.overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return sdpa_backward_flop_count(*(x.shape for x in tensors[:4]))
+    formula = flop_registry.get(func.overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+class Flop(TorchDispatchMode):
+    """Adds up in `total` what is called under it. Inference mode would hide what operators consist of."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.total += flop(func, args, kwargs or {}, result)
+        return result
+
+
+def flop_of(model: nn.Module, images: Tensor) -> int:
+    """Floating point operations of the model for images [B 3 H W], with the masks of all queries at the last layer."""
+    with torch.inference_mode(False), torch.no_grad(), Flop() as counted:
+        model(images)["masks"]
+    return counted.total
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------

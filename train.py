@@ -54,8 +54,7 @@ from util.distributed import (
     workers_for,
 )
 from util.flags import choose_config, choose_recipe, files_of, parse_training
-from util.log import Log, counted, describe
-from util.outputs import try_output
+from util.log import Log, counted, describe, try_output
 from util.recipe import parameter_groups
 from util.weights import imagenet, load_weights, read_checkpoint
 

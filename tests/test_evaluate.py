@@ -24,9 +24,9 @@ import evaluate
 from datasets import coco as data
 from datasets.geometry import identity
 from dimaskdino import Config, DIMaskDINO, postprocess
+from evaluate import flop_of
 from small_runs import exit_code, log_of, same, train_in, write_images
 from util.distributed import amp_for, warn_of_emulation
-from util.flops import flop_of
 from util.pictures import draw, draw_dataset
 from util.weights import load_model, read_checkpoint
 

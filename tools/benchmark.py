@@ -46,11 +46,10 @@ from backbones import RESNETS, SWINS
 from deform_attn_cuda import deform_attn, status
 from deform_attn_cuda.benchmark import grid_sample, peak_megabytes
 from dimaskdino import Config, DIMaskDINO, postprocess
-from evaluate import autocast
+from evaluate import autocast, flop
 from losses import Criterion
 from train import gradients, recompute_activations, update
 from util.distributed import emulates
-from util.flops import flop
 from util.recipe import Recipe, parameter_groups
 
 aten = torch.ops.aten

@@ -11,6 +11,7 @@ import argparse
 import sys
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from matplotlib.collections import LineCollection, PatchCollection
@@ -22,11 +23,27 @@ from matplotlib.patches import Rectangle
 from datasets import coco as data
 from tools.story import Story
 from util.flags import user_path
-from util.outputs import figure_file, write_figure
+from util.log import FIGURES, try_output, unused
 from util.weights import load_model
 
 BOX, MASK, CHOSEN, DARK = "#1f6fd6", "#f07f13", "#d4145a", "#222222"  # one meaning for each colour, on the whole page
 HEAT = LinearSegmentedColormap.from_list("heat", ["#5b6b7c", "#ffffff", CHOSEN])  # less than usual, as usual, more
+
+
+def figure_file(out: Path | None, default: str) -> Path:
+    """Where a figure is to be written: `out`, or a file like `default` that is not there yet. Raises ValueError or
+    OSError, before any work, if it is no .png, .svg or .pdf or cannot be written."""
+    path = out or unused(Path(default))
+    if path.suffix.lower() not in FIGURES:
+        raise ValueError(f"{path} is no name for a figure: it ends in .png, .svg or .pdf")
+    try_output(path, folder=False)
+    return path
+
+
+def write_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure to a file, in a folder that may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 # ---- Drawing ---------------------------------------------------------------------------------------------------------

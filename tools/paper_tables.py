@@ -44,9 +44,8 @@ import train
 from datasets import coco as data
 from datasets.geometry import identity
 from datasets.shapes import SHAPES
-from tools.explain import BOX, MASK, draw_objects, name_of
+from tools.explain import BOX, MASK, draw_objects, figure_file, name_of, write_figure
 from util.flags import at_least, choose_config, choose_recipe, files_of, parse_training, setting, user_path
-from util.outputs import figure_file, write_figure
 from util.weights import config_of, load_model, read_checkpoint
 
 MASKDINO = "selection=(300,) bato=False"  # neither De-Imbalance nor BATO
