@@ -21,8 +21,7 @@ from torch.utils.data import Dataset
 from datasets.checks import Report, compressed, sound
 from datasets.geometry import Geometry, decode
 from datasets.images import read_image
-from datasets.layouts import COCO_LAYOUT, FOLDER_LAYOUT, find_coco, official, read_bdd100k, read_files
-from datasets.shapes import SHAPES, make_shapes
+from datasets.layouts import Source, find_data
 
 STRIDE = 32  # the network's input is padded to a multiple of this
 
@@ -210,37 +209,12 @@ def require_same_classes(ours: list[str], theirs: list[str], who: str, whose: st
 # ---- Data sets -------------------------------------------------------------------------------------------------------
 
 
-def open_dataset(
-    data: str,
-    root: str | Path,
-    split: str,
-    geometry: Callable,
-    training: bool,
-    seed: int = 0,
-    files: dict[str, str | Path] | None = None,
-) -> CocoDataset:
-    """The data set `data`: "shapes", "shapes-full", "coco" or "bdd100k" under `root`, or a folder (see layouts.py).
+def open_dataset(source: Source, split: str, geometry: Callable, training: bool, seed: int = 0) -> CocoDataset:
+    """The data set of a source (see layouts.py). split: "train" or "val". geometry, training, seed: see CocoDataset.
 
-    split: "train" or "val". geometry, training, seed: see CocoDataset. files: those that flags name outright:
-    `train_json` and `val_json`, in place of `data`, and `image_folder`, in place of the usual places.
     FileNotFoundError says what layout is expected, ValueError what is wrong with the json.
     """
-    files = {flag: Path(path) for flag, path in (files or {}).items()}
-    image_folder = files.pop("image_folder", None)
-    jsons = {flag.removesuffix("_json"): path for flag, path in files.items()}
-    if jsons:
-        found = read_files(jsons, split, image_folder)
-    elif data == "bdd100k":
-        if image_folder:
-            raise ValueError("bdd100k has its own places for images: leave out --image-folder")
-        found = read_bdd100k(official(root, "bdd100k", "labels"), split)
-    elif data == "coco":
-        found = find_coco(official(root, "coco", "annotations"), split, COCO_LAYOUT, image_folder)
-    else:
-        folder = Path(root) / data if data in SHAPES else Path(data)
-        if data in SHAPES:
-            make_shapes(folder, SHAPES[data])
-        found = find_coco(folder, split, FOLDER_LAYOUT, image_folder)
+    found = find_data(source, split)
     dataset = CocoDataset(found.coco, found.images, geometry, training, seed)
     if found.shared:
         problem = "one json for training and validation, so every tenth image is held out for the latter"

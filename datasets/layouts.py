@@ -1,14 +1,14 @@
 """Where data sets keep their json and images: COCO, BDD100K, and the folders that labelling tools export.
 
-    find_coco       a COCO dict and the folder of its images, from a folder or from files given outright
-    read_bdd100k    the same from BDD100K's own formats
-    official        COCO or BDD100K under a folder of data sets
+    Source          where a user's data lie
+    find_data       the COCO dict of a split and the folder of its images
 
 What users can mend raises ValueError or FileNotFoundError with a message of one line.
 """
 
 import json
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from datasets.checks import name_in
+from datasets.shapes import SHAPES, make_shapes
 
 COCO_LAYOUT = (
     "expected annotations/instances_{train,val}2017.json, train2017/*.jpg and val2017/*.jpg there; the publisher "
@@ -37,13 +38,15 @@ ROBOFLOW = {"train": ("train",), "val": ("valid", "val", "test")}  # its folders
 HELD_OUT = 10  # of a single json, one image of so many is for validation
 
 
-# ---- COCO ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Source:
+    """Where the data of a run lie. Plain types alone, so that checkpoints can hold it (`dataclasses.asdict`)."""
 
-
-def official(root: str | Path, name: str, content: str) -> Path:
-    """root/name, or root where that is the data set itself."""
-    root = Path(root)
-    return root if (root / content).is_dir() and not (root / name).is_dir() else root / name
+    data: str  # "shapes", "shapes-full", "coco", "bdd100k" or a folder
+    root: str = "data"  # the folder of the named ones
+    train_json: str | None = None  # files given outright, in place of `data`
+    val_json: str | None = None
+    image_folder: str | None = None  # in place of the usual ones around a json
 
 
 class Found(NamedTuple):
@@ -52,6 +55,33 @@ class Found(NamedTuple):
     coco: dict
     images: Path
     shared: Path | None = None
+
+
+def find_data(source: Source, split: str) -> Found:
+    """The data of a split, "train" or "val". Raises FileNotFoundError with the layout that is expected."""
+    images = Path(source.image_folder) if source.image_folder else None
+    if source.train_json or source.val_json:
+        return _read_files(source, split, images)
+    if source.data == "bdd100k":
+        if images:
+            raise ValueError("bdd100k has its own places for images: leave out --image-folder")
+        return read_bdd100k(official(source.root, "bdd100k", "labels"), split)
+    if source.data == "coco":
+        return find_coco(official(source.root, "coco", "annotations"), split, COCO_LAYOUT, images)
+    folder = Path(source.data)
+    if source.data in SHAPES:
+        folder = Path(source.root) / source.data
+        make_shapes(folder, SHAPES[source.data])
+    return find_coco(folder, split, FOLDER_LAYOUT, images)
+
+
+# ---- COCO ------------------------------------------------------------------------------------------------------------
+
+
+def official(root: str | Path, name: str, content: str) -> Path:
+    """root/name, or root where that is the data set itself."""
+    root = Path(root)
+    return root if (root / content).is_dir() and not (root / name).is_dir() else root / name
 
 
 def find_coco(folder: Path, split: str, layout: str, image_folder: Path | None = None) -> Found:
@@ -78,17 +108,15 @@ def _json_of(folder, split):
     return next((path for path in found if path.is_file()), None)
 
 
-def read_files(jsons: dict[str, Path], split: str, image_folder: Path | None) -> Found:
-    """The data of a split from files given outright, by split. Without one for validation they share that of training.
-
-    image_folder: where the images are, or None to look in the usual places around the json.
-    """
-    path = jsons.get(split) or jsons.get("train")
-    if path is None:
+def _read_files(source, split, image_folder):
+    """The data of a split from files given outright. Without one for validation they share that of training."""
+    given = source.val_json if split == "val" and source.val_json else source.train_json
+    if given is None:
         raise ValueError("--val-json alone has no training images: add --train-json")
+    path = Path(given)
     folder = path.parent.parent if path.parent.name == "annotations" else path.parent
     coco, images = _read_coco(path, folder, image_folder)
-    return Found(coco, images) if "val" in jsons else Found(_share(coco, split), images, path)
+    return Found(coco, images) if source.val_json else Found(_share(coco, split), images, path)
 
 
 def _read_coco(path, folder, images):

@@ -17,10 +17,9 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from datasets import checks, shapes
+from datasets import Source, checks, collate, open_dataset, shapes
 from datasets import coco as data
 from datasets.checks import compressed as compressed_runs
-from datasets.coco import collate, open_dataset
 from datasets.geometry import Geometry, identity
 from datasets.images import read_image
 from evaluate import average_precision
@@ -64,7 +63,7 @@ def write(folder, annotations, images=((1, "a.png"), (2, "b.png")), fault=()):
 
 
 def opened(folder, geometry=identity, training=False):
-    return open_dataset(str(folder), "unused", "val", geometry, training)
+    return open_dataset(Source(str(folder)), "val", geometry, training)
 
 
 # ---- COCO's own annotations ------------------------------------------------------------------------------------------
@@ -77,9 +76,9 @@ def annotated(folder):
     def opened(split):
         if COCO_MINI.is_dir():
             path = COCO_MINI / "annotations" / f"instances_{split}2017.json"
-            return path, open_dataset("coco", COCO_MINI, split, identity, training=False)
+            return path, open_dataset(Source("coco", str(COCO_MINI)), split, identity, training=False)
         path = folder / "annotations" / f"instances_{split}.json"
-        return path, open_dataset(str(folder), ".", split, identity, training=False)
+        return path, open_dataset(Source(str(folder)), split, identity, training=False)
 
     return opened
 
@@ -286,7 +285,7 @@ def test_the_random_stream_of_a_sample_depends_on_seed_epoch_and_image_alone(tmp
 
     def drawn(epoch, seed, first=0, **loading):
         folder = write(tmp_path, [{"image_id": i} for i, _ in images[first:]], images[first:])
-        dataset = open_dataset(str(folder), "unused", "val", at_random, training=True, seed=seed)
+        dataset = open_dataset(Source(str(folder)), "val", at_random, training=True, seed=seed)
         dataset.epoch = epoch
         loader = torch.utils.data.DataLoader(dataset, collate_fn=collate, **loading)
         return {target["image_id"]: target["boxes"].tolist() for _, (target,) in loader}
@@ -519,14 +518,14 @@ def test_images_are_found_in_the_usual_places(tmp_path, images, name):
 )
 def test_data_that_are_not_there_say_what_is_expected_and_who_offers_it(tmp_path, name, words):
     with pytest.raises(FileNotFoundError) as error:
-        open_dataset(name, tmp_path, "train", identity, training=True)
+        open_dataset(Source(name, str(tmp_path)), "train", identity, training=True)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
 def test_coco_lies_under_the_data_root_or_is_the_data_root(tmp_path):
     write(tmp_path / "coco", [{}])
     for root in (tmp_path, tmp_path / "coco"):
-        assert len(open_dataset("coco", root, "val", identity, training=True)) == 1
+        assert len(open_dataset(Source("coco", str(root)), "val", identity, training=True)) == 1
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"images": [], "annotations": {}, "categories": []}'])
@@ -570,7 +569,7 @@ def exported(folder, layout):
 @pytest.mark.parametrize("layout", ["Roboflow", "Roboflow without valid", "CVAT", "CVAT subsets", "Label Studio"])
 def test_what_labelling_tools_export_opens_as_it_is(tmp_path, layout):
     folder = exported(tmp_path, layout)
-    sets = [open_dataset(str(folder), ".", split, identity, split == "train") for split in ("train", "val")]
+    sets = [open_dataset(Source(str(folder)), split, identity, split == "train") for split in ("train", "val")]
     shared = layout in ("CVAT", "Label Studio")  # a single json: one image of ten, here one of two, is held out
     assert [len(dataset) for dataset in sets] == ([1, 1] if shared else [2, 2])
     for dataset in sets:
@@ -585,8 +584,8 @@ def test_a_json_and_a_folder_can_be_given_outright(tmp_path):
     (tmp_path / "val").rename(tmp_path / "photos")
     path = (tmp_path / "annotations" / "instances_val.json").rename(tmp_path / "my.json")
     for jsons, lengths in (({"train_json": path}, [1, 1]), ({"train_json": path, "val_json": path}, [2, 2])):
-        files = {"image_folder": tmp_path / "photos", **jsons}
-        sets = [open_dataset("x", ".", split, identity, False, files=files) for split in ("train", "val")]
+        source = Source("x", image_folder=str(tmp_path / "photos"), **jsons)
+        sets = [open_dataset(source, split, identity, False) for split in ("train", "val")]
         assert [len(dataset) for dataset in sets] == lengths
 
 
@@ -647,13 +646,13 @@ def test_a_file_that_is_no_json_of_bdd100k_is_named(tmp_path, content):
     write_bdd100k(tmp_path, "rles")
     (tmp_path / "labels" / "ins_seg" / "rles" / "ins_seg_val.json").write_text(content)
     with pytest.raises(ValueError, match="ins_seg_val.json"):
-        open_dataset("bdd100k", tmp_path, "val", identity, training=False)
+        open_dataset(Source("bdd100k", str(tmp_path)), "val", identity, training=False)
 
 
 @pytest.mark.parametrize("form", ["rles", "bitmasks"])
 def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path, form):
     write_bdd100k(tmp_path / "bdd100k", form)
-    dataset = open_dataset("bdd100k", tmp_path, "val", identity, training=False)
+    dataset = open_dataset(Source("bdd100k", str(tmp_path)), "val", identity, training=False)
     assert not data.check(dataset, decode=True).fatal and len(dataset) == 2
     assert dataset.classes == ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
     assert sorted((a["category_id"], a["iscrowd"]) for a in dataset.json["annotations"]) == sorted(
@@ -721,7 +720,7 @@ def test_processes_that_make_one_set_at_a_time_end_with_one_whole_set(tmp_path):
 
 def test_shapes_are_reachable_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "shapes", shapes.SHAPES["shapes"]._replace(images={"train": 5, "val": 2}))
-    assert len(open_dataset("shapes", tmp_path, "val", identity, training=False)) == 2
+    assert len(open_dataset(Source("shapes", str(tmp_path)), "val", identity, training=False)) == 2
     assert (tmp_path / "shapes" / "annotations" / "instances_train.json").is_file()
 
 
