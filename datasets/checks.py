@@ -56,9 +56,7 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
     if not categories:
         report.fatal["no categories"].append(f"images in {folder}")
     _tell_apart(categories.values(), report)
-    missing = _find_files(images, FileNames(folder), report)
-    if annotations:
-        _merge(images, report)
+    _find_files(images, FileNames(folder), bool(annotations), report)
     if 0 in annotations:  # pycocotools takes a match with annotation 0 for no match
         annotations[0]["id"] = max(annotations) + 1
     objects, boxes = [], []  # boxes: around the masks
@@ -67,12 +65,12 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
         if one["category_id"] not in categories:
             report.fatal["category_id not among the categories"].append(f"{where} ({one['category_id']})")
             continue
-        if one["image_id"] in missing:
-            continue
         if one["image_id"] not in images:
             report.warnings["annotations of unknown images"].append(f"{where} (image {one['image_id']})")
             continue
         image = images[one["image_id"]]
+        if image is None:
+            continue
         height, width = image["height"], image["width"]
         one["segmentation"], fault = _segmentation(one.get("segmentation"), height, width)
         if fault:
@@ -99,7 +97,7 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
         if count > MOST_OBJECTS:
             problem = f"images with more than {MOST_OBJECTS} objects, which is as many as AP counts"
             report.warnings[problem].append(f"image {image_id} ({count})")
-    images = [image for image_id, image in images.items() if image_id == image["id"]]
+    images = [image for image_id, image in images.items() if image and image["id"] == image_id]
     return {**coco, "categories": list(categories.values()), "images": images, "annotations": objects}, report
 
 
@@ -144,40 +142,34 @@ def _tell_apart(categories, report):
             report.warnings["classes of one name, told apart by their ids"].append(category["name"])
 
 
-def _find_files(images, files, report):
-    """Take out of `images` those that cannot be found, and return their ids. The others get their file's own name."""
-    missing = set()
+def _find_files(images, files, merge, report):
+    """Give each image its file's own name, and replace those that cannot be used by None.
+
+    merge: let the ids of one file all lead to the image with the first of them, as each lacks the others' objects.
+    """
+    by_file = {}
     for image_id, image in images.items():
         where = f"image {image_id} ({image['file_name']})"
         name = files.inside(image["file_name"])
         parts = PureWindowsPath(name)  # its rules cover all separators and drives
+        images[image_id] = None
         if not 0 <= image_id < 2**63 or image["width"] < 1 or image["height"] < 1:
             report.fatal["images with an id that is negative or too long, or without pixels"].append(where)
         elif parts.anchor or ".." in parts.parts:
             report.fatal["paths that leave the image folder"].append(where)
-        elif found := files(name):
+        elif not (found := files(name)):
+            places = report.fatal[f"files missing in {files.folder}"]
+            near = None if places else files.nearest(name)  # which compares all names
+            places.append(where + (f", the nearest is {near}" if near else ""))
+        else:
             if found != name:
                 report.warnings["files whose names only look as in the json"].append(f"{where}: {found}")
             image["file_name"] = Path(found).as_posix()  # a.png for ./a.png
-            continue
-        else:
-            places = report.fatal[f"files missing in {files.folder}"]
-            near = None if places else files.nearest(name)  # a search through all names
-            places.append(where + (f", the nearest is {near}" if near else ""))
-        missing.add(image_id)
-    for image_id in missing:
-        del images[image_id]
-    return missing
-
-
-def _merge(images, report):
-    """Let all ids of one file lead to the image that has the first of them: each copy lacks the others' objects."""
-    by_file = {}
-    for image_id, image in images.items():
-        first = images[image_id] = by_file.setdefault(image["file_name"], image)
-        if first is not image:
-            problem = "files with several ids, taken as one image with the objects of all"
-            report.warnings[problem].append(f"{image['file_name']} ({first['id']} and {image_id})")
+            first = by_file.setdefault(image["file_name"], image)
+            images[image_id] = first if merge else image
+            if merge and first is not image:
+                problem = "files with several ids, taken as one image with the objects of all"
+                report.warnings[problem].append(f"{found} ({first['id']} and {image_id})")
 
 
 # ---- Masks -----------------------------------------------------------------------------------------------------------
@@ -205,19 +197,20 @@ def _segmentation(given, height, width):
         given = [given]  # one polygon without the list around it
     polygons = [polygon for polygon in given if _is_polygon(polygon)]
     if not polygons:
-        first = given[0]
-        if isinstance(first, dict) or (isinstance(first, list) and first and (len(first) == 2 or not _flat(first))):
-            return None, "polygons that are lists of points: [x0, y0, x1, y1, ...] is expected"
-        if isinstance(first, list) and any(isinstance(x, str) for x in first):
-            return None, "polygons whose numbers are text"
-    elif max(map(max, polygons)) <= 1 < max(height, width):
+        return None, _cause(given[0])
+    if max(map(max, polygons)) <= 1 < max(height, width):
         return None, "polygons in shares of the image (0 to 1), where pixels are expected"
-    faulty = len(polygons) < len(given)
-    return polygons or None, "polygons of less than three points or not finite" if faulty else None
+    return polygons, None if len(polygons) == len(given) else _cause(None)
 
 
-def _flat(polygon):
-    return not any(isinstance(x, list | dict) for x in polygon)
+def _cause(given):
+    """Why something is no polygon."""
+    parts = given if isinstance(given, list) else [given]
+    if len(parts) == 2 or any(isinstance(part, list | dict) for part in parts):
+        return "polygons that are lists of points, where [x0, y0, x1, y1, ...] is expected"
+    if any(isinstance(part, str) for part in parts):
+        return "polygons whose numbers are text"
+    return "polygons of less than three points or not finite"
 
 
 def _is_polygon(polygon):
@@ -251,47 +244,38 @@ def _runs(given, height, width):
 
 
 def _mend_boxes(objects, masks, images, report):
-    """Give every object a box: its own, or the one of its mask (`masks`) where it has none or one that does not fit.
-
-    Where more than a tenth do not fit, the form of all is in doubt, and all are taken from the masks.
-    """
+    """Give every object a box: its own, or that of its mask (`masks`, n of 4) where it has none or one that does not
+    fit. Where more than a tenth do not fit, the form of all is in doubt, and all are taken from the masks."""
     given = np.array([one.get("bbox") is not None for one in objects], bool)
-    own = (
-        np.array([one["bbox"] if _is_box(one.get("bbox")) else (0, 0, 0, 0) for one in objects], float).reshape(-1, 4).T
-    )
-    masks = np.array(masks).reshape(-1, 4).T
+    own = [one["bbox"] if _is_box(one.get("bbox")) else (0, 0, 0, 0) for one in objects]
+    own, masks = (np.array(boxes, float).reshape(-1, 4).T for boxes in (own, masks))
     unfit = given & (_iou(own, masks) < 0.5)
-    mended = unfit | ~given if unfit.sum() <= given.sum() / 10 else np.ones_like(given)
-    for index in np.flatnonzero(mended):
+    doubtful = unfit.sum() > given.sum() / 10
+    for index in np.flatnonzero(unfit | ~given | doubtful):
         objects[index]["bbox"] = masks[:, index].tolist()
     if unfit.any():
-        problem = "boxes that do not fit their masks, taken from those"
-        sizes = np.array([[images[one["image_id"]][side] for side in ("width", "height")] for one in objects]).T
-        if form := _form(own[:, unfit], masks[:, unfit], *sizes[:, unfit]):
-            problem += f": they look like {form}"
+        sides = [(images[one["image_id"]]["width"], images[one["image_id"]]["height"]) for one in objects]
+        form = _form(*(of[:, unfit & (own[2] > 0)] for of in (own, masks, np.array(sides).T)))
+        problem = f"boxes that do not fit their masks and are taken from those; they look like {form}"
         report.warnings[problem] += [f"annotation {objects[index]['id']}" for index in np.flatnonzero(unfit)]
 
 
-def _form(boxes, masks, width, height):
-    """What most of the boxes look like in place of (x, y, w, h), or None. All [4 n] or [n]."""
+def _form(boxes, masks, sides):
+    """What most boxes [4 n] look like in place of (x, y, w, h), from those of the masks and the images' sides."""
     x, y, w, h = boxes
-    with np.errstate(divide="ignore", invalid="ignore"):
-        across, down = np.nanmedian(masks[2] / w), np.nanmedian(masks[3] / h)
-        forms = {
-            "(x0, y0, x1, y1)": (x, y, w - x, h - y),
-            "(centre x, centre y, w, h)": (x - w / 2, y - h / 2, w, h),
-            "shares of the image": (x * width, y * height, w * width, h * height),
-            "centres and sizes as shares of the image": (
-                (x - w / 2) * width,
-                (y - h / 2) * height,
-                w * width,
-                h * height,
-            ),
-            "those of a smaller or larger image": (x * across, y * down, w * across, h * down),
-        }
-    fitting = {form: (_iou(turned, masks) > 0.7).mean() for form, turned in forms.items()}
-    best = max(fitting, key=fitting.get)
-    return best if fitting[best] > 0.5 else None
+    width, height = sides
+    across, down = np.median(masks[2:] / boxes[2:], 1) if len(x) else (1, 1)
+    forms = {
+        "(x0, y0, x1, y1)": (x, y, w - x, h - y),
+        "(centre x, centre y, w, h)": (x - w / 2, y - h / 2, w, h),
+        "shares of the image": (x * width, y * height, w * width, h * height),
+        "centres and sizes in shares": ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height),
+        "those of a smaller or larger image": (x * across, y * down, w * across, h * down),
+    }
+    for form, turned in forms.items():
+        if np.median(_iou(turned, masks) if len(x) else 0) > 0.7:
+            return form
+    return "nothing known"
 
 
 def _is_box(box):

@@ -9,10 +9,8 @@ bottom to a multiple of 32. What users can mend raises ValueError or FileNotFoun
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from hashlib import sha1
 from itertools import repeat
 from pathlib import Path
@@ -67,7 +65,9 @@ class CocoDataset(Dataset):
         if not self.image_ids:
             self.report.fatal["no images with objects" if training else "no images"].append(f"in {folder}")
         elif not self.annotated:
-            self.report.warnings["no usable annotations: objects can be found, but no AP measured"].append(f"in {folder}")
+            self.report.warnings["no usable annotations: objects can be found, but no AP measured"].append(
+                f"in {folder}"
+            )
 
     def __len__(self):
         return len(self.image_ids)
@@ -217,20 +217,21 @@ def require_same_classes(ours: list[str], theirs: list[str], who: str, whose: st
 
 def seen_in_training(train_set: CocoDataset, val_set: CocoDataset) -> list[str]:
     """Names of the validation images whose files, byte by byte, are those of training images."""
-    alike = defaultdict(list)
-    for path, key in _files(train_set):
-        alike[key].append(path)
-    return [path.name for path, key in _files(val_set) if _digest(path) in map(_digest, alike.get(key, ()))]
+    train, val = _files(train_set), _files(val_set)
+    alike = {*train.values()} & {*val.values()}
+    seen = {_digest(path) for path, key in train.items() if key in alike}
+    return [path.name for path, key in val.items() if key in alike and _digest(path) in seen]
 
 
 def _files(dataset):
-    """(path, what equal files have in common) of each image."""
+    """For each image's file, what it has in common with equal ones."""
+    files = {}
     for image_id in dataset.image_ids:
         record = dataset.images[image_id]
         path = dataset.folder / record["file_name"]
-        yield path, (record["width"], record["height"], path.stat().st_size)
+        files[path] = record["width"], record["height"], path.stat().st_size
+    return files
 
 
-@cache
 def _digest(path):
     return sha1(path.read_bytes()).digest()

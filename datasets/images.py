@@ -9,7 +9,6 @@ import difflib
 import os
 import sys
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -147,7 +146,7 @@ class FileNames:
     """The files of a folder by the names that a json gives them."""
 
     def __init__(self, folder: Path):
-        self.folder, self.alike = folder, None
+        self.folder, self.listings = folder, {}
 
     def __call__(self, name: str) -> str | None:
         """The path from the folder on of the file that is meant: the one of that name, or the only one whose name looks
@@ -155,13 +154,13 @@ class FileNames:
         name = self.inside(name)
         if (self.folder / name).is_file():
             return name
-        if self.alike is None:
-            self.alike = defaultdict(list)
-            for file in files_in(self.folder):
-                inside = file.relative_to(self.folder).as_posix()
-                self.alike[_look(inside)].append(inside)
-        same = self.alike.get(_look(name), [])
-        return same[0] if len(same) == 1 else None
+        found = self.folder
+        for part in Path(name).parts:
+            alike = [part] if (found / part).exists() else self._listing(found).get(_look(part), [])
+            if len(alike) != 1:
+                return None
+            found = found / alike[0]
+        return found.relative_to(self.folder).as_posix() if found.is_file() else None
 
     def inside(self, name: str) -> str:
         """A name without the folder's own path, and with / for \\ where no file has it as it is."""
@@ -174,9 +173,18 @@ class FileNames:
         return name
 
     def nearest(self, name: str) -> str | None:
-        """The path of the file with the most similar name, once __call__ has found none."""
-        near = difflib.get_close_matches(_look(name), self.alike, 1)
-        return self.alike[near[0]][0] if near else None
+        """The most similar name of a file in the same folder."""
+        listing = self._listing((self.folder / name).parent)
+        near = difflib.get_close_matches(_look(Path(name).name), listing, 1)
+        return listing[near[0]][0] if near else None
+
+    def _listing(self, folder):
+        """The names in a folder by their look."""
+        if folder not in self.listings:
+            self.listings[folder] = {}
+            for name in os.listdir(folder) if folder.is_dir() else ():
+                self.listings[folder].setdefault(_look(name), []).append(name)
+        return self.listings[folder]
 
 
 def _look(name):

@@ -8,14 +8,9 @@ What users can mend raises ValueError or FileNotFoundError with a message of one
 
 import json
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
-from PIL import Image
-from pycocotools import mask as rle
 
 from datasets.images import FileNames
 from datasets.shapes import make_shapes
@@ -25,9 +20,8 @@ COCO_LAYOUT = (
     "offers them at https://cocodataset.org/#download (train2017.zip, val2017.zip, annotations_trainval2017.zip)"
 )
 BDD100K_LAYOUT = (
-    "expected images/10k/{train,val}/*.jpg and labels/ins_seg/rles/ins_seg_{train,val}.json or "
-    "labels/ins_seg/bitmasks/{train,val}/*.png there; the publisher offers them at https://bdd-data.berkeley.edu "
-    '("10K Images" and "Instance Segmentation", see https://doc.bdd100k.com/download.html)'
+    "expected images/10k/{train,val}/*.jpg and labels/ins_seg/rles/ins_seg_{train,val}.json there; the publisher "
+    'offers them at https://bdd-data.berkeley.edu ("10K Images" and "Instance Segmentation")'
 )
 FOLDER_LAYOUT = (
     "expected annotations/instances_train*.json and annotations/instances_val*.json with images in folders of the same "
@@ -79,7 +73,7 @@ def find_data(source: Source, split: str) -> Found:
     if source.data == "bdd100k":
         if images:
             raise ValueError("bdd100k has its own places for images: leave out --image-folder")
-        return read_bdd100k(_official(root, "bdd100k", "labels"), split)
+        return _read_bdd100k(_official(root, "bdd100k", "labels"), split)
     if source.data == "coco":
         return _find_coco(_official(root, "coco", "annotations"), split, images, COCO_LAYOUT)
     return _find_coco(Path(source.data), split, images, FOLDER_LAYOUT)
@@ -169,58 +163,31 @@ BDD100K_ALIASES = {"person": "pedestrian", "bike": "bicycle", "motor": "motorcyc
 BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
 
 
-def read_bdd100k(folder, split):
-    """BDD100K's instance segmentation. Crowds and ignored objects become `iscrowd`, as BDD100K's
-    documentation asks: they are not trained on, and detections of them count neither for nor against."""
-    images, labels = folder / "images" / "10k" / split, folder / "labels" / "ins_seg"
-    rles, bitmasks = labels / "rles" / f"ins_seg_{split}.json", sorted((labels / "bitmasks" / split).glob("*.png"))
-    if not images.is_dir() or not (rles.is_file() or bitmasks):
+def _read_bdd100k(folder, split):
+    """BDD100K's instance segmentation. Crowds and ignored objects become `iscrowd`, as BDD100K's documentation asks."""
+    images, path = folder / "images" / "10k" / split, folder / "labels" / "ins_seg" / "rles" / f"ins_seg_{split}.json"
+    if not (images.is_dir() and path.is_file()):
         raise FileNotFoundError(f"no {split} data in {folder}: {BDD100K_LAYOUT}")
-    if rles.is_file():
-        frames = _read_json(rles)
-        try:
-            frames = frames["frames"] if isinstance(frames, dict) else frames
-            objects = {frame["name"]: _frame_objects(frame.get("labels") or []) for frame in frames}
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{rles} is no json of BDD100K's rles") from None
-    else:
-        with ProcessPoolExecutor() as pool:
-            names = [f"{path.stem}.jpg" for path in bitmasks]
-            objects = dict(zip(names, pool.map(_bitmask_objects, bitmasks, chunksize=16), strict=True))
-    coco = {"images": [], "annotations": [], "categories": []}
+    frames = _read_json(path)
+    coco = {"images": [], "annotations": []}
     coco["categories"] = [{"id": number, "name": name} for number, name in enumerate(BDD100K, 1)]
-    for image_id, name in enumerate(sorted(objects), 1):
-        coco["images"].append({"id": image_id, "file_name": name, "width": 1280, "height": 720})
-        for found in objects[name]:
-            coco["annotations"].append({"id": len(coco["annotations"]) + 1, "image_id": image_id, **found})
+    try:
+        frames = frames["frames"] if isinstance(frames, dict) else frames
+        for image_id, frame in enumerate(sorted(frames, key=lambda frame: frame["name"]), 1):
+            coco["images"].append({"id": image_id, "file_name": frame["name"], "width": 1280, "height": 720})
+            for found in map(_bdd100k_object, frame.get("labels") or []):
+                if found:
+                    coco["annotations"].append({"id": len(coco["annotations"]) + 1, "image_id": image_id, **found})
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no json of BDD100K's rles") from None
     return Found(coco, images)
 
 
-def _frame_objects(labels):
-    """The objects of a frame of the rles json, as annotations without ids."""
-    objects = []
-    for label in labels:
-        name, attributes = label["category"], label.get("attributes") or {}
-        crowd = name in BDD100K_IGNORED or attributes.get("crowd") or attributes.get("ignored")
-        name = BDD100K_IGNORED.get(name) or BDD100K_ALIASES.get(name, name)
-        if name in BDD100K:
-            category_id, iscrowd = BDD100K.index(name) + 1, int(bool(crowd))
-            objects.append({"category_id": category_id, "iscrowd": iscrowd, "segmentation": label.get("rle")})
-    return objects
-
-
-def _bitmask_objects(path):
-    """The objects of a bitmask: red is the category, the last two bits of green mean crowd and ignored, blue and alpha
-    are the object's number."""
-    try:
-        with Image.open(path) as image:
-            red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")).astype(np.int64), 2, 0)
-    except Exception as error:  # see images.read_image
-        raise ValueError(f"{path} cannot be read as a bitmask: {error}") from None
-    pixels = (blue << 24) + (alpha << 16) + (red << 8) + green
-    objects = []
-    for value in np.unique(pixels[red > 0]).tolist():
-        runs = rle.encode(np.asfortranarray(pixels == value, np.uint8))
-        segmentation = {"size": runs["size"], "counts": runs["counts"].decode()}
-        objects.append({"category_id": value >> 8 & 255, "iscrowd": int(value & 3 > 0), "segmentation": segmentation})
-    return objects
+def _bdd100k_object(label):
+    """The annotation of a label, without ids, or None for what instance segmentation does not count."""
+    name, attributes = label["category"], label.get("attributes") or {}
+    crowd = name in BDD100K_IGNORED or attributes.get("crowd") or attributes.get("ignored")
+    name = BDD100K_IGNORED.get(name) or BDD100K_ALIASES.get(name, name)
+    if name not in BDD100K:
+        return None
+    return {"category_id": BDD100K.index(name) + 1, "iscrowd": int(bool(crowd)), "segmentation": label.get("rle")}

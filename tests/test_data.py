@@ -496,7 +496,7 @@ BOXES = {  # of an object at x 10 to 30, y 20 to 40 of 80 x 60
     "(x0, y0, x1, y1)": [10, 20, 30, 40],
     "(centre x, centre y, w, h)": [20, 30, 20, 20],
     "shares of the image": [10 / 80, 20 / 60, 20 / 80, 20 / 60],
-    "centres and sizes as shares of the image": [20 / 80, 30 / 60, 20 / 80, 20 / 60],
+    "centres and sizes in shares": [20 / 80, 30 / 60, 20 / 80, 20 / 60],
     "those of a smaller or larger image": [5, 10, 10, 10],
 }
 
@@ -743,41 +743,29 @@ def bdd100k_masks():
     return masks
 
 
-def write_bdd100k(root, form):
-    """An image with objects and one without in BDD100K's layout, in one of its two formats."""
+def write_bdd100k(root):
+    """An image with objects and one without in BDD100K's layout."""
     (root / "images" / "10k" / "val").mkdir(parents=True)
     for name in ("x.jpg", "y.jpg"):
         Image.new("RGB", (1280, 720)).save(root / "images" / "10k" / "val" / name)
-    labels, pixels = [], np.zeros((720, 1280, 4), np.uint8)
-    for number, mask in enumerate(bdd100k_masks(), 255):
-        name, attributes, expected = BDD100K_OBJECTS[number - 255]
-        labels.append({"id": str(number), "category": name, "attributes": attributes, "rle": compressed(mask)})
-        if expected:
-            flags = 4 * attributes.get("occluded", 0) + 2 * attributes.get("crowd", 0) + attributes.get("ignored", 0)
-            flags |= name == "other vehicle"
-            pixels[mask == 1] = (expected[0], flags, number >> 8, number & 255)
-    folder = root / "labels" / "ins_seg"
-    if form == "rles":
-        (folder / "rles").mkdir(parents=True)
-        frames = [{"name": "x.jpg", "labels": labels}, {"name": "y.jpg"}]
-        (folder / "rles" / "ins_seg_val.json").write_text(json.dumps({"frames": frames}))
-    else:
-        (folder / "bitmasks" / "val").mkdir(parents=True)
-        Image.fromarray(pixels).save(folder / "bitmasks" / "val" / "x.png")
-        Image.fromarray(0 * pixels).save(folder / "bitmasks" / "val" / "y.png")
+    labels = []
+    for (name, attributes, _), mask in zip(BDD100K_OBJECTS, bdd100k_masks(), strict=True):
+        labels.append({"id": name, "category": name, "attributes": attributes, "rle": compressed(mask)})
+    (root / "labels" / "ins_seg" / "rles").mkdir(parents=True)
+    frames = [{"name": "y.jpg"}, {"name": "x.jpg", "labels": labels}]
+    (root / "labels" / "ins_seg" / "rles" / "ins_seg_val.json").write_text(json.dumps({"frames": frames}))
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '[{"name": "x.jpg", "labels": [{}]}]'])
 def test_a_file_that_is_no_json_of_bdd100k_is_named(tmp_path, content):
-    write_bdd100k(tmp_path, "rles")
+    write_bdd100k(tmp_path)
     (tmp_path / "labels" / "ins_seg" / "rles" / "ins_seg_val.json").write_text(content)
     with pytest.raises(ValueError, match="ins_seg_val.json"):
         open_dataset(Source("bdd100k", str(tmp_path)), "val", identity, training=False)
 
 
-@pytest.mark.parametrize("form", ["rles", "bitmasks"])
-def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path, form):
-    write_bdd100k(tmp_path / "bdd100k", form)
+def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path):
+    write_bdd100k(tmp_path / "bdd100k")
     dataset = open_dataset(Source("bdd100k", str(tmp_path)), "val", identity, training=False)
     assert not said(dataset)[1] and len(dataset) == 2
     assert dataset.classes == ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
