@@ -61,11 +61,12 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
         _merge(images, report)
     if 0 in annotations:  # pycocotools takes a match with annotation 0 for no match
         annotations[0]["id"] = max(annotations) + 1
+    known = shortened([str(category_id) for category_id in categories])
     objects, boxes = [], []  # boxes: around the masks
     for one in annotations.values():
         where = f"annotation {one['id']}"
         if one["category_id"] not in categories:
-            report.fatal["category_id not among the categories"].append(f"{where} ({one['category_id']})")
+            report.fatal[f"category_id not among the categories, {known}"].append(f"{where} ({one['category_id']})")
             continue
         if one["image_id"] not in images:
             report.warnings["annotations of unknown images"].append(f"{where} (image {one['image_id']})")
@@ -192,7 +193,7 @@ def compressed(segmentation, height: int, width: int) -> dict:
 
 def _segmentation(given, height, width):
     """What is usable of a segmentation, or None, and what is wrong with it, or None."""
-    if not given:
+    if not given or given == [[]] or isinstance(given, float):  # NaN in place of what is missing
         return None, NO_MASK
     if isinstance(given, dict):
         return _runs(given, height, width)

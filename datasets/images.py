@@ -168,8 +168,9 @@ class FileNames:
         return name
 
     def nearest(self, name: str) -> str | None:
-        """The most similar name of a file in the same folder."""
-        listing = self._listing((self.folder / name).parent)
+        """The most similar name in the folder that a name leads to."""
+        parent = (self.folder / name).parent
+        listing = self._listing(parent if parent.is_dir() else self.folder)
         near = difflib.get_close_matches(_look(Path(name).name), listing, 1)
         return listing[near[0]][0] if near else None
 

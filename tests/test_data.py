@@ -343,7 +343,7 @@ def segmentation(value):
 
 
 FATAL = {
-    "unknown category": (annotation(category_id=91), "annotation 100 (91)"),
+    "unknown category": (annotation(category_id=91), "the categories, 7, 3 (1): annotation 100 (91)"),
     "annotation id twice": ({"annotations": annotation()["annotations"] * 2}, "annotation 100"),
     "image id twice": ({"images": image()["images"] * 2}, "image 1"),
     "category id twice": ({"categories": [{"id": 7, "name": "cat"}] * 2}, "category 7"),
@@ -370,6 +370,8 @@ WARNING = {
     "unknown image": (annotation(image_id=9), "unknown images"),
     "no segmentation": (segmentation(None), "without a mask"),
     "empty segmentation": (segmentation([]), "without a mask"),
+    "empty polygon": (segmentation([[]]), "without a mask"),
+    "segmentation of an empty cell": (segmentation(float("nan")), "without a mask"),
     "polygon of two points": (segmentation([[1, 2, 3, 4]]), "less than three points"),
     "polygon of an odd length": (segmentation([SQUARE[:7]]), "less than three points"),
     "polygon that is not finite": (segmentation([[*SQUARE[:7], float("nan")]]), "not finite"),
@@ -511,7 +513,8 @@ def test_validation_images_that_are_training_images_are_found(tmp_path):
     Image.new("RGB", (80, 60), (90, 90, 91)).save(val.folder / "a.png")
     (train.folder / "b.png").rename(train.folder / "c.png")
     train.images[2]["file_name"] = "c.png"
-    assert data.seen_in_training(train, val) == ["b.png"]
+    assert data.seen_in_training(train, val).endswith("(1): b.png")
+    assert data.seen_in_training(train, opened(write(tmp_path, [], [], images=[]))) == ""
 
 
 def test_classes_of_one_name_are_told_apart(tmp_path):
