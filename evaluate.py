@@ -56,10 +56,10 @@ from util.distributed import (
     warn_of_emulation,
     workers_for,
 )
-from util.flags import AMP_HELP, add_data_flags, at_least, files_of, user_path
+from util.flags import AMP_HELP, add_data_flags, at_least, source_of, user_path
 from util.log import table, try_output, unused, write_json
 from util.pictures import SCORE, draw, draw_dataset
-from util.weights import load_model
+from util.weights import Trained, load_model
 
 aten = torch.ops.aten
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,25 +73,25 @@ AREAS = {"": 0, "_50": 1, "_S": 3, "_M": 4, "_L": 5}  # suffix of the metric -> 
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, image: str | Path | Image.Image | np.ndarray | Tensor, score: float = 0.0, amp: str | None = None
+    trained: Trained, image: str | Path | Image.Image | np.ndarray | Tensor, score: float = 0.0, amp: str | None = None
 ) -> dict:
     """The objects in one image, best first: those, of the model's 100 best guesses, that reach a score.
 
-    model: from `load_model`; it is put in evaluation mode. image: a file, a PIL image, an array [H W 3] or a tensor
-    [3 H W], the last two uint8 in RGB. It is resized to `model.test_size` inside. amp: "off", "bf16" or "fp16"; None:
-    what --amp has by default.
+    trained: from `load_model`; its model is put in evaluation mode. image: a file, a PIL image, an array [H W 3] or a
+    tensor [3 H W], the last two uint8 in RGB. It is resized to `trained.test_size` inside. amp: "off", "bf16" or
+    "fp16"; None: what --amp has by default.
 
     Returns a dict on the model's device, all in pixels of the image as it was given (a file or PIL image: upright):
-        scores [n] float32, labels [n] int64, names (a list of n strings, the labels' in `model.classes`),
+        scores [n] float32, labels [n] int64, names (a list of n strings, the labels' in `trained.classes`),
         boxes [n 4] float32 (x0, y0, x1, y1), clipped to the image, masks [n H W] bool.
     Raises ValueError for a file that is no image, and for an array or tensor of another shape or type.
     """
     picture = as_picture(image)
     size = picture.height, picture.width
-    outputs, seen = look_at(model, picture, amp)
+    outputs, seen = look_at(trained, picture, amp)
     (found,) = postprocess(outputs, [seen], [size])
     found = {name: x[found["scores"] >= score] for name, x in found.items()}
-    names = [model.classes[label] for label in found["labels"].tolist()]
+    names = [trained.classes[label] for label in found["labels"].tolist()]
     return {**found, "names": names, "boxes": clip_boxes_to_image(found["boxes"], size)}
 
 
@@ -109,10 +109,11 @@ def as_picture(image):
     return Image.fromarray(array)
 
 
-def look_at(model, picture, amp):
+def look_at(trained, picture, amp):
     """What the model says of an upright PIL image, and the size (H, W) in which it saw it."""
-    resized = pil_to_tensor(shortest_side(*model.test_size)(None, *picture.size).image(picture))
-    (outputs,) = outputs_of(model.eval(), resized, next(model.parameters()).device, amp)
+    resized = pil_to_tensor(shortest_side(*trained.test_size)(None, *picture.size).image(picture))
+    model = trained.model.eval()
+    (outputs,) = outputs_of(model, resized, next(model.parameters()).device, amp)
     return outputs, resized.shape[-2:]
 
 
@@ -372,22 +373,24 @@ def main(arguments=None):
         device = join(args.device)
         if args.workers is None:
             args.workers = workers_for(device)
-        model = load_model(args.ckpt, device)
-        args.amp = args.amp or amp_for(device, model.config.backbone)
+        trained = load_model(args.ckpt, device)
+        args.amp = args.amp or amp_for(device, trained.model.config.backbone)
         warn_of_emulation(device, args.amp)
-        model.test_size = args.test_size or model.test_size
-        name = args.val_json or args.data or (None if args.images else model.trained_on)
-        dataset = open_data(model, name, args) if name else None
+        trained.test_size = args.test_size or trained.test_size
+        source = source_of(args) if args.data or args.val_json else trained.source
+        if args.images and not (args.data or args.val_json):
+            source = None
+        dataset = open_data(trained, source, args.ckpt) if source else None
         if not (dataset or args.images):
             raise ValueError(f"{args.ckpt} does not say which data it was trained on: add --data or --val-json")
         if args.images and rank_and_world()[1] > 1:
             raise ValueError("--images works in one process: start it without torchrun")
         if args.images and (measuring := [f"--{name.replace('_', '-')}" for name in MEASURING if vars(args)[name]]):
             raise ValueError(f"--images measures nothing: leave out {' and '.join(measuring)}")
-        prepare_output(args, "images" if args.images else Path(name).stem)
+        prepare_output(args, "images" if args.images else name_of(source))
         if args.images:
-            return evaluate_images(model, args)
-        evaluate_dataset(model, dataset, device, args)
+            return evaluate_images(trained, args)
+        evaluate_dataset(trained.model, dataset, device, args)
         if dist.is_initialized():
             dist.destroy_process_group()
     except (ValueError, OSError) as error:
@@ -401,21 +404,24 @@ def main(arguments=None):
         raise
 
 
-def open_data(model, name, args):
-    """The validation images to measure on, or to take class names from. Raises ValueError where they do not fit."""
-    files = files_of(args)
-    if not (args.data or args.val_json):
-        files = model.trained_files | files
-    size = shortest_side(*model.test_size)
-    dataset = data.open_dataset(str(name), args.data_root, "val", size, training=False, files=files)
+def open_data(trained, source, checkpoint):
+    """The images to measure on, or to take class names from. Raises ValueError where they do not fit."""
+    name = name_of(source)
+    size = shortest_side(*trained.test_size)
+    dataset = data.open_dataset(source, "val", size, training=False)
     if sound := data.require_sound(dataset, f"validation images of {name}"):
         say(sound)
-    if not model.named and len(model.classes) == len(dataset.classes):
-        if model.classes != dataset.classes:
-            say(f"{args.ckpt} has no names of its classes: they are called as those of {name}")
-        model.classes, model.category_ids, model.named = dataset.classes, dataset.category_ids, True
-    data.require_same_classes(model.classes, dataset.classes, str(args.ckpt), str(name))
+    if not trained.named and len(trained.classes) == len(dataset.classes):
+        if trained.classes != dataset.classes:
+            say(f"{checkpoint} has no names of its classes: they are called as those of {name}")
+        trained.classes, trained.category_ids, trained.named = dataset.classes, dataset.category_ids, True
+    data.require_same_classes(trained.classes, dataset.classes, str(checkpoint), name)
     return dataset
+
+
+def name_of(source):
+    """What people call a data set: its own name, or that of its folder or json."""
+    return Path(source.val_json or source.data).stem
 
 
 def prepare_output(args, what):
@@ -429,13 +435,13 @@ def prepare_output(args, what):
             try_output(file, folder=False)
 
 
-def evaluate_images(model, args):
+def evaluate_images(trained, args):
     """A picture of each of the user's own images, and predictions.json of all of them. Images that cannot be read are
     named, and the exit code is then 2 in the end."""
     files = find_images(args.images, args.out)
     stems = [os.path.splitext(name)[0] for name in files]
-    names = dict(zip(model.category_ids, model.classes, strict=True))
-    if not model.named:
+    names = dict(zip(trained.category_ids, trained.classes, strict=True))
+    if not trained.named:
         say(
             f"{args.ckpt} has no names of its classes: {'COCO has as many, so those are taken' * (len(names) == 80)}"
             f"{'they are numbered; --data takes those of a data set' * (len(names) != 80)}"
@@ -449,7 +455,7 @@ def evaluate_images(model, args):
                 unread += 1
                 tqdm.write(str(error), file=sys.stderr)
                 continue
-            results = find(model, picture, name, args.score, args.amp)
+            results = find(trained, picture, name, args.score, args.amp)
             drawn = args.out / f"{stem if stems.count(stem) == 1 else name}_found.png"
             drawn.parent.mkdir(parents=True, exist_ok=True)
             draw(picture, results, names, args.score).save(drawn)
@@ -466,11 +472,11 @@ def evaluate_images(model, args):
 
 
 @torch.inference_mode()
-def find(model, picture, image_id, score, amp):
+def find(trained, picture, image_id, score, amp):
     """COCO results of one upright PIL image, in a little memory: what `predict` finds."""
-    outputs, seen = look_at(model, picture, amp)
+    outputs, seen = look_at(trained, picture, amp)
     size = picture.height, picture.width
-    return results_of(outputs, seen, size, image_id, model.category_ids, score, clip=True)
+    return results_of(outputs, seen, size, image_id, trained.category_ids, score, clip=True)
 
 
 def keep_found(path, found, count):

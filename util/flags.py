@@ -8,6 +8,7 @@ import os
 import typing
 from pathlib import Path
 
+from datasets import Source
 from datasets.coco import STRIDE
 from datasets.geometry import AUGMENTATIONS
 from dimaskdino import Config
@@ -48,6 +49,12 @@ def files_of(args):
     """{flag: path} of the files that a command line names outright."""
     flags = ("train_json", "val_json", "image_folder")
     return {flag: str(path) for flag in flags if (path := getattr(args, flag, None))}
+
+
+def source_of(args):
+    """The Source that a command line names."""
+    files = files_of(args)
+    return Source(args.data or files.get("val_json"), str(args.data_root), **files)
 
 
 # ---- Of training -----------------------------------------------------------------------------------------------------
