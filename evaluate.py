@@ -47,16 +47,15 @@ from dimaskdino import postprocess
 from util.distributed import (
     Interruption,
     amp_for,
+    batches_of,
     join,
-    keep_working,
     print_anything,
     rank_and_world,
-    samples,
     say,
     warn_of_emulation,
     workers_for,
 )
-from util.flags import AMP_HELP, add_data_flags, at_least, source_of, user_path
+from util.flags import add_data_flags, add_device_flags, at_least, source_of, user_path
 from util.log import table, try_output, unused, write_json
 from util.pictures import SCORE, draw, draw_dataset
 from util.weights import Trained, load_model
@@ -173,8 +172,8 @@ def predict_dataset(
     model.eval()
     rank, world = rank_and_world()
     mine, found = range(rank, len(dataset), world), {} if found is None else found
-    loader = DataLoader(data.Images(dataset, mine), batch_size=None, num_workers=workers, worker_init_fn=keep_working)
-    for index, image in zip(mine, progress(samples(loader), len(mine), "evaluating"), strict=True):
+    loader = DataLoader(data.Images(dataset, mine), batch_size=None, num_workers=workers)
+    for index, image in zip(mine, progress(batches_of(loader), len(mine), "evaluating"), strict=True):
         image_id, size = dataset.image_ids[index], size_of(dataset, dataset.image_ids[index])
         layers = outputs_of(model, image, device, amp, every_layer)
         found[index] = [packed(results_of(x, image.shape[-2:], size, image_id, dataset.category_ids)) for x in layers]
@@ -359,15 +358,13 @@ def parse_arguments(arguments):
     sides = ("SHORT", "LONG")
     sizes = "shortest and longest side of images (as trained)"
     add("--test-size", type=at_least(1), nargs=2, metavar=sides, help=sizes)
-    add("--amp", choices=["bf16", "fp16", "off"], help=AMP_HELP)
-    add("--device", choices=["cpu", "cuda"], help="(a GPU where there is one)")
-    add("--workers", type=at_least(0), help="processes that load images (4 for a GPU, 0 for a CPU)")
+    add_device_flags(add)
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     print_anything()
-    Interruption().saved = True  # a signal ends this at once, as if by sys.exit
+    Interruption()  # a signal ends this at once, as if by sys.exit
     args = parse_arguments(arguments)
     try:
         device = join(args.device)
