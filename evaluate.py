@@ -46,16 +46,15 @@ from dimaskdino import full_size, mask_logits, postprocess, top_predictions
 from util.distributed import (
     Interruption,
     amp_for,
+    batches_of,
     join,
-    keep_working,
     print_anything,
     rank_and_world,
-    samples,
     say,
     warn_of_emulation,
     workers_for,
 )
-from util.flags import AMP_HELP, add_data_flags, at_least, source_of, user_path
+from util.flags import add_data_flags, add_device_flags, at_least, source_of, user_path
 from util.log import new_folder, table, try_output, write_json
 from util.pictures import SCORE, draw, draw_dataset
 from util.weights import Trained, load_model
@@ -182,8 +181,8 @@ def predict_dataset(
     rank, world = rank_and_world()
     mine = range(rank, len(dataset), world)
     found = {}  # index of the image -> its objects by layer
-    loader = DataLoader(Images(dataset, mine), batch_size=None, num_workers=workers, worker_init_fn=keep_working)
-    for index, image in zip(mine, progress(samples(loader), len(mine), "evaluating")):
+    loader = DataLoader(Images(dataset, mine), batch_size=None, num_workers=workers)
+    for index, image in zip(mine, progress(batches_of(loader), len(mine), "evaluating")):
         outputs = outputs_of(model, image, device, amp)
         size = size_of(dataset, index)
         layers = outputs["layers"] if every_layer else [outputs]
@@ -342,15 +341,13 @@ def parse_arguments(arguments):
     add("--score", type=float, default=SCORE, help="least score of what is drawn, and kept for --images (%(default)s)")
     sizes = "shortest and longest side of images (as trained)"
     add("--test-size", type=at_least(1), nargs=2, metavar=("SHORT", "LONG"), help=sizes)
-    add("--amp", choices=["bf16", "fp16", "off"], help=AMP_HELP)
-    add("--device", help="cpu, cuda or cuda:1 (a GPU where there is one)")
-    add("--workers", type=at_least(0), help="processes that load images (4 for a GPU, 0 for a CPU)")
+    add_device_flags(add)
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     print_anything()
-    Interruption().saved = True  # a signal ends this at once, as if by sys.exit
+    Interruption()  # a signal ends this at once, as if by sys.exit
     args = parse_arguments(arguments)
     try:
         device = join(args.device)
