@@ -500,9 +500,7 @@ def report(dataset, rows, args):
     print(table(rows))
     metrics = {**rows[-1][1], **counts}
     if args.per_class:
-        names = zip(dataset.category_ids, dataset.classes)
-        unique = [n if dataset.classes.count(n) == 1 else f"{n} ({i})" for i, n in names]
-        metrics["classes"] = dict(zip(unique, metrics["classes"].values()))
+        metrics["classes"] = dict(zip(dataset.classes, metrics["classes"].values()))
         print(f"\n{table(metrics['classes'].items(), ['AP_box', 'AP_mask'])}\n")
     print(
         f"over {len(dataset):,} images with {dataset.objects:,} objects, autocast {args.amp}; "

@@ -91,7 +91,9 @@ def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
         if not path.is_dir():
             found.setdefault(path.resolve(), (Path(path.name), path))
             continue
-        files = [file for file in files_in(path) if beside.resolve() not in file.resolve().parents]
+        files = files_in(path)
+        if path.resolve() in beside.resolve().parents:
+            files = [file for file in files if beside.resolve() not in file.resolve().parents]
         images = [file for file in files if not _is_litter(file.relative_to(path)) and _is_image(file, suffixes)]
         others = sorted(str(file.relative_to(path)) for file in set(files) - set(images))
         said = f"passed over {len(others):,}, which are no images: {shortened(others)}"
