@@ -32,11 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
-from backbones import Norm
 from datasets import coco as data
 from datasets import collate, open_dataset
 from datasets.geometry import AUGMENTATIONS, shortest_side
-from dimaskdino import Config, DIMaskDINO
+from dimaskdino import Config, DIMaskDINO, Norm
 from evaluate import autocast, evaluate
 from losses import Criterion, denoising_queries
 from util.distributed import (
@@ -373,7 +372,7 @@ def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="
                 outputs = model(images, noise)
             problem = ""
             try:
-                losses = criterion(outputs, targets, num_objects)
+                losses = criterion(outputs, targets, num_objects, noise)
             except FloatingPointError as error:
                 problem = str(error)
             if problems := problems_of_all(problem):  # before others wait for this process's gradient
