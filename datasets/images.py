@@ -86,7 +86,9 @@ def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
         if not path.is_dir():
             found.setdefault(path.resolve(), (Path(path.name), path))
             continue
-        files = [file for file in _files_in(path) if beside.resolve() not in file.resolve().parents]
+        files = list(_files_in(path))
+        if path.resolve() in beside.resolve().parents:
+            files = [file for file in files if beside.resolve() not in file.resolve().parents]
         images = [file for file in files if _is_image(file, path)]
         others = sorted(str(file.relative_to(path)) for file in set(files) - set(images))
         said = f"passed over {len(others):,}, which are no images: {shortened(others)}"
