@@ -32,11 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
-from backbones import Norm
 from datasets import coco as data
 from datasets import collate, open_dataset
 from datasets.geometry import AUGMENTATIONS, shortest_side
-from dimaskdino import Config, DIMaskDINO
+from dimaskdino import Config, DIMaskDINO, Norm
 from evaluate import autocast, evaluate
 from losses import Criterion, denoising_queries
 from util.distributed import (
@@ -251,6 +250,8 @@ def open_data(args, recipe):
         if sound := data.require_sound(dataset, f"{split} images of {args.data}", decode=args.check):
             say(sound)
     data.require_same_classes(train_set.classes, val_set.classes, "the training json", "that for validation")
+    if seen := data.seen_in_training(train_set, val_set):
+        say(seen)
     queries = choose_config(args, len(train_set.classes)).selection[-1]
     crowded = sum(len(objects) > queries for objects in train_set.annotations.values())
     if crowded:
@@ -373,7 +374,7 @@ def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="
                 outputs = model(images, noise)
             problem = ""
             try:
-                losses = criterion(outputs, targets, num_objects)
+                losses = criterion(outputs, targets, num_objects, noise)
             except FloatingPointError as error:
                 problem = str(error)
             if problems := problems_of_all(problem):  # before others wait for this process's gradient

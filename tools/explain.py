@@ -36,7 +36,7 @@ def figure_file(out: Path | None, default: str) -> Path:
     path = out or unused(Path(default))
     if path.suffix.lower() not in FIGURES:
         raise ValueError(f"{path} is no name for a figure: it ends in .png, .svg or .pdf")
-    try_output(path, folder=False)
+    try_output(path, is_folder=False)
     return path
 
 

@@ -4,12 +4,13 @@ Only process 0 writes. If the disk is full, a warning is printed and the run goe
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,16 +25,18 @@ FIGURES = (".png", ".svg", ".pdf")
 PICTURES = 8  # validation images drawn after each epoch, always the same ones
 
 
-# ---- Files and tables -----------------------------------------------------------------------------------------------
-def try_output(path: Path, folder: bool = True) -> None:
+# ---- Files and tables ------------------------------------------------------------------------------------------------
+
+
+def try_output(path: Path, is_folder: bool = True) -> None:
     """Raises OSError, which names the path, unless files can be written into a folder (or into one file), which is made
     for the trial. Nothing is left of that."""
-    place = path if folder else path.parent
+    place = path if is_folder else path.parent
     made = [p for p in (place, *place.parents) if not p.exists()]
     try:
         place.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=place).close()
-        if not folder and path.exists():
+        if not is_folder and path.exists():
             path.open("a").close()
     except OSError as error:
         reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
@@ -44,18 +47,28 @@ def try_output(path: Path, folder: bool = True) -> None:
                 folder.rmdir()
 
 
+def numbered(path: Path, suffix: str = "") -> Iterator[Path]:
+    """The path, and then with _2, _3, ... behind its name, before the suffix."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name.removesuffix(suffix)}_{number}{suffix}")
+
+
 def unused(path: Path) -> Path:
-    """The path, or where that is a file or a folder that holds something, one with a number behind its name."""
-    number, free = 1, path
-    while free.exists() and not (free.is_dir() and not any(free.iterdir())):
-        number += 1
-        name = f"{path.stem}_{number}{path.suffix}" if path.suffix.lower() in FIGURES else f"{path.name}_{number}"
-        free = path.with_name(name)
-    return free
+    """The path of a file, or where that is taken, one with a number."""
+    return next(free for free in numbered(path, path.suffix) if not free.exists())
+
+
+def new_folder(path: Path) -> Path:
+    """Makes a folder, where the path is taken one with a number. Nobody else can choose it at the same moment."""
+    for folder in numbered(path):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
-    """Write a file that others never see in part."""
+    """Writes a file that others never see in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(json.dumps(value, indent=indent))
