@@ -16,8 +16,8 @@ from dimaskdino import Config
 from small_runs import SMALL, exit_code, log_of, train_in
 from tools import paper_tables
 from tools.paper_tables import TABLES
-from util.flags import choose_config, choose_recipe, parse_training
-from util.recipe import Recipe
+from train import choose_config, choose_recipe, parse_training
+from train import Recipe
 
 # ---- The rows --------------------------------------------------------------------------------------------------------
 
