@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -192,8 +193,9 @@ def test_a_run_is_trained_and_evaluated_by_the_programs_themselves(folder, tmp_p
 
 def test_a_program_that_fails_ends_the_table_with_its_exit_code(monkeypatch):
     for code, expected in ((2, 2), (-9, 137)):
-        monkeypatch.setattr(subprocess.Popen, "wait", lambda child, code=code: code)
-        assert exit_code(paper_tables.run, "train.py", "--help") == expected
+        child = SimpleNamespace(wait=lambda code=code: code)
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, child=child: child)
+        assert exit_code(paper_tables.run, "train.py") == expected
 
 
 @pytest.mark.parametrize(
