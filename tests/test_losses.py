@@ -17,7 +17,7 @@ import losses
 from dimaskdino import Masks
 from losses import Criterion, Denoising, denoising_queries, giou, mask_costs
 from small_models import TRAINING, build, close, law, objects, pictures, step
-from util.recipe import Recipe
+from train import Recipe
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 

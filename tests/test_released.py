@@ -24,7 +24,7 @@ from dimaskdino import Config, DIMaskDINO, postprocess
 from goldens import HERE, Recorded, numbers
 from losses import Criterion, denoising_queries
 from util.distributed import amp_for
-from util.recipe import Recipe
+from train import Recipe
 from util.weights import coarse_to_fine, config_of, load_model, load_weights, translate
 
 OPERATORS = [
