@@ -91,11 +91,12 @@ def inference(model, device, amp, size=PHOTO):
     return work
 
 
-def training_step(model, device, amp, size, images=1):
+def training_step(model, recipe, device, amp, size, images=1):
     """A function that does a step of training."""
-    recipe = Recipe.tiny() if model.config.backbone == "tiny" else Recipe()
-    optimizer, scaler = make_optimizer(model, recipe), torch.amp.GradScaler(device.type, enabled=False)
-    criterion, batch = Criterion(recipe), made_up_batch(images, size, model.config.num_classes)
+    criterion = Criterion(recipe)
+    optimizer = make_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    batch = made_up_batch(images, size, model.config.num_classes)
     model.train()
     return lambda: train_step(model, criterion, optimizer, scaler, [batch], recipe, amp)
 
@@ -216,7 +217,8 @@ def main(arguments=None):
             if name == "inference":
                 work = inference(model, device, amp, size)
             else:
-                work = training_step(model, device, amp, size, images)
+                recipe = Recipe.tiny() if args.preset == "tiny" else Recipe()
+                work = training_step(model, recipe, device, amp, size, images)
             shape = f"{images}x{size[0]}x{size[1]}"
             figures = measured(model, work, device, args.repeats)
             print(f"{name:15}{shape:12}{'fp32' if amp == 'off' else amp:5}{figures}", flush=True)

@@ -257,12 +257,13 @@ def figure1(args, flags):
     """Bars of AP_box and AP_mask at every layer: a panel for each model, the mean over its checkpoints."""
     models = {}
     for checkpoint in args.ckpt:
+        config = load_model(checkpoint).model.config
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "metrics.json")
             run("evaluate.py", "--ckpt", checkpoint, "--layers", "--out", folder, "--json", file, *flags)
             layers = json.loads(file.read_text())["layers"]
         ap = [[layer["AP_box"], layer["AP_mask"]] for layer in layers]
-        models.setdefault(load_model(checkpoint).model.config, []).append(ap)
+        models.setdefault(config, []).append(ap)
     figure = Figure((1 + 7.7 * len(models), 4.4), layout="constrained")
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for axes, (config, runs) in zip(panels, models.items()):
