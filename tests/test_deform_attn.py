@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import ctypes
+import functools
 import json
 import os
 import re
@@ -22,7 +23,6 @@ from small_attention import (
     LEVELS,
     TOLERANCES,
     assert_agrees,
-    assert_close,
     inputs,
     outputs,
     problems,
@@ -41,7 +41,7 @@ def needs_kernel(device, dtype=torch.float32):
         pytest.skip(status(device, dtype))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def nvcc():
     path, reason = build.find_nvcc()
     if path is None:
@@ -49,56 +49,594 @@ def nvcc():
     return path
 
 
-class CudaSource(torch.autograd.Function):
-    """The CUDA kernels, compiled for the CPU by a test's fixture and run warp by warp."""
+# ---- What is computed: the CPU kernel, the CUDA kernels on a GPU, and their source on a CPU
 
-    library = None
+
+class CudaSource(torch.autograd.Function):
+    """The CUDA kernels on a CPU, warp by warp, in a library that `cuda_source` has compiled."""
 
     @staticmethod
-    def call(backward, level_shapes, value, reference, offsets, logits, *others):
+    def call(library, backward, level_shapes, value, reference, offsets, logits, *others):
         (B, N, h, c), (Q, L, P) = value.shape, (logits.shape[dim] for dim in (1, 3, 4))
         sizes = [B, N, h, c, Q, L, P, reference.dim() == 3, backward, *(x for shape in level_shapes for x in shape)]
         data = [x.data_ptr() for x in (value, reference, offsets, logits, *others)]
-        types = (ctypes.c_int * len(sizes))(*sizes), (ctypes.c_void_p * len(data))(*data)
-        CudaSource.library.run(str(value.dtype).encode(), *types)
+        arrays = (ctypes.c_int * len(sizes))(*sizes), (ctypes.c_void_p * len(data))(*data)
+        library.run(str(value.dtype).encode(), *arrays)
 
     @staticmethod
-    def forward(context, value, level_shapes, *others):
-        context.level_shapes = level_shapes
+    def forward(context, library, value, level_shapes, *others):
+        context.library_and_levels = library, level_shapes
         context.save_for_backward(value, *others)
         B, _, h, c = value.shape
         output = value.new_full((B, others[1].shape[1], h * c), torch.nan)  # what is to be written whole
-        CudaSource.call(False, level_shapes, value, *others, output)
+        CudaSource.call(library, False, level_shapes, value, *others, output)
         return output
 
     @staticmethod
     def backward(context, grad_output):
-        value, reference, offsets, logits = context.saved_tensors
+        value, reference, offsets, logits = tensors = context.saved_tensors
         grads = [
             torch.zeros_like(value, dtype=logits.dtype),
             torch.zeros_like(reference),
             torch.full_like(offsets, torch.nan),
             torch.full_like(logits, torch.nan),
         ]
-        CudaSource.call(True, context.level_shapes, *context.saved_tensors, grad_output.contiguous(), *grads)
-        return grads[0].to(value.dtype), None, *grads[1:]
+        library, level_shapes = context.library_and_levels
+        CudaSource.call(library, True, level_shapes, *tensors, grad_output.contiguous(), *grads)
+        return None, grads[0].to(value.dtype), None, *grads[1:]
 
 
-@pytest.fixture(scope="module", params=[[], ["-DADD_FOUR"]], ids=["sm_80", "sm_90"])
-def cuda_source(nvcc, request, tmp_path_factory):
-    """The CUDA kernels as a path on the CPU: as for sm_80, and with sm_90's additions of four numbers at once."""
-    library = tmp_path_factory.mktemp("cuda_on_cpu") / "library.so"
-    flags = ["-O1", "-std=c++20", "-shared", "-Xcompiler=-fPIC,-w", f"-I{deform_attn_cuda.HERE}", *request.param]
-    subprocess.run([nvcc, *flags, "-o", library, CUDA_ON_CPU], check=True)
-    CudaSource.library = ctypes.CDLL(str(library))
-    return CudaSource.apply
+@pytest.fixture(scope="session")
+def cuda_source(nvcc, tmp_path_factory):
+    """A function that makes a path of the CUDA source: as for sm_90, which adds FOUR numbers at once, or adds ONE."""
+
+    @functools.cache
+    def path(adds="FOUR"):
+        library = tmp_path_factory.mktemp("cuda_on_cpu") / "library.so"
+        flags = ["-O1", "-std=c++20", "-shared", "-Xcompiler=-fPIC,-w", f"-I{deform_attn_cuda.HERE}", f"-DADD_{adds}"]
+        subprocess.run([nvcc, *flags, "-o", library, CUDA_ON_CPU], check=True)
+        return functools.partial(CudaSource.apply, ctypes.CDLL(str(library)))
+
+    return path
+
+
+@pytest.fixture(scope="module", params=["fallback", "cpu", "cuda", "cuda source"])
+def path_and_device(request):
+    """Each way to compute it on this machine."""
+    if request.param == "fallback":
+        return deform_attn_pytorch, "cpu"
+    if request.param == "cuda source":
+        return request.getfixturevalue("cuda_source")(), "cpu"
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    needs_kernel(request.param)
+    return deform_attn, request.param
+
+
+def test_an_offset_is_in_cells_of_its_level_from_a_centre():
+    centre, offsets = torch.tensor([[0.5, 0.25]]), torch.tensor([[1.0, -2.0], [1.0, -2.0]]).view(1, 1, 1, 2, 1, 2)
+    locations = locate([(8, 10), (4, 5)], centre, offsets).view(2, 2)
+    torch.testing.assert_close(locations, torch.tensor([[0.5 + 1 / 10, 0.25 - 2 / 8], [0.5 + 1 / 5, 0.25 - 2 / 4]]))
+
+
+def test_an_offset_of_P_reaches_the_border_of_a_box():
+    box, offsets = torch.tensor([[[0.5, 0.25, 0.4, 0.2]]]), torch.tensor([[3.0, -3.0]]).expand(1, 1, 1, 1, 3, 2)
+    torch.testing.assert_close(locate([(8, 10)], box, offsets)[..., 0, :].flatten(), torch.tensor([0.7, 0.15]))
+
+
+@pytest.mark.parametrize("dtype, adds", [*((dtype, "FOUR") for dtype in TOLERANCES), (torch.float32, "ONE")], ids=str)
+@settings(deadline=None, max_examples=10)
+@given(problem=problems)
+def test_the_cuda_source_on_a_cpu_agrees_with_the_fallback(cuda_source, dtype, adds, problem):
+    assert_agrees(cuda_source(adds), problem["level_shapes"], inputs(**problem, dtype=dtype))
 
 
 @every_type
-@settings(deadline=None, max_examples=25)
-@given(problem=problems)
-def test_the_cuda_source_on_a_cpu_agrees_with_the_fallback(cuda_source, dtype, problem):
-    assert_agrees(cuda_source, problem["level_shapes"], inputs(**problem, dtype=dtype))
+@pytest.mark.parametrize("c, shift", [(32, 0), (32, 1), (33, 0), (136, 0)], ids=str)
+def test_many_queries_and_channels_and_any_alignment(path_and_device, dtype, c, shift):
+    path, device = path_and_device
+    if path is deform_attn:
+        needs_kernel(device, dtype)
+    tensors = [
+        torch.cat((x.new_zeros(shift), x.detach().flatten()))[shift:].view(x.shape).requires_grad_()
+        for x in inputs(B=1, Q=70, c=c, P=3, dtype=dtype, device=device)
+    ]
+    assert_agrees(path, LEVELS, tensors)
+
+
+@both_references
+def test_gradients_are_those_of_finite_differences(boxes):
+    for path in (deform_attn, deform_attn_pytorch):
+        tensors = inputs([(3, 5), (3, 3)], B=2, Q=2, h=2, c=3, boxes=boxes)
+        assert torch.autograd.gradcheck(lambda value, *rest, path=path: path(value, [(3, 5), (3, 3)], *rest), tensors)
+
+
+@both_references
+def test_infinity_is_outside_and_not_a_number_stays_visible(path_and_device, boxes):
+    path, device = path_and_device
+    tensors = inputs([(3, 4)], B=1, Q=4, h=1, c=8, P=1, boxes=boxes, dtype=torch.float32, device=device)
+    value, reference, offsets, logits = (x.detach() for x in tensors)
+    for query, offset in enumerate([float("inf"), float("-inf"), 1e30, float("nan")]):
+        offsets[0, query, ..., 0] = offset
+    output = path(value, [(3, 4)], reference, offsets, logits)
+    assert (output[0, :3] == 0).all() and output[0, 3].isnan().all()
+
+
+def test_a_logit_that_is_not_finite_stays_visible_outside_too(path_and_device):
+    path, device = path_and_device
+    value, reference, offsets, logits = inputs([(3, 4)], B=1, Q=2, h=1, c=8, dtype=torch.float32, device=device)
+    logits.data[0, :, 0, 0, 0] = torch.tensor([float("nan"), float("inf")])
+    assert path(value, [(3, 4)], reference + 5, offsets, logits).isnan().all()
+
+
+def test_a_logit_of_minus_infinity_leaves_its_sample_out(path_and_device):
+    path, device = path_and_device
+    value, reference, offsets, logits = inputs([(4, 4)], B=1, P=4, dtype=torch.float32, device=device)
+    logits.data[..., 1:3] = -float("inf")
+    expected = path(value, [(4, 4)], reference, offsets[..., ::3, :].contiguous(), logits[..., ::3].contiguous())
+    torch.testing.assert_close(path(value, [(4, 4)], reference, offsets, logits), expected)
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("broken", ["value", "reference", "offsets", "logits", "upstream"])
+@both_references
+def test_no_kernel_hides_what_is_not_finite(path_and_device, boxes, broken, what):
+    path, device = path_and_device
+    names = "value", "reference", "offsets", "logits"
+    tensors = dict(zip(names, inputs(P=4, Q=40, c=8, boxes=boxes, dtype=torch.float32, device=device), strict=True))
+    tensors["offsets"].data[:, ::3] += 1000  # all outside
+    tensors["upstream"] = upstream_of(torch.empty(2, 40, 24, device=device)).clone()
+    numbers = tensors[broken].data.view(-1)
+    numbers[len(numbers) * 3 // 8] = what
+    upstream = tensors.pop("upstream")
+    expected = outputs(deform_attn_pytorch, LEVELS, tuple(tensors.values()), lambda _: upstream)
+    actual = outputs(path, LEVELS, tuple(tensors.values()), lambda _: upstream)
+    assert torch.equal(actual[0].isfinite(), expected[0].isfinite())
+    assert all((a.isfinite() <= b.isfinite()).all() for a, b in zip(actual[1:], expected[1:], strict=True))
+    assert what == torch.inf or not all(x.isfinite().all() for x in actual)
+
+
+@pytest.mark.parametrize("empty", [{"B": 0}, {"Q": 0}], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+@both_paths
+def test_batches_and_queries_may_be_none_at_all(path, device, empty):
+    tensors = inputs(**empty, device=device)
+    results = outputs(path, LEVELS, tensors)
+    assert [t.shape for t in results[1:]] == [t.shape for t in tensors]
+    assert all((t == 0).all() for t in results)
+
+
+def test_the_same_bits_come_out_of_any_number_of_threads():
+    needs_kernel("cpu")
+    shapes = [(40, 60), (20, 30)]
+    tensors = inputs(shapes, Q=3000, h=4, c=16, P=4, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(outputs(deform_attn, shapes, tensors))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_older_processors_get_the_same_results(capability):
+    """A process for each set of instructions, as PyTorch chooses once."""
+    needs_kernel("cpu")
+    if capability == torch.backends.cpu.get_cpu_capability().lower():
+        pytest.skip("all the other tests run so")
+    code = (
+        "import torch; from deform_attn_cuda import KERNEL_TYPES, deform_attn; from small_attention import *\n"
+        "for dtype in KERNEL_TYPES['cpu']:\n"
+        "    for c in (7, 32):\n"
+        "        assert_agrees(deform_attn, LEVELS, inputs(c=c, P=5, dtype=dtype))\n"
+    )
+    paths = os.pathsep.join(map(str, (deform_attn_cuda.HERE.parent, Path(__file__).parent)))
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+# ---- How it behaves in PyTorch
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["dense boxes", "permuted centres", "no queries"])
+def test_the_operators_pass_opcheck(kind, device):
+    needs_kernel(device)
+    Q = 0 if kind == "no queries" else 7
+    value, *others = inputs(Q=Q, boxes=kind == "dense boxes", dtype=torch.float32, device=device)
+    if kind == "permuted centres":
+        value = value.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_()
+        others = [t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in others]
+    torch.library.opcheck(torch.ops.deform_attn.forward.default, (value, SIZES, *others))
+    plain = [t.detach() for t in (torch.ones(2, Q, 15, device=device), value, *others)]
+    arguments = *plain[:2], SIZES, *plain[2:], kind == "dense boxes"  # whether the reference asks for its gradient
+    torch.library.opcheck(torch.ops.deform_attn.backward.default, arguments)
+
+
+def test_second_derivatives_are_an_error_and_not_zero():
+    needs_kernel("cpu")
+    value, *others = inputs(dtype=torch.float32)
+    output = deform_attn(value, LEVELS, *others)
+    (gradient,) = torch.autograd.grad(output.sum(), value, create_graph=True)
+    with pytest.raises(RuntimeError, match="deform_attn::backward is not implemented"):
+        gradient.sum().backward()
+
+
+class Pyramid(torch.nn.Module):
+    """Two levels whose sizes are those of an image, every token a query."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, image):
+        levels = [image, image[:, :, ::2, ::2]]
+        value = torch.cat([level.flatten(2) for level in levels], -1).transpose(1, 2)[:, :, None]
+        offsets = value[..., None, None, :2].expand(-1, -1, -1, 2, -1, -1)
+        boxes = value[:, :, 0, :4].sigmoid()
+        return self.path(value, [tuple(level.shape[-2:]) for level in levels], boxes, offsets, offsets[..., 0])
+
+
+@both_paths
+def test_one_compiled_graph_serves_images_of_all_sizes(path):
+    torch.compiler.reset()
+    compiled = torch.compile(Pyramid(path), dynamic=True, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for height, width in [(12, 10), (8, 14), (6, 20)]:
+            image = torch.rand(2, 8, height, width, dtype=torch.float64, requires_grad=True)
+            output, expected = compiled(image), Pyramid(path)(image)
+            torch.testing.assert_close(output, expected)
+            gradients = (torch.autograd.grad(result.sum(), image) for result in (output, expected))
+            torch.testing.assert_close(*gradients)
+
+
+def test_inductor_compiles_it():
+    image = torch.rand(2, 8, 12, 10, requires_grad=True)
+    compiled = torch.compile(Pyramid(deform_attn), fullgraph=True)
+    results = [
+        (output, torch.autograd.grad(output.sum(), image)[0])
+        for output in map(lambda f: f(image), (compiled, Pyramid(deform_attn)))
+    ]
+    torch.testing.assert_close(*results)
+
+
+@both_paths
+def test_exported_programs_take_any_batch_and_images_of_any_size(path):
+    sizes = {0: torch.export.Dim("B"), **{i: 2 * torch.export.Dim(f"size{i}", min=2, max=50) for i in (2, 3)}}
+    program = torch.export.export(Pyramid(path), (torch.randn(2, 8, 12, 10),), dynamic_shapes=(sizes,)).module()
+    for batch, height, width in [(1, 8, 14), (3, 30, 20)]:
+        image = torch.randn(batch, 8, height, width)
+        torch.testing.assert_close(program(image), Pyramid(path)(image))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_lowers_the_value_and_keeps_the_locations(device):
+    value, reference, offsets, logits = inputs(dtype=torch.float32, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        output = deform_attn(value, LEVELS, reference, offsets, logits.bfloat16())
+    expected = deform_attn_pytorch(value.bfloat16(), LEVELS, reference, offsets, logits.bfloat16().float())
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-8)  # one rounding to bfloat16, to either side
+
+
+def test_its_operations_are_counted():
+    needs_kernel("cpu")
+    value, *others = inputs(B=2, Q=7, h=3, c=5, P=2, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        deform_attn(value, LEVELS, *others).sum().backward()
+    forward = 2 * 7 * 3 * 3 * 2 * 4 * 5 * 2  # B Q h L P, corners, channels, a product and a sum
+    assert counter.get_total_flops() == 3 * forward
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"value": torch.zeros(2, 70, 15)}, "value must be"),
+        ({"value": torch.zeros(2, 71, 3, 5)}, "level_shapes"),
+        ({"value": torch.zeros(2, 70, 3, 5, dtype=torch.int32)}, "value must be of a float type"),
+        ({"level_shapes": [(70, 1)]}, "offsets must be"),
+        ({"level_shapes": [(70, 1), (1, 0), (0, 1)]}, "level_shapes"),
+        ({"offsets": torch.zeros(2, 7, 3, 3, 2)}, "offsets must be"),
+        ({"offsets": torch.zeros(3, 7, 3, 3, 2, 2)}, "offsets must be"),
+        ({"logits": torch.zeros(2, 7, 3, 3, 1)}, "logits must be"),
+        ({"logits": torch.zeros(2, 7, 3, 3, 2, device="meta")}, "logits is on meta"),
+        ({"reference": torch.zeros(2, 7, 2)}, "reference must be"),
+        ({"reference": torch.zeros(7, 4)}, "reference must be"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments_are_named(change, named):
+    value, reference, offsets, logits = inputs(dtype=torch.float32)
+    right = {"value": value, "level_shapes": LEVELS, "reference": reference, "offsets": offsets, "logits": logits}
+    with pytest.raises(ValueError, match=f"deform_attn: {named}"):
+        deform_attn(**right | change)
+
+
+@pytest.mark.parametrize("sizes", [[6, 9, 3, 5], [6, 9, 3, 5, 1, 2], [6, 9, 3, 5, -1, -1]], ids=str)
+def test_the_operator_itself_refuses_levels_it_could_not_read(sizes):
+    needs_kernel("cpu")
+    value, *others = inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match="level_shapes"):
+        torch.ops.deform_attn.forward(value, sizes, *others)
+
+
+@pytest.mark.parametrize("reference", [(7, 4), (2, 7, 2), (2, 6, 4), (1, 7, 4)], ids=str)
+def test_the_operator_itself_refuses_references_it_could_not_read(reference):
+    needs_kernel("cpu")
+    value, _, *others = inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match="reference"):
+        torch.ops.deform_attn.forward(value, SIZES, torch.zeros(reference), *others)
+
+
+# ---- The CUDA kernels, compiled
+
+
+@pytest.mark.parametrize(
+    "architecture", [90, *(pytest.param(x, marks=pytest.mark.architectures) for x in (75, 80, 86, 89, 100, 120))]
+)
+def test_the_cuda_kernels_compile_without_spills(nvcc, architecture, tmp_path):
+    flags = ["-O3", "-std=c++20", f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", "--keep", "--keep-dir", tmp_path]
+    command = [nvcc, *flags, "-o", tmp_path / "kernels.cubin", deform_attn_cuda.HERE / "cuda_kernel.cu"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = re.findall(r"(\d+) bytes spill stores", said)
+    assert len(spilled) == 16 and set(spilled) == {"0"}  # 4 types, 2 widths, 2 directions
+    ptx = (tmp_path / "cuda_kernel.ptx").read_text()
+    moves = ["ld.global.nc.v4.f32", "ld.global.nc.v4.u32", "ld.global.nc.v2.f64", "st.global.v4.u32"]
+    assert all(move in ptx for move in moves)  # 16 bytes at once
+    assert ("global.add.v4.f32" in ptx) == (architecture >= 90)
+
+
+# ---- The CUDA kernels on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@needs_gpu
+def test_where_there_are_a_gpu_and_its_nvcc_the_kernel_runs(nvcc):
+    """Others would skip, or pass with the fallback."""
+    assert status("cuda") == "deform_attn: CUDA kernel"
+
+
+@needs_gpu
+def test_a_cuda_graph_replays_it_on_new_inputs():
+    needs_kernel("cuda")
+    tensors = inputs(dtype=torch.float32, device="cuda")
+    static = [tensor.detach().clone() for tensor in tensors]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        deform_attn(static[0], LEVELS, *static[1:])
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = deform_attn(static[0], LEVELS, *static[1:])
+    static[0].mul_(-2)
+    graph.replay()
+    torch.testing.assert_close(output, -2 * deform_attn_pytorch(tensors[0], LEVELS, *tensors[1:]))
+
+
+@needs_gpu
+def test_it_runs_on_the_current_stream():
+    needs_kernel("cuda")
+    value, *others = (tensor.detach() for tensor in inputs(dtype=torch.float32, device="cuda"))
+    expected = deform_attn(value, LEVELS, *others)
+    late = torch.zeros_like(value)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # so that another stream would read zeros
+        late.copy_(value)
+        output = deform_attn(late, LEVELS, *others)
+    stream.synchronize()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_it_runs_on_the_device_of_its_tensors():
+    needs_kernel("cuda")
+    assert_agrees(deform_attn, LEVELS, inputs(dtype=torch.float32, device="cuda:1"))
+
+
+@needs_gpu
+def test_more_than_2_to_the_31_elements_are_addressed():
+    needs_kernel("cuda", torch.bfloat16)
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("less than 30 GB of GPU memory are free")
+    B, shapes = 2100, [(64, 64)]  # 2100 * 4096 * 8 * 32 = 2.2e9 elements
+    value = torch.zeros(B, 4096, 8, 32, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    centre, offsets = torch.full((1, 2), 63.5 / 64, device="cuda"), torch.zeros(B, 1, 8, 1, 1, 2, device="cuda")
+    with torch.no_grad():
+        value[-1, -1] = 1
+    output = deform_attn(value, shapes, centre, offsets, offsets[..., 0])
+    assert (output[-1] == 1).all() and (output[:-1] == 0).all()
+    output.backward(torch.ones_like(output))
+    assert (value.grad[:, -1] == 1).all() and value.grad.sum(dtype=torch.float64) == B * 8 * 32
+
+
+@needs_gpu
+def test_deterministic_algorithms_are_asked_for_in_vain(monkeypatch):
+    needs_kernel("cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            outputs(deform_attn, LEVELS, inputs(dtype=torch.float32, device="cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- Build and dispatch
+
+
+def test_the_first_use_says_once_which_path_runs(capsys, monkeypatch):
+    monkeypatch.setattr(deform_attn_cuda, "_paths", {})
+    monkeypatch.setattr(deform_attn_cuda, "SAID", set())
+    value, *others = inputs(dtype=torch.float32)
+    for _ in range(2):
+        deform_attn(value, LEVELS, *others)
+    assert capsys.readouterr().err == status("cpu") + "\n"
+    assert "float16" in status("cpu", torch.float16)
+
+
+THIS, NOW = torch.__version__, deform_attn_cuda.sources_digest()
+
+
+@pytest.mark.parametrize(
+    "stamp, reason",
+    [
+        ("", "not built: run make build"),
+        ('{"library": "deform', "not built: run make build"),
+        ("null", "not built: run make build"),
+        ('{"torch": "1.0"}', "built for PyTorch 1.0, this is"),
+        (json.dumps({"torch": THIS, "sources": "0"}), "its sources have changed: run make build"),
+        (json.dumps({"torch": THIS, "sources": NOW, "library": "gone"}), "cannot be loaded, run make build: "),
+    ],
+)
+def test_a_library_that_cannot_serve_is_named_and_the_fallback_runs(stamp, reason, tmp_path, monkeypatch):
+    (tmp_path / "stamp.json").write_text(stamp)
+    monkeypatch.setattr(deform_attn_cuda, "STAMP", tmp_path / "stamp.json")
+    monkeypatch.setattr(deform_attn_cuda, "_missing", deform_attn_cuda._load())
+    monkeypatch.setattr(deform_attn_cuda, "_paths", {})
+    assert status("cpu").startswith(f"deform_attn: PyTorch fallback ({reason}")
+    value, *others = inputs(dtype=torch.float32)
+    assert torch.equal(deform_attn(value, LEVELS, *others), deform_attn_pytorch(value, LEVELS, *others))
+
+
+def test_a_changed_source_ages_the_library(tmp_path, monkeypatch):
+    for path in deform_attn_cuda.HERE.glob("*.[ch]*"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(deform_attn_cuda, "HERE", tmp_path)
+    assert deform_attn_cuda.sources_digest() == NOW
+    (tmp_path / "operator.cpp").write_text("")
+    assert deform_attn_cuda.sources_digest() != NOW
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to build in, by a compiler and an nvcc that only take their time and name their output."""
+    for name in ("c++", "nvcc"):
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(
+            f"#!/bin/sh\ncase $1 in --version) echo {name} release {torch.version.cuda}; exit;; esac\n"
+            'case "$*" in *--no-such-flag*) echo error: no-such-flag >&2; exit 1;; esac\n'
+            f'while [ "$1" != -o ]; do shift; done; sleep 0.1; echo {name} > "$2"\n'
+        )
+        tool.chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "bin/c++"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "BUILD", tmp_path / "build")
+    for module in (build, deform_attn_cuda):
+        monkeypatch.setattr(module, "STAMP", tmp_path / "build/stamp.json")
+    return tmp_path / "build"
+
+
+def files_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*")}
+
+
+needs_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+
+
+@needs_cuda
+def test_builds_at_once_in_one_folder_wait_and_leave_one_library(folder, capsys):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda _: build.main(), range(2))) == [0, 0]
+    said = capsys.readouterr().out
+    assert said.count("built the CPU and CUDA kernels") == said.count("up to date") == 1
+    stamp = json.loads((folder / "stamp.json").read_text())
+    assert stamp["cuda"] == "" and {path.name for path in folder.iterdir()} == {"stamp.json", stamp["library"]}
+
+
+def test_a_build_that_fails_leaves_what_was_there(folder, capsys, monkeypatch):
+    assert build.main() == 0
+    before = files_of(folder)
+    monkeypatch.setenv("CXXFLAGS", "--no-such-flag")
+    assert build.main() == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no-such-flag" in error and files_of(folder) == before
+
+
+@needs_cuda
+def test_cuda_kernels_that_do_not_compile_leave_the_cpu_kernel(folder, capsys, monkeypatch):
+    monkeypatch.setattr(build, "architectures", lambda: ["--no-such-flag"])
+    assert build.main() == 0
+    assert "no CUDA kernel: " in capsys.readouterr().out and "no-such-flag" in build.read_stamp()["cuda"]
+
+
+def test_without_a_compiler_one_line_says_what_to_install(folder, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.main() == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "apt install g++" in out and not folder.exists()
+
+
+@pytest.mark.parametrize("cxx", ["g++ -m64", "ccache g++ -m64", "/usr/bin/ccache /usr/bin/g++ -m64"])
+def test_cxx_may_hold_a_launcher_and_options(cxx):
+    plan, link, _ = build.commands(cxx.split(), "nvcc")
+    assert " ".join(link).startswith(cxx) and plan["operator_cuda"][1:3] == ["-ccbin", cxx.split()[-2]]
+
+
+def test_flags_of_distributions_keep_standard_and_speed(monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-std=c++17 -march=nocona -O2")
+    for name, command in build.commands(["g++"], None)[0].items():
+        assert command.index("-std=c++17") < command.index("-std=c++20")
+        if name.startswith("cpu"):
+            assert command.index("-O2") < command.index("-O3")
+            assert [flag for flag in command if flag.startswith("-march")][1:] == build.INSTRUCTION_SETS[name[4:]][:1]
+
+
+@pytest.mark.parametrize("release, says", [("12.9", "is not of CUDA 99"), (None, "no nvcc found")])
+def test_an_nvcc_that_does_not_fit_is_named(folder, release, says, tmp_path, monkeypatch):
+    (tmp_path / "bin/nvcc").write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.86\n")
+    if release is None:
+        (tmp_path / "bin/nvcc").unlink()
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "TOOLKIT", tmp_path)
+    path, reason = build.find_nvcc()
+    assert path is None and says in reason
+    assert all(f"{name}==99.0.*" in reason for name in ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt"))
+
+
+def test_architectures_are_those_asked_for(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0a+PTX")
+    assert build.architectures() == [
+        "-gencode=arch=compute_86,code=[sm_86]",
+        "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]",
+    ]
+
+
+@pytest.mark.slow
+@needs_cuda
+def test_with_a_gpu_and_no_toolkit_the_build_installs_one(tmp_path, monkeypatch):
+    """Into another folder than PyTorch's, and without compiling more than the kernels for sm_90."""
+    if not build.cuda_packages():
+        pytest.skip("there is no nvcc on PyPI for this CUDA")
+    names = {"PIP_TARGET": str(tmp_path), "PATH": "/usr/bin:/bin", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    for name, text in names.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(build, "TOOLKIT", tmp_path / "none")
+    monkeypatch.setattr(build, "SITE", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = []
+    monkeypatch.setattr(build, "compile_and_link", lambda *which: found.append(which))
+    build.build()
+    compiler, nvcc, reason = found[0]
+    if nvcc is None:
+        pytest.skip(f"pip cannot install it here: {reason}")
+    build.run(build.commands(compiler, nvcc)[0]["cuda_kernel"], "-o", tmp_path / "kernel.o")
+
+
+def test_where_there_is_a_compiler_there_is_a_kernel():
+    if build.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert status("cpu") == "deform_attn: CPU kernel"
+
 
 # ---- Kernel = fallback: this section moves to test_dimaskdino.py
 

@@ -28,7 +28,9 @@ static double offered[2][LANES_OF_WARP];        // in this shuffle and the last 
 }
 
 static void run_others() {  // until it is this lane's turn again
-  if (!_setjmp(lanes[lane])) run_lane((lane + 1) % LANES_OF_WARP);
+  if (_setjmp(lanes[lane])) return;
+  if (ended == LANES_OF_WARP) _longjmp(end_of_warp, 1);
+  run_lane((lane + 1) % LANES_OF_WARP);
 }
 
 template <typename T>
@@ -46,11 +48,9 @@ template <typename T> T __shfl_sync(unsigned, T mine, int source, int width) {
 }
 
 static void run_warps() {
-  if (!_setjmp(lanes[lane])) _longjmp(end_of_warp, 1);
-  for (;;) {
-    kernel_call();
-    if (++ended == LANES_OF_WARP) _longjmp(end_of_warp, 1);
+  for (ended = LANES_OF_WARP;; ++ended) {
     run_others();
+    kernel_call();
   }
 }
 
