@@ -125,7 +125,11 @@ class Story:
             lost = inside & ~np.isin(start + y * width + x, self.index_2)
             dropped += (weights[:, level] * lost).sum() / config.heads
             start += height * width
-        return {"points": rounded(points * self.padded, 1), "weights": rounded(weights, 4), "dropped": rounded(dropped, 4)}
+        return {
+            "points": rounded(points * self.padded, 1),
+            "weights": rounded(weights, 4),
+            "dropped": rounded(dropped, 4),
+        }
 
     def guides(self):
         """Eq. 5 to 7: the object [G] that each guiding token's prediction shows, -1 for none, and its box [G 4]."""
@@ -137,7 +141,7 @@ class Story:
             queries = scores.topk(min(config.guiding_tokens, len(scores))).indices
         alike = overlap(mask_logits(self.outputs, 0, self.objects) > 0, mask_logits(prediction, 0, queries) > 0)
         owner = torch.where(alike.amax(0) >= SAME, alike.argmax(0), -1)
-        for i in reversed(range(len(self.objects))):  # each object has one at least
+        for i in reversed(range(len(self.objects))):  # the most alike one is its own
             owner[alike[i].argmax()] = i
         return owner.numpy(), self.boxes_of(prediction, queries)
 
