@@ -25,7 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 # Two pages of different widths, which keys step through: what each shows, as JSON.
 BROWSER = """<iframe width=1280 height=800 src=page.html></iframe><iframe width=390 height=844 src=page.html></iframe>
-<script>onload = () => document.documentElement.textContent = JSON.stringify([...frames].map(page => {
+<script>onload = () => document.documentElement.textContent = JSON.stringify([frames[0], frames[1]].map(page => {
   const all = selector => [...page.document.querySelectorAll(selector)], errors = [];
   page.onerror = page.console.error = message => errors.push(`${message}`);
   const press = key => page.dispatchEvent(new page.KeyboardEvent("keydown", { key }));
@@ -35,7 +35,7 @@ BROWSER = """<iframe width=1280 height=800 src=page.html></iframe><iframe width=
     const shown = {
       title: all("h2")[0].textContent, say: all("#say")[0].textContent, chosen: all("[aria-pressed=true]")[0].textContent,
       step: all("#steps button").findIndex(button => button.ariaCurrent), errors, wide: page.document.body.scrollWidth,
-      tops: all("section p, section div, nav").map(part => Math.round(part.getBoundingClientRect().top)),
+      tops: all("section [id], nav").map(part => Math.round(part.getBoundingClientRect().top)),
       ...Object.fromEntries(["cell", "gone", "ray", "boxed", "near", "frame", "fill", "edge"].map(name => [name, all(`#marks .${name}`).length])),
     };
     press("2"); press("ArrowRight");
