@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy import ndimage
-from torchvision.ops import box_convert, box_iou, masks_to_boxes
+from torchvision.ops import box_iou, masks_to_boxes
 from torchvision.transforms.functional import pil_to_tensor
 
 from datasets.geometry import shortest_side
 from datasets.images import read_image
-from dimaskdino import cell_centers, full_size, mask_logits
+from dimaskdino import cell_centers, full_size_boxes, full_size_masks, mask_logits
 from util.flags import user_path
 from util.log import try_output, unused
 from util.weights import load_model
@@ -82,12 +82,11 @@ class Story:
 
     def masks_of(self, prediction, queries):
         """Masks [n H W] (bool) of queries in a prediction of the model."""
-        return full_size(mask_logits(prediction, 0, torch.as_tensor(queries)), self.size, self.size)[0]
+        return full_size_masks(mask_logits(prediction, 0, queries), self.size, self.size)[0]
 
     def boxes_of(self, prediction, queries):
         """Boxes [n 4] of queries in a prediction of the model."""
-        boxes = box_convert(prediction["boxes"][0, queries].float(), "cxcywh", "xyxy")
-        return boxes * torch.tensor(self.padded).float().repeat(2)
+        return full_size_boxes(prediction, 0, queries, self.size, self.size)
 
     def layers_of(self, queries):
         """Of each query, in each layer's prediction: its box, its mask as run lengths, and how well they fit."""
