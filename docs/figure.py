@@ -5,7 +5,7 @@ A square stands for 100 tokens: 202 squares are T_i, six are T_s1, three are Q_b
 
 from pathlib import Path
 
-WIDTH, HEIGHT = 980, 640
+WIDTH, HEIGHT = 980, 600
 PITCH, SQUARE = 9, 7  # of the squares
 LIGHT = {
     "paper": "#ffffff", "ink": "#1f2328", "muted": "#59636e", "line": "#6e7781", "step": "#ffffff", "token": "#b6bfc9",
@@ -116,7 +116,7 @@ class Drawing:
 def draw(colors):
     d = Drawing(colors)
     d.rect(0, 0, WIDTH, HEIGHT, "paper", radius=8)
-    top, middle, bottom, right = 122, 310, 538, 902  # centres of the three rows, and of Q_bal
+    top, middle, bottom, right = 114, 290, 504, 902  # centres of the three rows, and of Q_bal
 
     # Feature Tokens Extractor
     d.scene(16, 62, found=False)
@@ -134,9 +134,9 @@ def draw(colors):
     d.text(172, 413, "100 tokens", 12, "muted", "start")
 
     # De-Imbalance
-    d.rect(258, 16, 706, 176, "DI", "DI_edge", 10)
-    d.text(276, 40, "De-Imbalance (DI) makes the query", 15, anchor="start", weight="bold")
-    d.text(544, 40, "select, let the selected tokens interact, select again, look back", 13, "muted", "start")
+    d.rect(258, 10, 706, 172, "DI", "DI_edge", 10)
+    d.text(276, 33, "De-Imbalance (DI) makes the query", 15, anchor="start", weight="bold")
+    d.text(544, 33, "select, let the selected tokens interact, select again, look back", 13, "muted", "start")
     d.arrow((208, top), (272, top))
     d.step(306, top, 1, "select", 64)
     d.arrow((338, top), (358, top))
@@ -151,15 +151,15 @@ def draw(colors):
     d.tokens(696, top, "T_s2", "blue", 300)
     d.arrow((707, top), (730, top))
     d.step(786, top, 4, "cross-attention", 108)
-    d.arrow((208, 72), (786, 72), (786, top - 23))
+    d.arrow((208, 64), (786, 64), (786, top - 23))
     d.arrow((840, top), (right - 11, top))
     d.tokens(right, top, "Q_bal", "orange", 300)
 
     # Balance-Aware Tokens Optimization
-    d.rect(258, 212, 604, 238, "BATO", "BATO_edge", 10)
+    d.rect(258, 196, 604, 226, "BATO", "BATO_edge", 10)
     d.text(
         276,
-        236,
+        219,
         "Balance-Aware Tokens Optimization (BATO) makes what the decoder reads",
         15,
         anchor="start",
@@ -167,7 +167,7 @@ def draw(colors):
     )
     d.text(
         276,
-        257,
+        239,
         "each token of T<tspan dy='3' font-size='10'>i</tspan><tspan dy='-3'> moves towards the guiding "
         "tokens of its object</tspan>",
         13,
@@ -175,7 +175,7 @@ def draw(colors):
         "start",
     )
     upper, lower = middle - 34, middle + 42
-    d.arrow((right, top + 66), (right, 466), (436, 466), (436, bottom - 23))
+    d.arrow((right, top + 66), (right, 438), (436, 438), (436, bottom - 23))
     d.arrow((right, upper), (829, upper))
     d.arrow((right, lower), (829, lower))
     d.step(790, upper, 5, "mask MLP")
@@ -194,10 +194,10 @@ def draw(colors):
     d.arrow((495, middle + 4), (458, middle + 4))
     d.step(402, middle + 4, 8, "cross-attention", 108)
     d.arrow((208, middle + 4), (346, middle + 4))
-    d.arrow((402, middle + 25), (402, 380))
-    d.squares(428, 412, 34, 202, "teal")
-    d.symbol(592, 420, "T_bal", "start", "20,197 tokens")
-    d.arrow((402, 442), (402, bottom - 23))
+    d.arrow((402, middle + 25), (402, 354))
+    d.squares(428, 386, 34, 202, "teal")
+    d.symbol(592, 394, "T_bal", "start", "20,197 tokens")
+    d.arrow((402, 416), (402, bottom - 23))
 
     # Transformer Decoder
     d.step(419, bottom, 9, "decoder, 5 layers", 122)
@@ -213,11 +213,11 @@ def draw(colors):
     d.symbol(742, bottom - 14, "b", "start", "boxes")
     d.symbol(742, bottom + 36, "m", "start", "masks")
     d.scene(846, bottom - 38, found=True)
-    d.arrow((158, 374), (158, 608), (643, 608), (643, bottom + 53))
-    d.arrow((28, 220), (28, 625), (669, 625), (669, bottom + 53))
-    d.rect(8, 468, 44, 46, "paper")
-    d.symbol(28, 484, "F_cnn")
-    d.text(28, 507, "at 1/4", 13, "muted")
+    d.arrow((158, 374), (158, 573), (643, 573), (643, bottom + 53))
+    d.arrow((28, 220), (28, 589), (669, 589), (669, bottom + 53))
+    d.rect(8, 428, 44, 46, "paper")
+    d.symbol(28, 444, "F_cnn")
+    d.text(28, 467, "at 1/4", 13, "muted")
     return d.svg()
 
 
