@@ -51,7 +51,7 @@ clean:     ## remove the compiled operator, caches, and nothing that was trained
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 installed: $(ENVIRONMENT)
-	@$(PYTHON) -m pip --version > /dev/null || $(PYTHON) -m ensurepip  # an environment of uv comes without pip
+	@$(PYTHON) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m ensurepip  # an environment of uv has no pip
 	$(PIP) -r requirements.txt
 	$(PYTHON) -m deform_attn_cuda.build
 

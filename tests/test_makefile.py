@@ -19,6 +19,7 @@ case "$*" in
 *"pip install"*) exit 1;;
 "-m venv .venv") mkdir -p .venv/bin; echo "#!/bin/sh" | tee .venv/bin/python .venv/bin/pip; chmod +x .venv/bin/*;;
 esac"""
+GETS_PIP = 'case "$2" in ensurepip) : > here;; pip) [ -e here ];; esac'
 WITHOUT_VENV = 'case "$*" in *"pip install"* | *venv*) exit 1;; esac'
 
 
@@ -61,6 +62,11 @@ def test_make_makes_an_environment_and_says_how_to_activate_it(tmp_path, target)
     run = make(tmp_path, target, pythons={"python3": MAKES_ENVIRONMENTS})
     assert run.returncode == 0, run.stderr
     assert "source .venv/bin/activate" in run.stdout.splitlines()[-1]
+
+
+def test_make_brings_pip_into_an_active_environment_that_has_none(tmp_path):
+    run = make(tmp_path, "build", pythons={"python": GETS_PIP}, VIRTUAL_ENV="/here")
+    assert run.returncode == 0, run.stderr
 
 
 def test_make_names_the_package_that_is_missing_for_an_environment(tmp_path):
