@@ -26,7 +26,7 @@ help:      ## list the targets
 build: installed  ## install requirements.txt and compile the deformable attention operator
 	$(ADVICE)
 
-demo: installed  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (minutes, 2 cores)
+demo: installed  ## train the tiny model on synthetic shapes, evaluate it and draw its predictions (five minutes, 2 cores)
 	$(PYTHON) train.py --data shapes --preset tiny --out runs/demo --resume
 	$(PYTHON) evaluate.py --ckpt runs/demo/last.pt --draw 12 --json runs/demo/metrics.json
 	$(ADVICE)
