@@ -43,7 +43,7 @@ from tqdm import tqdm
 from datasets import coco as data
 from datasets.geometry import shortest_side
 from datasets.images import find_images, read_image, upright_rgb
-from dimaskdino import postprocess
+from dimaskdino import mask_logits, postprocess
 from util.distributed import (
     Interruption,
     amp_for,
@@ -333,7 +333,7 @@ class Flop(TorchDispatchMode):
 def flop_of(model: nn.Module, images: Tensor) -> int:
     """Floating point operations of the model for images [B 3 H W], with the masks of all queries at the last layer."""
     with torch.inference_mode(False), torch.no_grad(), Flop() as counted:
-        model(images)["masks"]
+        mask_logits(model(images))
     return counted.total
 
 

@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
-from backbones import Norm
 from datasets import coco as data
 from datasets.geometry import AUGMENTATIONS, shortest_side
-from dimaskdino import DIMaskDINO
+from dimaskdino import DIMaskDINO, Norm
 from evaluate import autocast, evaluate
 from losses import Criterion, denoising_queries
 from util.distributed import (
@@ -259,7 +258,7 @@ def gradients(run, parts):
             with autocast(run.device, run.args.amp):
                 outputs = run.parallel(images, noised)
             with finite_or_stop(run, run.step, [targets]):
-                losses = run.criterion(outputs, targets, num_objects)
+                losses = run.criterion(outputs, targets, num_objects, noised)
             values = torch.stack([*losses.values()])
             run.scaler.scale(values.sum()).backward()
         totals = totals + values.detach()

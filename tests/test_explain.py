@@ -83,7 +83,7 @@ def test_the_page_names_every_equation_in_the_papers_order(folder, model):
         {"selection": (12, 9, 6)},
         {"guidance": "T_s1"},
         {"guidance": "T_s2", "gtg": False},
-        {"guide_networks": "heads", "guiding_tokens": 4, "guide_value": "T_g_mask", "pixel_tokens": "T_bal"},
+        {"box_guide": "box", "guiding_tokens": 4, "guide_value": "T_g_mask", "pixel_tokens": "T_bal"},
         {"position_token": "random"},
     ],
     ids=str,

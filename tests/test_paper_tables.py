@@ -60,7 +60,7 @@ def test_the_rows_of_tables_1_and_2_are_maskdino_and_di_maskdino(preset):
     for row in TABLES[2]:
         made = trained_as(row, 2, "--data", "bdd100k", "--preset", preset)
         if row.name == "MaskDINO" and row.group == ("ResNet50", 68):
-            own = {} if preset == "paper" else {"guide_networks": "heads", "guiding_tokens": 50}
+            own = {} if preset == "paper" else {"box_guide": "box", "guiding_tokens": 50}
             own |= {} if preset == "paper" else {"guide_value": "T_g_mask", "pixel_tokens": "T_bal"}  # not used
             assert made == (dataclasses.replace(Config.maskdino(), **own), Recipe.bdd100k())
         elif row.name == "DI-MaskDINO" and row.group == ("ResNet50", 68):

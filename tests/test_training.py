@@ -12,8 +12,7 @@ import torchvision
 from PIL import Image
 
 import train
-from backbones import SWINS
-from dimaskdino import Config, DIMaskDINO
+from dimaskdino import SWINS, Config, DIMaskDINO
 from losses import denoising_queries
 from small_models import microsoft_names
 from small_runs import (

@@ -42,10 +42,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dimaskdino
-from backbones import RESNETS, SWINS
 from deform_attn_cuda import deform_attn, status
 from deform_attn_cuda.benchmark import grid_sample, peak_megabytes
-from dimaskdino import Config, DIMaskDINO, postprocess
+from dimaskdino import RESNETS, SWINS, Config, DIMaskDINO, postprocess
 from evaluate import autocast, flop
 from losses import Criterion
 from train import gradients, recompute_activations, update

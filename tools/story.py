@@ -8,7 +8,7 @@ from torchvision.ops import box_convert, box_iou, masks_to_boxes
 from torchvision.transforms.functional import pil_to_tensor
 
 from datasets.geometry import shortest_side
-from dimaskdino import cell_centers, mask_product, select
+from dimaskdino import cell_centers, mask_logits, select
 
 MOST, SAME = 5, 0.5  # objects on the page; the IoU from which two masks show the same object
 
@@ -68,7 +68,7 @@ class Story:
 
     def masks_of(self, prediction, queries):
         """Masks of queries [n H W] (bool) in the resized image."""
-        logits = mask_product(prediction).of(0, torch.as_tensor(queries)).float().cpu()
+        logits = mask_logits(prediction, 0, torch.as_tensor(queries)).float().cpu()
         full = nnf.interpolate(logits[None], self.padded[::-1], mode="bilinear", align_corners=False)
         return full[0, :, : self.height, : self.width] > 0
 
@@ -124,7 +124,7 @@ class Story:
         if config.guiding_tokens:
             guides = self.trace[config.guidance]
             queries = select(self.model.det_head.scores(guides), config.guiding_tokens)[1][0].cpu()
-        logits = mask_product(prediction).of(0, queries).float().cpu()
+        logits = mask_logits(prediction, 0, queries).float().cpu()
         height, width = -(-self.height // 4), -(-self.width // 4)
         own = (
             nnf.interpolate(self.masks[i][None, None].float(), (height, width))[0] > 0
@@ -142,7 +142,7 @@ class Story:
             self.calls["residual.cross_attention"][0],
         )
         placed = (x + position)[0, query]
-        shape = tuple(attention.split.values())  # heads, levels, points
+        shape = (attention.heads, attention.levels, attention.points)  # heads, levels, points
         offsets = attention.offsets(placed).float().view(*shape, 2).cpu()
         weights = attention.weights(placed).float().view(shape[0], -1).softmax(-1).flatten().cpu()
         center, size = reference[0, query].float().cpu().chunk(2)

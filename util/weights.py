@@ -18,8 +18,7 @@ from einops import rearrange
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from backbones import SWINS
-from dimaskdino import Config, DIMaskDINO
+from dimaskdino import SWINS, Config, DIMaskDINO
 
 # Names in the files of others -> names here, read top to bottom: every line that matches is applied.
 RENAMES = [
