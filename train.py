@@ -619,7 +619,8 @@ def train(args, device):
                     stop(f"fp16 trains nothing: {told}. --amp bf16 or off may help", 1)
                 seconds = time.perf_counter() - since
                 lr = recipe.lr * rate
-                log.training(step, mean_of_all(means), lr, recipe.batch_size, seconds / totals.steps, waited / seconds)
+                means = mean_of_all({name: means[name] for name in losses})
+                log.training(step, means, lr, recipe.batch_size, seconds / totals.steps, waited / seconds)
                 totals.clear()
                 waited, since = 0.0, time.perf_counter()
             if step % SAVE_EVERY == 0 and save_as("last.pt"):
