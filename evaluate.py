@@ -39,10 +39,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from datasets import CocoDataset, open_dataset
-from datasets.coco import STRIDE, Images, evenly_spaced, require_same_classes, require_sound
+from datasets.coco import Images, evenly_spaced, require_same_classes, require_sound
 from datasets.geometry import shortest_side
 from datasets.images import find_images, read_image, upright_rgb
-from dimaskdino import full_size, mask_logits, postprocess, top_predictions
+from dimaskdino import full_size_boxes, full_size_masks, mask_logits, postprocess, top_predictions
 from util.distributed import (
     Interruption,
     amp_for,
@@ -144,14 +144,12 @@ def objects_of(prediction: dict, image_size: tuple, size: tuple, form: Callable,
     once, which = queries.unique(return_inverse=True)
     masks, qualities = [], [class_scores.new_zeros(0)]
     for few in once.split(max(1, PIXELS // (size[0] * size[1]))) if len(once) else ():
-        full, quality = full_size(mask_logits(prediction, 0, few), image_size, size)
+        full, quality = full_size_masks(mask_logits(prediction, 0, few), image_size, size)
         masks += form(full)
         qualities.append(quality)
     scores, order = (class_scores * torch.cat(qualities)[which]).sort(descending=True)
     order = order[scores >= score]
-    padded = [STRIDE * -(-side // STRIDE) for side in image_size]
-    to_pixels = [padded[1] * size[1] / image_size[1], padded[0] * size[0] / image_size[0]] * 2
-    boxes = box_convert(prediction["boxes"][0, queries].float(), "cxcywh", "xyxy") * scores.new_tensor(to_pixels)
+    boxes = full_size_boxes(prediction, 0, queries, image_size, size)
     return {
         "scores": scores[scores >= score],
         "labels": labels[order],
@@ -328,7 +326,7 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--ckpt", required=True, type=user_path, metavar="CKPT", help="checkpoint, such as runs/demo/best.pt")
-    named = "shapes, shapes-full, coco, bdd100k or a folder in COCO layout (that of the training)"
+    named = "shapes, coco, bdd100k or a folder in COCO layout (that of the training)"
     add_data_flags(add, help=named)
     add("--layers", action="store_true", help="AP at every decoder layer, the initial prediction (layer 0) first")
     add("--per-class", action="store_true", help="AP of each class as well")
@@ -500,9 +498,7 @@ def report(dataset, rows, args):
     print(table(rows))
     metrics = {**rows[-1][1], **counts}
     if args.per_class:
-        names = zip(dataset.category_ids, dataset.classes)
-        unique = [n if dataset.classes.count(n) == 1 else f"{n} ({i})" for i, n in names]
-        metrics["classes"] = dict(zip(unique, metrics["classes"].values()))
+        metrics["classes"] = dict(zip(dataset.classes, metrics["classes"].values()))
         print(f"\n{table(metrics['classes'].items(), ['AP_box', 'AP_mask'])}\n")
     print(
         f"over {len(dataset):,} images with {dataset.objects:,} objects, autocast {args.amp}; "

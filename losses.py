@@ -1,15 +1,19 @@
-"""What training minimises: denoising queries, matching, and the criterion, as in MaskDINO (appendix B of the paper).
+"""What training minimises: denoising queries, Hungarian matching and the criterion, as in MaskDINO (appendix B).
 
 targets: a list with one dict per image of
     labels [n] int64 in 0..K-1,
     boxes [n 4] (cx, cy, w, h) in [0, 1] of the network's input, that is of the image after padding to a multiple of 32,
     masks [n H W] bool, over the same padded input,
     image_id, for messages.
-Predictions are the dicts of `logits`, `boxes` and mostly `masks` that DIMaskDINO returns, at every stage.
+Predictions are the dicts that DIMaskDINO returns at every stage: logits, boxes and mostly the two factors of the masks.
+Pairs are the matched queries and objects of one set of predictions: a list with (query indices, object indices), two
+arrays [m], for each image.
+
+The criterion goes through all sets of predictions at once. tests/test_losses.py holds the plain loop over the sets that
+it has to equal.
 """
 
 import math
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -20,31 +24,38 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
-from dimaskdino import Masks, mask_product
+from dimaskdino import mask_logits
 
-# For the cost of a match and for the loss alike (released code).
+# For the cost of matching and for the loss alike (released code).
 WEIGHTS = {"class": 4.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
 DETECTION = ("class", "box", "giou")
-LARGEST = 2**25  # pixels of objects' masks that are compared at a time
-PORTION = 2**23  # sampled logits of masks that matching compares at a time, which bounds its memory
+MOST_PIXELS = 2**25  # of objects' masks that become float32 at a time, which bounds the memory of sampling
+MOST_LOGITS = 2**23  # sampled mask logits that matching compares at a time, which bounds its memory
+
+
+def to_device(array, device):
+    """A numpy array as a tensor, copied without a synchronisation."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 # ---- Denoising queries -----------------------------------------------------------------------------------------------
 
 
 class Denoising(NamedTuple):
-    """Noised objects that are to be restored. Slot j of each group holds object j of the image."""
+    """Groups of noised objects that the model restores. Slot j of each group holds object j of the image."""
 
     labels: Tensor  # [B D] int64, -1 in the empty slots of an image with fewer objects than another
     boxes_logit: Tensor  # [B D 4]
     groups: int  # D = groups * the largest number of objects in an image
+    pairs: list  # the slots that hold an object and its index: (queries [m], objects [m]) of each image, on the CPU
 
     def to(self, device):
-        labels, boxes_logit = (x.to(device, non_blocking=True) for x in (self.labels, self.boxes_logit))
-        return Denoising(labels, boxes_logit, self.groups)
+        labels = self.labels.to(device, non_blocking=True)
+        boxes_logit = self.boxes_logit.to(device, non_blocking=True)
+        return self._replace(labels=labels, boxes_logit=boxes_logit)
 
     def attention_mask(self, queries):
-        """Who may not look at whom, [D+queries D+queries]: the groups at each other, the other queries at any group."""
+        """[D+queries D+queries], True = masked: groups do not see each other, and the other queries see no group."""
         size = self.labels.shape[1] // max(self.groups, 1)
         group = torch.arange(self.groups, device=self.labels.device).repeat_interleave(size)
         group = torch.cat((group, group.new_full((queries,), -1)))
@@ -68,19 +79,19 @@ def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_no
     reach = torch.cat((boxes[:, 2:] / 2, boxes[:, 2:]), 1)
     boxes = (boxes + (torch.rand_like(boxes) * 2 - 1) * reach * box_noise).clamp(0, 1)
 
-    slots = [np.arange(n) + (b * groups + g) * size for g in range(groups) for b, n in enumerate(counts)]
-    slots, shape = numbers(slots, labels.device), (len(targets), groups * size)
-    slot_labels = labels.new_full((shape[0] * shape[1],), -1).index_copy(0, slots, labels)
-    slot_boxes = boxes.new_zeros(shape[0] * shape[1], 4).index_copy(0, slots, boxes.logit(1e-5))
-    return Denoising(slot_labels.view(shape), slot_boxes.view(*shape, 4), groups)
+    slot_labels = labels.new_full((len(targets), groups, size), -1)
+    slot_boxes = boxes.new_zeros(len(targets), groups, size, 4)
+    pairs = []
+    for b, (n, of_image) in enumerate(zip(counts, labels.view(groups, sum(counts)).split(counts, 1))):
+        slot_labels[b, :, :n] = of_image
+        slots = np.arange(groups)[:, None] * size + np.arange(n)  # [groups n]
+        pairs.append((slots.flatten(), np.tile(np.arange(n), groups)))
+    for b, (n, of_image) in enumerate(zip(counts, boxes.logit(1e-5).view(groups, sum(counts), 4).split(counts, 1))):
+        slot_boxes[b, :, :n] = of_image
+    return Denoising(slot_labels.flatten(1), slot_boxes.flatten(1, 2), groups, pairs)
 
 
-def numbers(lists, device="cpu"):
-    """Lists of whole numbers as one tensor. Nobody waits for its copy."""
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *lists])).to(device, non_blocking=True)
-
-
-# ---- Costs of predictions for objects --------------------------------------------------------------------------------
+# ---- Sampling and costs ----------------------------------------------------------------------------------------------
 
 
 def random_points(*shape, device):
@@ -94,202 +105,220 @@ def sample(maps, points):
 
 
 def sample_objects(masks, objects, points):
-    """Bilinear values [M P] of masks [n H W] (bool), for each M that of one object (an array [M]), at points [M P 2].
+    """Bilinear values [m P] of the masks [n H W] (bool) of some objects, an array [m], at points [m P 2].
 
-    Every object that is there is there equally often, so that its mask is read once, at the points of all of its M.
+    In a set of predictions every object occurs equally often: once, or once in each denoising group. So each mask is
+    read once, at all of its points, and no more of them than MOST_PIXELS become float32 at a time.
     """
-    order = np.argsort(objects)
-    present, values = np.unique(objects), []
-    together = points.index_select(0, numbers([order], points.device)).view(len(present), -1, 2)
-    for some in np.array_split(np.arange(len(present)), math.ceil(len(present) * masks[0].numel() / LARGEST)):
-        chosen = masks.index_select(0, numbers([present[some]], masks.device)).float()
-        values.append(sample(chosen[:, None], together[some[0] : some[-1] + 1])[:, 0])
-    return torch.cat(values).view(points.shape[:2]).index_select(0, numbers([np.argsort(order)], points.device))
+    order = np.argsort(objects, kind="stable")
+    present = np.unique(objects)
+    grouped = points.index_select(0, to_device(order, points.device)).view(len(present), -1, 2)
+    values = []
+    first = 0
+    for some in np.array_split(present, math.ceil(len(present) * masks[0].numel() / MOST_PIXELS)):
+        chosen = masks.index_select(0, to_device(some, masks.device)).float()
+        values.append(sample(chosen[:, None], grouped[first : first + len(some)])[:, 0])
+        first += len(some)
+    restored = to_device(np.argsort(order), points.device)
+    return torch.cat(values).view(points.shape[:2]).index_select(0, restored)
 
 
 def giou(a, b):
-    """The generalized IoU [...] of boxes (x0, y0, x1, y1) [... 4], pair by pair.
+    """Generalized IoU [...] of boxes (x0, y0, x1, y1) [... 4], pair by pair.
 
-    torchvision's picks the pairs that meet by a mask, for which a GPU would wait. released code: + 1e-6, as there.
+    torchvision's picks the boxes that overlap by a mask, for which the host would wait. released code: + 1e-6.
     """
-    (a0, a1), (b0, b1) = a.split(2, -1), b.split(2, -1)
-    meet = (torch.minimum(a1, b1) - torch.maximum(a0, b0)).clamp(min=0)
-    hull, of_a, of_b = torch.maximum(a1, b1) - torch.minimum(a0, b0), a1 - a0, b1 - b0
-    meet, hull, of_a, of_b = (sides[..., 0] * sides[..., 1] for sides in (meet, hull, of_a, of_b))
-    union = of_a + of_b - meet
-    return meet / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+    a0, a1 = a.split(2, -1)
+    b0, b1 = b.split(2, -1)
+    intersection = (torch.minimum(a1, b1) - torch.maximum(a0, b0)).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a1, b1) - torch.minimum(a0, b0)).prod(-1)
+    union = (a1 - a0).prod(-1) + (b1 - b0).prod(-1) - intersection
+    return intersection / (union + 1e-6) - (hull - union) / (hull + 1e-6)
 
 
 def class_and_box_costs(logits, boxes, labels, wanted):
-    """Of predictions, logits [B Q K] and boxes [B Q 4], for objects, labels [B n] and boxes [B n 4]: [B Q n]."""
+    """Matching cost [B Q n] of predictions, logits [B Q K] and boxes [B Q 4], with objects, labels [B n] and boxes
+    [B n 4]: focal class cost, L1 and GIoU of the boxes."""
     p = logits.gather(2, labels[:, None].expand(-1, logits.shape[1], -1)).sigmoid()
-    present = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
-    absent = 0.75 * p**2 * -(1 - p + 1e-8).log()
-    overlap = giou(box_convert(boxes, "cxcywh", "xyxy")[:, :, None], box_convert(wanted, "cxcywh", "xyxy")[:, None])
+    positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+    negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
     distance = torch.cdist(boxes, wanted, 1)
-    return WEIGHTS["class"] * (present - absent) + WEIGHTS["box"] * distance - WEIGHTS["giou"] * overlap
+    overlap = giou(box_convert(boxes, "cxcywh", "xyxy")[:, :, None], box_convert(wanted, "cxcywh", "xyxy")[:, None])
+    return WEIGHTS["class"] * (positive - negative) + WEIGHTS["box"] * distance - WEIGHTS["giou"] * overlap
 
 
 def mask_costs(logits, inside):
-    """Of masks, sampled logits [B Q P], for objects, sampled masks [B n P]: cross-entropy and dice, [B Q n]."""
-    p, inside_T = logits.sigmoid(), inside.transpose(1, 2)
-    entropy = -(nnf.logsigmoid(-logits).sum(-1, keepdim=True) + logits @ inside_T) / logits.shape[2]
+    """Matching cost [B Q n] of masks at P points, logits [B Q P], with objects, their masks at these points [B n P]:
+    binary cross-entropy and dice."""
+    p = logits.sigmoid()
+    inside_T = inside.transpose(1, 2)
+    bce = -(nnf.logsigmoid(-logits).sum(-1, keepdim=True) + logits @ inside_T) / logits.shape[2]
     dice = 1 - (2 * p @ inside_T + 1) / (p.sum(-1, keepdim=True) + inside.sum(-1)[:, None] + 1)
-    return WEIGHTS["mask"] * entropy + WEIGHTS["dice"] * dice
+    return WEIGHTS["mask"] * bce + WEIGHTS["dice"] * dice
 
 
 # ---- The criterion ---------------------------------------------------------------------------------------------------
 
 
 class Criterion(nn.Module):
-    """The loss of DIMaskDINO's outputs: of the first selection, each token-interaction layer, the initial prediction
-    and every decoder layer, matched to the objects one to one, and of the denoising queries, which need no matching.
-    """
+    """The loss of DIMaskDINO's outputs. For each set of predictions (first selection, token interaction layers, initial
+    prediction, decoder layers), Hungarian matching, and class, box, GIoU, mask and dice losses of the matched pairs.
+    Denoising queries need no matching: slot j of a group is object j."""
 
     def __init__(self, recipe):
         super().__init__()
         self.points = recipe.mask_points
         self.weights = {name: w * (recipe.detection_loss if name in DETECTION else 1) for name, w in WEIGHTS.items()}
 
-    def forward(self, outputs, targets, num_objects=None):
+    def forward(self, outputs, targets, num_objects=None, denoising=None):
         """outputs of DIMaskDINO, targets as above -> weighted losses {"class_selection": scalar, ..., "dice_6": ...}.
 
         The loss to minimise is their sum. num_objects: what they are divided by, the number of objects in the batch of
-        all processes over the number of processes; None: that of these targets. Raises FloatingPointError where a
-        prediction is not finite for an image with objects, with its name.
+        all processes over the number of processes; None: that of these targets. denoising: what the model was given, if
+        it was. Raises FloatingPointError where a prediction for an image with objects is not finite, with its name.
         """
         num_objects = max(sum(len(t["labels"]) for t in targets), 1) if num_objects is None else num_objects
-        sets = {"selection": outputs["selection"]} | {f"{i}": x for i, x in enumerate(outputs["layers"])}
-        noised = {f"denoising_{i}": x for i, x in enumerate(outputs["denoising"])}
-        without_masks = {f"interaction_{i}": x for i, x in enumerate(outputs["interaction"])}
+        sets = {"selection": outputs["selection"]}
+        sets |= {f"{layer}": prediction for layer, prediction in enumerate(outputs["layers"])}
+        sets |= {f"interaction_{layer}": prediction for layer, prediction in enumerate(outputs["interaction"])}
         with torch.autocast(outputs["logits"].device.type, enabled=False):
-            pairs = self.match(sets | without_masks, targets)
-            divisors = dict.fromkeys(pairs, float(num_objects))
-            if noised:
-                *slots, groups = self.slots(outputs["denoising"][0], targets)
-                pairs |= dict.fromkeys(noised, slots)
-                divisors |= dict.fromkeys(noised, float(num_objects * groups))
-            sets = sets | noised | without_masks  # those with masks first
-            pairs, divisors = [pairs[name] for name in sets], [divisors[name] for name in sets]
-            sums = self.class_and_box_losses([*sets.values()], targets, pairs)
-            sums |= self.mask_losses([*filter(None, map(mask_product, sets.values()))], targets, pairs)
-        divisors, losses = torch.tensor(divisors).to(outputs["logits"].device, non_blocking=True), {}
-        for term, values in sums.items():
-            weighted = self.weights[term] * values / divisors[: len(values)]
-            losses |= {f"{term}_{name}": value for name, value in zip(sets, weighted.unbind(), strict=False)}
+            pairs = self.match(sets, targets)
+            divisors = dict.fromkeys(sets, num_objects)
+            for layer, prediction in enumerate(outputs["denoising"]):
+                name = f"denoising_{layer}"
+                sets[name] = prediction
+                pairs[name] = denoising.pairs
+                divisors[name] = num_objects * max(denoising.groups, 1)
+
+            # For each set of predictions, the sum of each loss over its matched pairs; all sets at once.
+            with_masks = {name: prediction for name, prediction in sets.items() if "pixels" in prediction}
+            classes, boxes, gious = self.class_and_box_losses(sets, targets, pairs)
+            masks, dices = self.mask_losses(with_masks, targets, pairs)
+            losses = self.weighted("class", classes, sets, divisors)
+            losses |= self.weighted("box", boxes, sets, divisors)
+            losses |= self.weighted("giou", gious, sets, divisors)
+            losses |= self.weighted("mask", masks, with_masks, divisors)
+            losses |= self.weighted("dice", dices, with_masks, divisors)
         return losses
+
+    def weighted(self, term, sums, sets, divisors):
+        """The sums [sets] of one term, weighted and divided, by name: {"<term>_<set>": scalar}"""
+        divisor = to_device(np.array([divisors[name] for name in sets], np.float32), sums.device)
+        values = self.weights[term] * sums / divisor
+        return {f"{term}_{name}": value for name, value in zip(sets, values.unbind())}
 
     @torch.no_grad()
     def match(self, sets, targets):
-        """The best one-to-one match of each set of predictions: {name: (queries [M], objects [M])}, both numbered
-        through the batch, image by image, on the CPU. It waits for the device once, however many sets there are."""
-        costs, before = self.costs([*sets.values()], targets).cpu().numpy(), 0
-        counts, matches = [len(target["labels"]) for target in targets], {}
+        """Hungarian (bipartite) matching of sets of predictions {name: prediction}: the pairs of least cost of each,
+        {name: pairs}. A single synchronisation, however many sets there are."""
+        costs = self.costs(sets, targets).cpu().numpy()  # [B Q n], the queries of all sets one after another
+        pairs = {}
+        first = 0
         for name, prediction in sets.items():
-            size, queries, objects = prediction["logits"].shape[1], [], []
-            for b, n in enumerate(counts):
-                cost = costs[b, before : before + size, :n]
+            last = first + prediction["logits"].shape[1]
+            pairs[name] = []
+            for b, target in enumerate(targets):
+                cost = costs[b, first:last, : len(target["labels"])]
                 if not np.isfinite(cost).all():
-                    raise FloatingPointError(explain(name, b, prediction, targets[b]))
-                matched = linear_sum_assignment(cost)
-                queries.append(matched[0] + b * size)
-                objects.append(matched[1] + sum(counts[:b]))
-            matches[name], before = (numbers(queries), numbers(objects)), before + size
-        return matches
+                    raise FloatingPointError(explain(name, b, prediction, target))
+                pairs[name].append(linear_sum_assignment(cost))
+            first = last
+        return pairs
 
     def costs(self, sets, targets):
-        """The cost of each query for each object of its image [B, queries of all sets, most objects of an image].
+        """Matching cost of each query with each object of its image [B, queries of all sets, most objects of an image].
 
-        Sets with masks come first. Masks are compared at random points, the same for all of an image.
+        Masks are compared at random points, the same for all predictions of an image.
         """
-        logits, boxes = (torch.cat([x[part] for x in sets], 1).float() for part in ("logits", "boxes"))
-        labels, wanted = (pad_sequence([t[part] for t in targets], batch_first=True) for part in ("labels", "boxes"))
+        logits = torch.cat([x["logits"] for x in sets.values()], 1).float()
+        boxes = torch.cat([x["boxes"] for x in sets.values()], 1).float()
+        labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
+        wanted = pad_sequence([t["boxes"] for t in targets], batch_first=True)
         costs = class_and_box_costs(logits, boxes, labels, wanted)
-        points = torch.cat([random_points(1, self.points, device=boxes.device) for _ in targets])
-        inside = [
-            sample(t["masks"][:, None].float(), p.expand(len(t["masks"]), -1, -1))[:, 0]
-            for t, p in zip(targets, points, strict=True)
-        ]
-        inside, query = pad_sequence(inside, batch_first=True), 0
-        for masks, _ in joined([*filter(None, map(mask_product, sets))]):
-            pixels = sample(masks.pixels.float(), points).to(masks.embedding.dtype)  # [B C P]
-            for embedding in masks.embedding.split(max(1, PORTION // pixels[:, 0].numel()), 1):
-                cost = mask_costs((embedding @ pixels).float(), inside)
-                costs[:, query : query + cost.shape[1]] += cost
-                query += cost.shape[1]
+
+        points = torch.cat([random_points(1, self.points, device=boxes.device) for _ in targets])  # [B P 2]
+        inside = []
+        for target, of_image in zip(targets, points):
+            masks = target["masks"][:, None].float()
+            inside.append(sample(masks, of_image.expand(len(masks), -1, -1))[:, 0])
+        inside = pad_sequence(inside, batch_first=True)  # [B n P]
+
+        sampled = {}  # the pixels at the points [B C P]; most sets have the same
+        first = 0
+        for prediction in sets.values():
+            last = first + prediction["logits"].shape[1]
+            if "pixels" in prediction:
+                pixels = prediction["pixels"]
+                if id(pixels) not in sampled:
+                    sampled[id(pixels)] = sample(pixels.float(), points).to(pixels.dtype)
+                step = max(1, MOST_LOGITS // points[..., 0].numel())
+                for query in range(first, last, step):
+                    embedding = prediction["mask_embedding"][:, query - first : query - first + step]
+                    cost = mask_costs((embedding @ sampled[id(pixels)]).float(), inside)
+                    costs[:, query : query + cost.shape[1]] += cost
+            first = last
         return costs
 
-    def slots(self, noised, targets):
-        """The slots of denoising queries that hold an object and the object of each, both numbered through the batch,
-        image by image, and the number of groups."""
-        counts = [len(target["labels"]) for target in targets]
-        total, size = noised["logits"].shape[1], max(counts)
-        groups = total // size if size else 0
-        slots = [np.arange(n) + b * total + g * size for b, n in enumerate(counts) for g in range(groups)]
-        objects = [np.arange(n) + sum(counts[:b]) for b, n in enumerate(counts) for _ in range(groups)]
-        return numbers(slots), numbers(objects), max(groups, 1)
-
     def class_and_box_losses(self, sets, targets, pairs):
-        """{term: its sums over the sets}, given which queries of each set (numbered through the batch) are which
-        objects: of "class" over all queries, of "box" and "giou" over the pairs."""
-        logits, predicted = (torch.cat([x[part].flatten(0, 1) for x in sets]).float() for part in ("logits", "boxes"))
-        sizes, numbers_of_pairs = [x["logits"].shape[:2].numel() for x in sets], [len(q) for q, _ in pairs]
-        queries = numbers([q.numpy() + sum(sizes[:i]) for i, (q, _) in enumerate(pairs)], logits.device)
-        objects = numbers([o.numpy() for _, o in pairs], logits.device)
-        labels, boxes = (torch.cat([t[part] for t in targets])[objects] for part in ("labels", "boxes"))
+        """Sums over each set [sets]: the focal loss of all queries, L1 and GIoU losses of the matched boxes."""
+        logits = torch.cat([x["logits"] for x in sets.values()], 1).float()  # [B Q K], the sets side by side
+        boxes = torch.cat([x["boxes"] for x in sets.values()], 1).float()
+        image, query, objects = self.indices(sets, targets, pairs)
+        labels = torch.cat([t["labels"] for t in targets])[objects]
+        wanted = torch.cat([t["boxes"] for t in targets])[objects]
         classes = torch.zeros_like(logits)
-        classes[queries, labels] = 1
-        predicted = predicted.index_select(0, queries)
-        overlap = giou(*(box_convert(x, "cxcywh", "xyxy") for x in (predicted, boxes)))
-        return {
-            "class": sums_of(sizes, sigmoid_focal_loss(logits, classes).sum(1)),
-            "box": sums_of(numbers_of_pairs, (predicted - boxes).abs().sum(1)),
-            "giou": sums_of(numbers_of_pairs, 1 - overlap),
-        }
+        classes[image, query, labels] = 1
+        focal = sigmoid_focal_loss(logits, classes).sum((0, 2))  # [Q]
+        matched = boxes[image, query]
+        l1 = (matched - wanted).abs().sum(1)
+        overlap = giou(box_convert(matched, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
+        queries_of_sets = [x["logits"].shape[1] for x in sets.values()]
+        pairs_of_sets = [sum(len(queries) for queries, _ in pairs[name]) for name in sets]
+        return sums(focal, queries_of_sets), sums(l1, pairs_of_sets), sums(1 - overlap, pairs_of_sets)
 
-    def mask_losses(self, masks, targets, pairs):
-        """{"mask", "dice": their sums over the pairs of each set}, compared at points. The points of one set are drawn
-        at a time, as those of all would be large."""
-        wanted, logits, inside = torch.cat([target["masks"] for target in targets]), [], []
-        for predicted, (_, objects) in zip(self.pair_masks(masks, pairs), pairs, strict=False):
-            points = self.uncertain_points(predicted)
-            logits.append(sample(predicted[:, None], points)[:, 0])
-            inside.append(sample_objects(wanted, objects.numpy(), points) if len(objects) else points[..., 0])
-        logits, inside = torch.cat(logits), torch.cat(inside)
-        p, sizes = logits.sigmoid(), [len(objects) for _, objects in pairs[: len(masks)]]
-        entropy = nnf.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(1)
+    def indices(self, sets, targets, pairs):
+        """The pairs of all sets as three tensors of indices [M]: image, query (the sets side by side), and object (the
+        targets of all images one after another)."""
+        image = []
+        query = []
+        objects = []
+        first_query = 0
+        for name, prediction in sets.items():
+            first_object = 0
+            for b, (queries, found) in enumerate(pairs[name]):
+                image.append(np.full(len(queries), b))
+                query.append(first_query + queries)
+                objects.append(first_object + found)
+                first_object += len(targets[b]["labels"])
+            first_query += prediction["logits"].shape[1]
+        device = targets[0]["labels"].device
+        return [to_device(np.concatenate(index), device) for index in (image, query, objects)]
+
+    def mask_losses(self, sets, targets, pairs):
+        """Sums over each set [sets]: binary cross-entropy and dice losses of the matched masks, at points where
+        the prediction is uncertain. Points are drawn for one set at a time, as those of all would be large."""
+        masks = torch.cat([target["masks"] for target in targets])  # [n H W]
+        first_object = np.cumsum([0, *(len(target["masks"]) for target in targets)])
+        predicted = matched_masks(sets, pairs)
+        logits = []
+        inside = []
+        for name in sets:
+            objects = np.concatenate([first + found for first, (_, found) in zip(first_object, pairs[name])])
+            points = self.uncertain_points(predicted[name])  # [m P 2]
+            logits.append(sample(predicted[name][:, None], points)[:, 0])
+            inside.append(sample_objects(masks, objects, points) if len(objects) else points[..., 0])
+        pairs_of_sets = [len(x) for x in logits]
+        logits = torch.cat(logits)
+        inside = torch.cat(inside)
+        p = logits.sigmoid()
+        bce = nnf.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(1)
         dice = 1 - (2 * (p * inside).sum(1) + 1) / (p.sum(1) + inside.sum(1) + 1)
-        return {"mask": sums_of(sizes, entropy), "dice": sums_of(sizes, dice)}
-
-    def pair_masks(self, masks, pairs):
-        """The mask logits [M H W] of each set's pairs: one product for all sets with the same pixels, of no other mask.
-
-        An image's queries are rows of a table [B R] that the image with the most of them fills.
-        """
-        found = []
-        for joint, sizes in joined(masks):
-            offsets, queries = (
-                np.cumsum([0, *sizes]),
-                [q.numpy() for q, _ in pairs[len(found) : len(found) + len(sizes)]],
-            )
-            image = np.concatenate([q // size for q, size in zip(queries, sizes, strict=True)])
-            query = np.concatenate([q % n + o for q, n, o in zip(queries, sizes, offsets, strict=False)])
-            counts = np.bincount(image, minlength=len(joint.pixels))
-            row = np.empty_like(image)
-            row[np.argsort(image)] = np.concatenate([np.arange(n) for n in counts])
-            table = np.zeros((len(counts), counts.max()), image.dtype)
-            table[image, row] = query
-            table = torch.from_numpy(table).to(joint.pixels.device, non_blocking=True)
-            embedding = joint.embedding.gather(1, table[..., None].expand(-1, -1, joint.embedding.shape[2]))
-            products = Masks(embedding, joint.pixels).all().flatten(0, 1)
-            place = numbers([image * table.shape[1] + row], products.device)
-            found += products.index_select(0, place).float().split([*map(len, queries)])
-        return found
+        return sums(bce, pairs_of_sets), sums(dice, pairs_of_sets)
 
     @torch.no_grad()
     def uncertain_points(self, masks):
-        """Points [M P 2] for masks [M H W]: of 3 P random ones the 3/4 P where the mask is least certain, and 1/4 P
-        more."""
+        """Importance sampling of points [m P 2] for mask logits [m H W], as PointRend: of 3 P random points the 3/4 P
+        where the mask is least certain, and 1/4 P random ones."""
         kept = int(0.75 * self.points)
         points = random_points(len(masks), 3 * self.points, device=masks.device)
         certainty = sample(masks[:, None], points)[:, 0].abs_()
@@ -298,23 +327,38 @@ class Criterion(nn.Module):
         return torch.cat((points, random_points(len(masks), self.points - kept, device=masks.device)), 1)
 
 
-def joined(masks):
-    """Consecutive Masks with the same pixels as one, and how many queries each of them has."""
-    for _, same in groupby(masks, lambda x: id(x.pixels)):
-        embeddings, pixels = zip(*same, strict=True)
-        yield Masks(torch.cat(embeddings, 1), pixels[0]), [x.shape[1] for x in embeddings]
+def matched_masks(sets, pairs):
+    """Mask logits [m H/4 W/4] of the matched queries of each set, image by image: {name: logits}. Sets with the same
+    pixels share a product for each image; no other mask is made."""
+    together = {}
+    for name, prediction in sets.items():
+        together.setdefault(id(prediction["pixels"]), []).append(name)
+    found = {}
+    for names in together.values():
+        pixels = sets[names[0]]["pixels"]
+        embedding = torch.cat([sets[name]["mask_embedding"] for name in names], 1)  # [B Q C], the sets side by side
+        first_query = np.cumsum([0, *(sets[name]["mask_embedding"].shape[1] for name in names)])
+        by_image = []
+        for b, (embedding_b, pixels_b) in enumerate(zip(embedding.unbind(), pixels.unbind())):
+            queries = [first + pairs[name][b][0] for first, name in zip(first_query, names)]
+            matched = embedding_b.index_select(0, to_device(np.concatenate(queries), pixels.device))
+            product = torch.einsum("qc,chw->qhw", matched, pixels_b).float()
+            by_image.append(product.split([len(x) for x in queries]))
+        found |= {name: torch.cat(of_set) for name, of_set in zip(names, zip(*by_image))}
+    return found
 
 
-def sums_of(sizes, values):
+def sums(values, sizes):
     """The sums [len(sizes)] of consecutive parts of values, of the given sizes."""
-    part = numbers([np.full(size, i) for i, size in enumerate(sizes)], values.device)
-    return values.new_zeros(len(sizes)).index_add(0, part, values)
+    part = np.repeat(np.arange(len(sizes)), sizes)
+    return values.new_zeros(len(sizes)).index_add(0, to_device(part, values.device), values)
 
 
 def explain(name, b, prediction, target):
     """Which prediction or target of an image makes its matching cost infinite or NaN."""
-    parts = ("logits", "boxes", "masks") if mask_product(prediction) else ("logits", "boxes")
-    found = [f"predicted {part}" for part in parts if not prediction[part][b].isfinite().all()]
+    found = [f"predicted {part}" for part in ("logits", "boxes") if not prediction[part][b].isfinite().all()]
+    if "pixels" in prediction and not mask_logits(prediction, b).isfinite().all():
+        found.append("predicted masks")
     if not target["boxes"].isfinite().all():
         found.append("the target's boxes")
     source = " and ".join(found) or "the cost itself"

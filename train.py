@@ -32,11 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
-from backbones import Norm
 from datasets import coco as data
 from datasets import collate, open_dataset
 from datasets.geometry import AUGMENTATIONS, shortest_side
-from dimaskdino import Config, DIMaskDINO
+from dimaskdino import Config, DIMaskDINO, Norm
 from evaluate import autocast, evaluate
 from losses import Criterion, denoising_queries
 from util.distributed import (
@@ -202,9 +201,7 @@ def parse_training(arguments, description=""):
     positive = at_least(1)
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    named = (
-        "shapes, shapes-full, coco, bdd100k, or a folder as COCO, Roboflow, CVAT or Label Studio lay it out (shapes)"
-    )
+    named = "shapes, coco, bdd100k, or a folder as COCO, Roboflow, CVAT or Label Studio lay it out (shapes)"
     add_data_flags(add, help=named)
     outright = "COCO json of the training images, in place of --data; without --val-json every tenth image is held out"
     add("--train-json", type=user_path, metavar="FILE", help=outright)
@@ -251,6 +248,8 @@ def open_data(args, recipe):
         if sound := data.require_sound(dataset, f"{split} images of {args.data}", decode=args.check):
             say(sound)
     data.require_same_classes(train_set.classes, val_set.classes, "the training json", "that for validation")
+    if seen := data.seen_in_training(train_set, val_set):
+        say(seen)
     queries = choose_config(args, len(train_set.classes)).selection[-1]
     crowded = sum(len(objects) > queries for objects in train_set.annotations.values())
     if crowded:
@@ -373,7 +372,7 @@ def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="
                 outputs = model(images, noise)
             problem = ""
             try:
-                losses = criterion(outputs, targets, num_objects)
+                losses = criterion(outputs, targets, num_objects, noise)
             except FloatingPointError as error:
                 problem = str(error)
             if problems := problems_of_all(problem):  # before others wait for this process's gradient

@@ -16,7 +16,7 @@ SMALL = dataclasses.replace(
     Config.tiny(), num_classes=5, dim=32, heads=2, ffn=48, encoder_layers=1, decoder_layers=3, selection=(12, 6),
 )  # fmt: skip
 TRAINING = dataclasses.replace(Recipe.tiny(), denoising=9, mask_points=48)
-RELEASED = {name: getattr(Config.released(), name) for name in ("guide_networks", "guide_value", "pixel_tokens")}
+RELEASED = {name: getattr(Config.released(), name) for name in ("box_guide", "guide_value", "pixel_tokens")}
 
 
 def build(seed=0, trained=True, **changes):
@@ -51,8 +51,14 @@ def objects(*counts, size=(64, 64), classes=5, seed=0):
 def step(model, images, targets, recipe=TRAINING):
     """The losses of one training step, with the random points of seed 0."""
     torch.manual_seed(0)
-    outputs = model(images, denoising_queries(targets, model.config.num_classes, recipe.denoising))
-    return Criterion(recipe)(outputs, targets)
+    denoising = denoising_queries(targets, model.config.num_classes, recipe.denoising)
+    return Criterion(recipe)(model(images, denoising), targets, denoising=denoising)
+
+
+def factors_of(masks):
+    """Mask logits [B Q H W] as the factors that a prediction has of its masks: each is its own pixels."""
+    embedding = torch.eye(masks.shape[1], dtype=masks.dtype).repeat(len(masks), 1, 1)
+    return {"mask_embedding": embedding, "pixels": masks}
 
 
 def close(a, b, tolerance=1e-4):

@@ -10,9 +10,8 @@ from PIL import Image
 
 import train
 from datasets import collate
-from dimaskdino import Config, DIMaskDINO
+from dimaskdino import DIMaskDINO
 from losses import Criterion
-from train import Recipe
 from util.weights import read_checkpoint
 
 FLAGS = (

@@ -1,5 +1,6 @@
 """What train.py promises where a run is interrupted, a file is damaged, a disk full or a number not finite."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -8,7 +9,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -86,25 +86,6 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_128_and_its_number(folde
         assert train_in(folder, tmp_path) == 128 + number
     assert read_checkpoint(tmp_path / "last.pt")["step"] == 1
     assert "after step 1: --resume goes on" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("second, code", [("SIGINT", -signal.SIGINT), ("SIGHUP", 5), ("SIGUSR1", 5)])
-def test_a_second_ctrl_c_ends_at_once_and_a_second_hangup_does_not(second, code):
-    program = f"""if True:
-        import os, signal, sys
-        from util.distributed import Interruption
-        Interruption().saved = False
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.{second})
-        sys.exit(5)
-    """
-    assert subprocess.run([sys.executable, "-c", program], cwd=HERE).returncode == code
-
-
-def test_nohup_stays_in_force(monkeypatch):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    distributed.Interruption()
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and callable(signal.getsignal(signal.SIGTERM))
 
 
 def test_a_signal_during_evaluation_ends_at_once_and_resuming_evaluates(folder, trained, tmp_path):
@@ -203,24 +184,19 @@ def test_a_start_that_failed_leaves_no_run(folder, tmp_path, monkeypatch):
     assert train_in(folder, tmp_path / "run", "--batch-size", 2) == 0
 
 
-def test_a_run_holds_its_folder_while_it_lives_and_no_longer(folder, tmp_path, capsys):
-    program = f"""if True:
-        from pathlib import Path
-        from util.distributed import held
-        with held(Path("{tmp_path}")):
-            print("holds", flush=True)
-            input()
-    """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", program], cwd=HERE, **pipes) as other:
-        assert other.stdout.readline() == "holds\n"
-        for flags in ((), ("--resume",)):
-            assert train_in(folder, tmp_path, *flags) == 2
-            message = capsys.readouterr().err
-            assert f"{tmp_path} is in use by process {other.pid} on {socket.gethostname()}" in message
-        other.kill()
-    assert (tmp_path / "lock").exists()  # left behind
-    assert train_in(folder, tmp_path) == 0 and not (tmp_path / "lock").exists()
+def test_a_folder_that_another_run_holds_is_left_alone(folder, trained, tmp_path, capsys):
+    run = copy_of(trained, tmp_path)
+    with multiprocessing.get_context("fork").Pool(1) as other:
+        other.apply(enter, (run,))
+        assert train_in(folder, run, "--resume") == 2
+    assert f"{run} is in use by process" in capsys.readouterr().err
+
+
+HELD = contextlib.ExitStack()
+
+
+def enter(folder):
+    HELD.enter_context(distributed.held(folder))
 
 
 # ---- Files that are written ------------------------------------------------------------------------------------------
@@ -329,9 +305,7 @@ def spoil(checkpoint, path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "foreign", "code", "list", "optimizer", "model"])
-def test_a_file_that_is_no_checkpoint_is_named_and_never_runs_code(
-    folder, trained, tmp_path, monkeypatch, capsys, how
-):
+def test_a_file_that_is_no_checkpoint_is_named_and_never_runs_code(folder, trained, tmp_path, monkeypatch, capsys, how):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.pt"
     path.write_bytes((trained / "last.pt").read_bytes())
@@ -412,7 +386,9 @@ def test_a_loss_that_is_not_finite_ends_with_step_term_rate_and_images(folder, t
     def poisoned(self, *args):
         calls.append(1)
         losses = criterion(self, *args)
-        return {name: loss * math.nan if len(calls) == 5 and name == "dice_1" else loss for name, loss in losses.items()}
+        return {
+            name: loss * math.nan if len(calls) == 5 and name == "dice_1" else loss for name, loss in losses.items()
+        }
 
     monkeypatch.setattr(train.Criterion, "forward", poisoned)
     assert train_in(folder, tmp_path, "--epochs", 2) == 1

@@ -14,9 +14,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import losses
-from dimaskdino import Masks
+from dimaskdino import mask_logits
 from losses import Criterion, Denoising, denoising_queries, giou, mask_costs
-from small_models import TRAINING, build, close, law, objects, pictures, step
+from small_models import TRAINING, build, close, factors_of, law, objects, pictures, step
 from train import Recipe
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ from train import Recipe
         "more than queries",
     ],
 )
-def test_losses_and_gradients_are_finite_and_reach_every_parameter_for_any_number_of_objects(counts):
+def test_gradients_are_finite_and_reach_all_for_any_number_of_objects(counts):
     model = build().train()
     terms = step(model, pictures(2, 3, 64, 64), objects(*counts))
     sum(terms.values()).backward()
@@ -55,9 +55,9 @@ def test_the_losses_have_the_weights_of_maskdino():
     assert Criterion(Recipe()).weights == {"class": 4, "box": 5, "giou": 2, "mask": 5, "dice": 5}
 
 
-def losses_of(prediction, targets, num_objects=None, **others):
+def losses_of(prediction, targets, num_objects=None, denoising=None, **others):
     outputs = {**prediction, "layers": [prediction], "selection": prediction, "interaction": [], "denoising": []}
-    terms = Criterion(TRAINING)(outputs | others, targets, num_objects)
+    terms = Criterion(TRAINING)(outputs | others, targets, num_objects, denoising)
     return {name: value.item() for name, value in terms.items()}
 
 
@@ -66,10 +66,10 @@ def one_pair():
     target = {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.7, 0.5, 0.2, 0.4]])}
     target["masks"] = torch.zeros(1, 32, 32, dtype=torch.bool)
     boxes = torch.tensor([[[0.3, 0.5, 0.2, 0.2]]])
-    return {"logits": torch.zeros(1, 1, 2), "boxes": boxes, "masks": torch.zeros(1, 1, 8, 8)}, [target]
+    return {"logits": torch.zeros(1, 1, 2), "boxes": boxes} | factors_of(torch.zeros(1, 1, 8, 8)), [target]
 
 
-def test_every_term_of_one_pair_is_what_one_works_out_by_hand():
+def test_every_term_of_one_pair_is_as_by_hand():
     terms = losses_of(*one_pair())
     # Focal: alpha 1/4 of the class that is there, 3/4 of the other, each times (1/2)^2 ln 2.
     assert terms["class_0"] == pytest.approx(4 * (1 / 4 + 3 / 4) / 4 * math.log(2))
@@ -86,7 +86,7 @@ def inside(monkeypatch):
     monkeypatch.setattr(Criterion, "uncertain_points", lambda _, masks: torch.rand(len(masks), 10, 2) / 2 + 0.25)
 
 
-def test_dice_of_an_object_that_fills_the_image_is_what_one_works_out_by_hand(inside):
+def test_dice_of_an_object_that_fills_the_image_is_as_by_hand(inside):
     prediction, targets = one_pair()
     targets[0]["masks"][:] = True  # and predicted half everywhere
     assert losses_of(prediction, targets)["dice_0"] == pytest.approx(5 * (1 - (2 * 5 + 1) / (5 + 10 + 1)))
@@ -94,14 +94,14 @@ def test_dice_of_an_object_that_fills_the_image_is_what_one_works_out_by_hand(in
 
 def test_masks_are_multiplied_in_their_own_type_under_autocast(inside):
     prediction, targets = one_pair()
-    del prediction["masks"]
-    prediction["mask_product"] = Masks(torch.full((1, 1, 2), 0.5), torch.full((1, 2, 8, 8), 1.001))  # 1 in bf16
+    prediction["mask_embedding"] = torch.full((1, 1, 2), 0.5)
+    prediction["pixels"] = torch.full((1, 2, 8, 8), 1.001)  # 1 in bf16
     with torch.autocast("cpu", torch.bfloat16):
         terms = losses_of(prediction, targets)
     assert terms["mask_0"] == pytest.approx(5 * math.log1p(math.exp(1.001)), rel=1e-5)
 
 
-def test_giou_is_torchvisions_but_for_a_millionth_that_is_added_to_union_and_hull():
+def test_giou_is_torchvisions_but_for_a_millionth_in_both_divisors():
     a, b = (torchvision.ops.box_convert(torch.rand(50, 4), "cxcywh", "xyxy") for _ in range(2))
     close(giou(a, b), torchvision.ops.generalized_box_iou(a, b).diagonal(), 1e-4)  # areas are hundredths: 1e-6 of them
     tiny, corner = torch.tensor([0, 0, 1e-3, 1e-3]), torch.tensor([1e-3, 1e-3, 1e-3, 1e-3])
@@ -109,10 +109,11 @@ def test_giou_is_torchvisions_but_for_a_millionth_that_is_added_to_union_and_hul
     assert giou(torch.zeros(4), corner).item() == pytest.approx(-1 / 2)
 
 
-def test_predictions_that_are_certain_and_wrong_have_finite_costs_and_losses():
+def test_certain_and_wrong_predictions_have_finite_costs_and_losses():
     targets = whole_cells(objects(2, 1))
-    wrong = {name: -1e4 * x if name != "boxes" else 1 - x for name, x in perfect(targets, 4, 5).items()}
-    assert Criterion(TRAINING).costs([wrong], targets).isfinite().all()
+    best = perfect(targets, 4, 5)
+    wrong = best | {"logits": -1e4 * best["logits"], "boxes": 1 - best["boxes"], "pixels": -1e4 * best["pixels"]}
+    assert Criterion(TRAINING).costs({"0": wrong}, targets).isfinite().all()
     assert all(math.isfinite(value) for value in losses_of(wrong, targets).values())
 
 
@@ -125,12 +126,15 @@ def test_the_class_loss_is_focal_with_alpha_a_quarter_and_gamma_2(logit, present
     assert losses_of(prediction, targets)["class_0"] == pytest.approx(4 * focal, rel=1e-5)
 
 
-def test_denoising_losses_are_divided_by_objects_and_groups_and_each_slot_learns_its_object():
+def test_denoising_losses_are_divided_by_objects_and_groups():
     prediction, targets = one_pair()
-    once, thrice = ({name: x.repeat(1, n, *[1] * (x.ndim - 2)) for name, x in prediction.items()} for n in (1, 3))
-    a, b = (losses_of(prediction, targets, denoising=[noised]) for noised in (once, thrice))
-    for term in ("class", "box", "giou", "mask", "dice"):
-        assert a[f"{term}_denoising_0"] == pytest.approx(b[f"{term}_denoising_0"]) == pytest.approx(a[f"{term}_0"])
+    for groups in (1, 3):
+        noised = {name: x if name == "pixels" else x.repeat(1, groups, 1) for name, x in prediction.items()}
+        denoising = denoising_queries(targets, 2, groups)
+        outputs = {**prediction, "layers": [prediction], "selection": prediction, "interaction": []}
+        terms = Criterion(TRAINING)({**outputs, "denoising": [noised]}, targets, denoising=denoising)
+        for term in ("class", "box", "giou", "mask", "dice"):
+            close(terms[f"{term}_denoising_0"], terms[f"{term}_0"], 1e-5)
 
 
 def test_mask_points_are_drawn_where_the_mask_is_least_certain():
@@ -147,8 +151,8 @@ def test_matching_compares_masks_too():
     targets = whole_cells(objects(2))
     prediction = perfect(targets, 2, 5)
     prediction["logits"][:], prediction["boxes"][:] = 0.0, 0.5  # only masks tell the queries apart
-    prediction["masks"] = prediction["masks"].flip(1)
-    queries, found = Criterion(TRAINING).match({"0": prediction}, targets)["0"]
+    prediction["pixels"] = prediction["pixels"].flip(1)
+    ((queries, found),) = Criterion(TRAINING).match({"0": prediction}, targets)["0"]
     assert queries.tolist() == [0, 1] and found.tolist() == [1, 0]
 
 
@@ -173,18 +177,18 @@ def test_losses_are_divided_by_the_number_of_objects_that_is_given():
 
 
 @torch.no_grad()
-def test_losses_and_costs_do_not_depend_on_how_many_masks_are_compared_at_a_time(monkeypatch):
+def test_losses_and_costs_do_not_depend_on_the_portions_of_masks(monkeypatch):
     model, targets = build(), objects(2, 3)
     outputs = model(pictures(2, 3, 64, 64))
 
     def computed():
         torch.manual_seed(0)
-        costs = Criterion(TRAINING).costs(outputs["layers"], targets)
+        costs = Criterion(TRAINING).costs(dict(enumerate(outputs["layers"])), targets)
         return torch.stack([*Criterion(TRAINING)(outputs, targets).values(), *costs.flatten()])
 
     together = computed()
-    monkeypatch.setattr(losses, "PORTION", 1)  # one query
-    monkeypatch.setattr(losses, "LARGEST", 2 * 64 * 64)  # two objects
+    monkeypatch.setattr(losses, "MOST_LOGITS", 1)  # one query
+    monkeypatch.setattr(losses, "MOST_PIXELS", 2 * 64 * 64)  # two objects
     close(computed(), together, 1e-5)
 
 
@@ -197,7 +201,7 @@ def perfect(targets, queries, classes):
         n = len(target["labels"])
         logits[b, range(n), target["labels"]], boxes[b, :n] = 20.0, target["boxes"]
         masks[b, :n] = nn.functional.max_pool2d(target["masks"].float(), 4) * 40 - 20
-    return {"logits": logits, "boxes": boxes, "masks": masks}
+    return {"logits": logits, "boxes": boxes} | factors_of(masks)
 
 
 def whole_cells(targets):
@@ -207,19 +211,19 @@ def whole_cells(targets):
     return targets
 
 
-def test_perfect_predictions_are_matched_to_their_objects_and_cost_almost_nothing():
+def test_perfect_predictions_are_matched_and_cost_almost_nothing():
     torch.manual_seed(0)
     targets, criterion = whole_cells(objects(2, 3)), Criterion(TRAINING)
     best = perfect(targets, 6, 5)
-    queries, found = criterion.match({"0": best}, targets)["0"]
-    assert queries.tolist() == [0, 1, 6, 7, 8] and found.tolist() == [0, 1, 2, 3, 4]
+    for (queries, found), n in zip(criterion.match({"0": best}, targets)["0"], (2, 3)):
+        assert queries.tolist() == found.tolist() == list(range(n))
 
     def cost(prediction):
         return criterion(
             {**best, "layers": [prediction], "selection": best, "interaction": [], "denoising": []}, targets
         )
 
-    right, inverted = cost(best), cost({**best, "masks": -best["masks"]})
+    right, inverted = cost(best), cost({**best, "pixels": -best["pixels"]})
     assert max(right["class_0"], right["box_0"], right["giou_0"]) < 1e-4
     # Masks cost a little where a point falls between two cells; three in four points are chosen there.
     assert right["mask_0"] < 1 < 50 < inverted["mask_0"] and right["dice_0"] < 1 < 4 < inverted["dice_0"]
@@ -227,12 +231,12 @@ def test_perfect_predictions_are_matched_to_their_objects_and_cost_almost_nothin
 
 @law
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
-def test_a_match_costs_class_box_and_giou_and_has_the_least_total_cost_of_all_matches(number, queries, seed):
+def test_hungarian_matching_has_the_least_class_box_and_giou_cost(number, queries, seed):
     torch.manual_seed(seed)
     target, criterion = objects(number, seed=seed)[0], Criterion(TRAINING)
     prediction = {"logits": torch.randn(1, queries, 5), "boxes": torch.rand(1, queries, 4) * 0.5 + 0.2}
-    found_queries, found_objects = (x.tolist() for x in criterion.match({"0": prediction}, [target])["0"])
-    terms, costs = dimaskdino_costs(prediction, target), criterion.costs([prediction], [target])[0]
+    ((found_queries, found_objects),) = criterion.match({"0": prediction}, [target])["0"]
+    terms, costs = costs_by_definition(prediction, target), criterion.costs({"0": prediction}, [target])[0]
     assert all(costs[pair].item() == pytest.approx(cost, abs=1e-4) for pair, cost in terms.items())
     best = min(
         sum(terms[q, o] for q, o in zip(qs, os_, strict=True))
@@ -242,7 +246,7 @@ def test_a_match_costs_class_box_and_giou_and_has_the_least_total_cost_of_all_ma
     assert sum(terms[q, o] for q, o in zip(found_queries, found_objects, strict=True)) == pytest.approx(best, abs=1e-4)
 
 
-def dimaskdino_costs(prediction, target):
+def costs_by_definition(prediction, target):
     """Class, box and GIoU costs, one pair at a time from their definitions: an oracle for small sizes."""
     total = {}
     for q, o in itertools.product(range(prediction["logits"].shape[1]), range(len(target["labels"]))):
@@ -260,8 +264,8 @@ def test_masks_in_half_precision_are_matched_at_nearly_the_same_cost():
     targets, output, costs = objects(2, 3), build()(pictures(2, 3, 64, 64)), []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        masks = Masks(*(x.to(dtype) for x in output["mask_product"]))
-        costs.append(Criterion(TRAINING).costs([{**output, "mask_product": masks}], targets))
+        factors = {name: output[name].to(dtype) for name in ("mask_embedding", "pixels")}
+        costs.append(Criterion(TRAINING).costs({"0": output | factors}, targets))
     assert (costs[0] - costs[1]).abs().mean() < 0.004 * costs[0].abs().mean()  # bf16 keeps 8 bits
 
 
@@ -276,10 +280,10 @@ def test_the_mask_cost_of_a_pair_is_its_cross_entropy_and_its_dice():
 
 
 @pytest.mark.parametrize("part", ["logits", "boxes", "masks"])
-def test_a_prediction_that_is_not_finite_is_reported_with_its_name_set_and_image(part):
+def test_a_prediction_that_is_not_finite_is_named_with_set_and_image(part):
     targets = objects(2, 1)
     prediction = perfect(targets, 4, 5)
-    prediction[part][1, 2] = torch.nan
+    prediction["mask_embedding" if part == "masks" else part][1, 2] = torch.nan
     with pytest.raises(FloatingPointError, match=f"predicted {part}, in set 3, image 1"):
         Criterion(TRAINING).match({"3": prediction}, targets)
 
@@ -293,9 +297,9 @@ def test_a_prediction_that_is_not_finite_is_reported_with_its_name_set_and_image
         ({"boxes": 1e30}, "the cost itself"),  # whose square is not finite
     ],
 )
-def test_so_is_one_without_masks_of_an_image_without_a_name(wrong, source):
+def test_so_is_one_without_masks_of_an_image_without_an_id(wrong, source):
     targets = [{name: x for name, x in target.items() if name != "image_id"} for target in objects(2, 1)]
-    prediction = {name: x for name, x in perfect(targets, 4, 5).items() if name != "masks"}
+    prediction = {name: perfect(targets, 4, 5)[name] for name in ("logits", "boxes")}
     for part, value in wrong.items():
         prediction[part][1, 2] = value
     with pytest.raises(FloatingPointError) as error:
@@ -320,15 +324,8 @@ def test_a_target_that_is_not_finite_is_reported():
         Criterion(TRAINING).match({"0": prediction}, targets)
 
 
-class OnTheCPU(list):
-    """The numbers of a match, which stay numbers where tensors have none."""
-
-    def numpy(self):
-        return np.array(self)
-
-
-def test_losses_are_made_on_the_device_of_the_predictions_and_denoising_queries_on_that_of_the_targets(monkeypatch):
-    pairs = OnTheCPU([0, 1, 6, 7, 8]), OnTheCPU(range(5))
+def test_losses_and_denoising_queries_are_made_on_the_device_of_the_model(monkeypatch):
+    pairs = [(np.arange(n), np.arange(n)) for n in (2, 3)]
     monkeypatch.setattr(Criterion, "match", lambda self, sets, targets: dict.fromkeys(sets, pairs))
     # Tensors without numbers: a GPU is not needed, and what mixes devices is refused.
     with FakeTensorMode(shape_env=ShapeEnv()):
@@ -337,14 +334,86 @@ def test_losses_are_made_on_the_device_of_the_predictions_and_denoising_queries_
                 {"labels": torch.zeros(n, dtype=int), "boxes": torch.zeros(n, 4), "masks": torch.zeros(n, 64, 64) > 0}
                 for n in (2, 3)
             ]
-            parts = {"logits": (5,), "boxes": (4,), "masks": (16, 16)}
-            prediction = {name: torch.zeros(2, 6, *shape) for name, shape in parts.items()}
+            parts = {"logits": (6, 5), "boxes": (6, 4), "mask_embedding": (6, 8), "pixels": (8, 16, 16)}
+            prediction = {name: torch.zeros(2, *shape) for name, shape in parts.items()}
         stages = {"layers": [prediction], "selection": prediction, "interaction": [prediction], "denoising": []}
         terms = Criterion(TRAINING)({**prediction, **stages}, targets)
-        costs = Criterion(TRAINING).costs([prediction], targets)
+        costs = Criterion(TRAINING).costs({"0": prediction}, targets)
         denoising = denoising_queries(targets, 5, 9)
         made = [*terms.values(), costs, *denoising[:2], denoising.attention_mask(6)]
     assert {x.device.type for x in made} == {"cuda"}
+
+
+# ---- The criterion as a plain loop, which is its specification -------------------------------------------------------
+
+
+def criterion_by_sets(criterion, outputs, targets, denoising):
+    """For each set of predictions, matching and the losses of its pairs, one after another."""
+    number = max(sum(len(t["labels"]) for t in targets), 1)
+    sets = {"selection": outputs["selection"]}
+    sets |= {f"{i}": x for i, x in enumerate(outputs["layers"])}
+    sets |= {f"interaction_{i}": x for i, x in enumerate(outputs["interaction"])}
+    terms = {}
+    for name, pairs in criterion.match(sets, targets).items():
+        terms |= losses_of_set(criterion, name, sets[name], targets, pairs, number)
+    for i, prediction in enumerate(outputs["denoising"]):
+        size = max(len(t["labels"]) for t in targets)
+        pairs = []
+        for target in targets:  # slot j of every group is object j
+            objects = np.tile(np.arange(len(target["labels"])), denoising.groups)
+            groups = np.repeat(np.arange(denoising.groups), len(target["labels"]))
+            pairs.append((groups * size + objects, objects))
+        divisor = number * max(denoising.groups, 1)
+        terms |= losses_of_set(criterion, f"denoising_{i}", prediction, targets, pairs, divisor)
+    return terms
+
+
+def losses_of_set(criterion, name, prediction, targets, pairs, divisor):
+    sums = dict.fromkeys(("class", "box", "giou") + (("mask", "dice") if "pixels" in prediction else ()), 0)
+    for b, (target, (queries, found)) in enumerate(zip(targets, pairs)):
+        classes = torch.zeros_like(prediction["logits"][b])
+        classes[queries, target["labels"][found]] = 1
+        sums["class"] += torchvision.ops.sigmoid_focal_loss(prediction["logits"][b], classes, reduction="sum")
+        boxes = prediction["boxes"][b, queries]
+        wanted = target["boxes"][found]
+        sums["box"] += (boxes - wanted).abs().sum()
+        corners = (torchvision.ops.box_convert(x, "cxcywh", "xyxy") for x in (boxes, wanted))
+        sums["giou"] += (1 - giou(*corners)).sum()
+        if "pixels" in prediction:
+            masks = mask_logits(prediction, b, queries)
+            points = criterion.uncertain_points(masks)
+            logits = losses.sample(masks[:, None], points)[:, 0]
+            inside = losses.sample(target["masks"][found][:, None].float(), points)[:, 0]
+            sums["mask"] += (
+                nn.functional.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(1).sum()
+            )
+            p = logits.sigmoid()
+            sums["dice"] += (1 - (2 * (p * inside).sum(1) + 1) / (p.sum(1) + inside.sum(1) + 1)).sum()
+    return {f"{term}_{name}": criterion.weights[term] * value / divisor for term, value in sums.items()}
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 3), (0, 0), (1, 1), (10, 2), (14, 0)], ids=str)
+@pytest.mark.parametrize("pixel_tokens", ["T_i", "T_bal"])
+def test_the_criterion_equals_the_plain_loop_over_the_sets(counts, pixel_tokens, monkeypatch):
+    def points(*size, device=None):  # the same for every mask, so that the order of drawing does not matter
+        return torch.linspace(0.1, 0.9, size[-2] * 2).view(-1, 2).expand(size).clone()
+
+    model = build(pixel_tokens=pixel_tokens).train()
+    targets = objects(*counts)
+    denoising = denoising_queries(targets, 5, 9)
+    outputs = model(pictures(2, 3, 64, 64), denoising)
+    monkeypatch.setattr(torch, "rand", points)
+    ours = Criterion(TRAINING)(outputs, targets, denoising=denoising)
+    plain = criterion_by_sets(Criterion(TRAINING), outputs, targets, denoising)
+    assert ours.keys() == plain.keys()
+    for name in ours:
+        close(ours[name], torch.as_tensor(plain[name]), 1e-5)  # sums in another order
+    parameters = [*model.parameters()]
+    gradients = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(sum(x.values()), parameters, retain_graph=True)])
+        for x in (ours, plain)
+    ]
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
 
 # ---- Denoising queries -----------------------------------------------------------------------------------------------
@@ -352,7 +421,7 @@ def test_losses_are_made_on_the_device_of_the_predictions_and_denoising_queries_
 
 @law
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=3), st.integers(0, 20))
-def test_denoising_fills_as_many_groups_as_fit_and_leaves_other_slots_empty(counts, queries):
+def test_denoising_fills_as_many_groups_as_fit_and_leaves_the_rest_empty(counts, queries):
     targets = objects(*counts)
     denoising = denoising_queries(targets, 5, queries)
     groups = queries // max(counts) if max(counts) else 0
@@ -371,7 +440,7 @@ def test_without_noise_denoising_queries_are_the_objects():
     close(denoising.boxes_logit[1, 3:].sigmoid(), targets[1]["boxes"], 1e-5)
 
 
-def test_box_noise_moves_centres_by_up_to_a_fifth_and_sizes_by_up_to_two_fifths_of_the_size():
+def test_box_noise_moves_centres_by_a_fifth_and_sizes_by_two_fifths():
     targets = objects(1)
     boxes = denoising_queries(targets, 5, queries=2000).boxes_logit[0].sigmoid()
     moved = (boxes - targets[0]["boxes"]).abs() / targets[0]["boxes"][:, 2:].repeat(1, 2)
@@ -399,38 +468,39 @@ def test_noised_boxes_stay_in_the_image():
 
 def test_denoising_queries_move_to_a_device_together():
     denoising = denoising_queries(objects(2, 3), 5, 9)
-    labels, boxes, groups = denoising.to("meta")
-    assert labels.device == boxes.device == torch.device("meta") and groups == denoising.groups
+    labels, boxes, groups, pairs = denoising.to("meta")
+    assert labels.device == boxes.device == torch.device("meta")
+    assert groups == denoising.groups and pairs is denoising.pairs
     assert (labels.shape, boxes.shape) == (denoising.labels.shape, denoising.boxes_logit.shape)
 
 
-def test_who_may_not_look_at_whom():
-    denoising = Denoising(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, 4), groups=2)
-    blocked = [
-        [0, 0, 1, 1, 0, 0],  # a group: at the other group
+def test_the_attention_mask_hides_groups_from_each_other_and_from_queries():
+    denoising = Denoising(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, 4), groups=2, pairs=[])
+    masked = [
+        [0, 0, 1, 1, 0, 0],  # a group does not see the other group
         [0, 0, 1, 1, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],  # the queries that are matched: at any group
+        [1, 1, 1, 1, 0, 0],  # the queries that are matched see no group
         [1, 1, 1, 1, 0, 0],
     ]
-    assert denoising.attention_mask(2).int().tolist() == blocked
+    assert denoising.attention_mask(2).int().tolist() == masked
 
 
 @torch.no_grad()
 def test_denoising_queries_see_the_queries_that_are_matched():
     model, T_s2, box = build(), torch.rand(1, 6, 32), torch.rand(1, 6, 4)
-    denoising = Denoising(torch.tensor([[1, 2]]), torch.zeros(1, 2, 4), groups=1)
-    Q, _, blocked, D = model.with_denoising(denoising, T_s2, box)
+    denoising = Denoising(torch.tensor([[1, 2]]), torch.zeros(1, 2, 4), groups=1, pairs=[])
+    Q, _, attn_mask, D = model.with_denoising(denoising, T_s2, box)
     other, *_ = model.with_denoising(denoising, T_s2 + torch.rand(32), box)
-    a, b = (model.residual.self_attention(x, x, x, x, blocked)[:, :D] for x in (Q, other))
+    a, b = (model.residual.self_attention(x, x, x, x, attn_mask)[:, :D] for x in (Q, other))
     assert D == 2 and (a != b).any(-1).all()
 
 
 @torch.no_grad()
-def test_an_empty_slot_holds_zeros_and_a_used_one_the_embedding_of_its_label():
+def test_an_empty_slot_holds_zeros_a_used_one_the_embedding_of_its_label():
     model = build()
-    denoising = Denoising(torch.tensor([[0, -1]]), torch.tensor([[[0.0] * 4, [1.0] * 4]]), groups=1)
+    denoising = Denoising(torch.tensor([[0, -1]]), torch.tensor([[[0.0] * 4, [1.0] * 4]]), groups=1, pairs=[])
     Q, box, *_ = model.with_denoising(denoising, torch.rand(1, 6, 32), torch.rand(1, 6, 4))
     assert torch.equal(Q[0, :2], torch.stack((model.label_embed.weight[0], torch.zeros(32))))
     assert torch.equal(box[0, :2], denoising.boxes_logit[0].sigmoid())
@@ -439,10 +509,12 @@ def test_an_empty_slot_holds_zeros_and_a_used_one_the_embedding_of_its_label():
 @torch.no_grad()
 def test_denoising_groups_see_neither_each_other_nor_are_they_seen():
     model, images = build(), pictures(1, 3, 64, 64)
-    first = Denoising(torch.tensor([[1, 2, 3, 4]]), torch.zeros(1, 4, 4), groups=2)
-    other = Denoising(torch.tensor([[1, 2, 0, 0]]), torch.tensor([[[0.0] * 4] * 2 + [[1.0] * 4] * 2]), groups=2)
+    first = Denoising(torch.tensor([[1, 2, 3, 4]]), torch.zeros(1, 4, 4), groups=2, pairs=[])
+    other = Denoising(
+        torch.tensor([[1, 2, 0, 0]]), torch.tensor([[[0.0] * 4] * 2 + [[1.0] * 4] * 2]), groups=2, pairs=[]
+    )
     a, b, none = model(images, first), model(images, other), model(images)
-    for name in ("logits", "boxes", "masks"):
+    for name in ("logits", "boxes", "mask_embedding"):
         close(a["denoising"][-1][name][:, :2], b["denoising"][-1][name][:, :2])
         assert not torch.equal(a["denoising"][-1][name][:, 2:], b["denoising"][-1][name][:, 2:])
         close(a[name], none[name])

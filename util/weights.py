@@ -19,9 +19,8 @@ from einops import rearrange
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from backbones import RESNETS, SWINS, Backbone
 from datasets import Source
-from dimaskdino import Config, DIMaskDINO
+from dimaskdino import RESNETS, SWINS, Backbone, Config, DIMaskDINO
 
 # Names in the files of others -> names here, read top to bottom: every line that matches is applied.
 RENAMES = [
@@ -199,7 +198,7 @@ def config_of(checkpoint):
     bato = "bato.ffn.norm.weight" in state
     if backbone == "tiny":
         preset = Config.tiny()
-    elif bato and not count(state, "N_box"):
+    elif "seg_head.update.0.weight" in state:
         preset = Config.released()
     else:
         preset = Config.paper()
