@@ -8,7 +8,6 @@
 
 Each row and seed is a run of train.py. Its folder is named after the flags and after what the row changes, so tables
 share rows. A finished run is skipped, one that was stopped goes on. AP is that of evaluate.py on the last checkpoint.
-
 Rows carry the paper's sizes. In a model of other sizes, k1 and k2 stand for 600 and 300 (what lies between, for 450),
 and the number of decoder layers for 6, so 3 and 9 are half and one and a half of it, rounded up, at least 2. Tables 1
 and 2 have the rows of the model's backbone (any but Swin-L stands for ResNet50) and of as many epochs as the run has;
@@ -267,12 +266,11 @@ def figure1(args, flags):
             axes.annotate(gap.replace(" ", "\n", 1), top, (0, 6), textcoords="offset points", ha="center")
         axes.bar(layers - 0.2, mean[:, 0], 0.4, yerr=error[:, 0], color="#1f6fd6", label="AP_box")
         axes.bar(layers + 0.2, mean[:, 1], 0.4, yerr=error[:, 1], color="#f07f13", label="AP_mask")
-        axes.set(title=name_of(config), xlabel="layer (0: the initial prediction)", xticks=layers)
+        axes.set(title=name_of(config), xlabel="layer (0: the initial prediction)", ylabel="AP, %", xticks=layers)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.15)
         table = in_markdown(["layer", *METRICS, "gap"], lines)
         print(f"\n{name_of(config)}, {len(runs)} checkpoint(s)\n{table}")
-    panels[0].set(ylabel="AP, %")
     panels[0].legend(loc="upper left", frameon=False)
     figure.suptitle("AP of boxes and masks at every layer; above the bars the gap, AP_box - AP_mask")
     figure.savefig(args.out, format="png", dpi=150)
