@@ -83,7 +83,7 @@ def main():
     device = arguments.device
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"PyTorch {torch.__version__}, {device}, {machine}; {status(device)}")
-    print(f"{'milliseconds of a call':37} {'fallback':>9} {'kernel':>9}")
+    print(f"{'milliseconds of a call':44} {'fallback':>9} {'kernel':>9}")
     for name in arguments.types:
         for queries, pattern in ((None, "local"), (None, "random"), (300, "local")):
             tensors = inputs(queries, pattern, TYPES[name], device)
@@ -95,7 +95,7 @@ def main():
                 times = medians(calls, device, arguments.repeats)
                 case = f"{'encoder' if queries is None else 'decoder'}, {pattern}, {name}, {step.__name__}"
                 row = " ".join(f"{milliseconds:9.2f}" for milliseconds in times.values())
-                print(f"{case.replace('_', ' '):37} {row}", flush=True)
+                print(f"{case.replace('_', ' '):44} {row}", flush=True)
 
 
 if __name__ == "__main__":

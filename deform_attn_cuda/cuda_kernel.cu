@@ -136,7 +136,7 @@ struct Pair {
 };
 
 template <typename V, typename A, int WIDTH>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 3 : 4)  // blocks at one time, so what registers allow
 forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value, const A* __restrict__ reference,
         const A* __restrict__ offsets, const A* __restrict__ logits, V* __restrict__ output) {
   constexpr int LANES = CHANNELS / WIDTH;
@@ -190,7 +190,7 @@ __device__ std::enable_if_t<WIDTH % 4 == 0> add(float* to, const float (&numbers
 // sums of dot by shares and by their derivatives. The threads of a pair sum dot; the thread that located the point does
 // the rest. grad_reference may be null.
 template <typename V, typename A, int WIDTH>
-__global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 2 : 3)  // blocks at one time, so what registers allow
+__global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 2 : 3)
 backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad_output, const V* __restrict__ value,
          const A* __restrict__ reference, const A* __restrict__ offsets, const A* __restrict__ logits,
          A* __restrict__ grad_value, A* __restrict__ grad_reference, A* __restrict__ grad_offsets,

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent / "cuda_on_cpu.cpp"
 
 
 def compile_path(nvcc, library, adds):
-    """A function like `deform_attn` from the CUDA source: as for sm_90, which adds FOUR numbers at once, or adds ONE."""
+    """A function like `deform_attn` from the CUDA source: for sm_90, which adds FOUR numbers at once, or adding ONE."""
     flags = ["-O1", "-std=c++20", "-shared", "-Xcompiler=-fPIC,-w", f"-I{deform_attn_cuda.HERE}", f"-DADD_{adds}"]
     subprocess.run([nvcc, *flags, "-o", library, SOURCE], check=True)
     return functools.partial(CudaSource.apply, ctypes.CDLL(str(library)))
