@@ -10,6 +10,8 @@ same bits as if it had never stopped, because random numbers depend on the seed,
 that augment an image on the seed, the epoch and the image).
 """
 
+import argparse
+import ast
 import contextlib
 import dataclasses
 import math
@@ -17,64 +19,237 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
+import typing
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 from datasets import coco as data
+from datasets import collate, open_dataset
 from datasets.geometry import AUGMENTATIONS, shortest_side
-from dimaskdino import DIMaskDINO, Norm
+from dimaskdino import Config, DIMaskDINO, Norm
 from evaluate import autocast, evaluate
 from losses import Criterion, denoising_queries
 from util.distributed import (
     Interruption,
+    LoadingError,
     amp_for,
     any_rank,
-    gather,
+    batches_of,
+    held,
     join,
-    keep_working,
     launch,
     launched_processes,
     on_every_rank,
     print_anything,
+    problems_of_all,
     rank_and_world,
-    samples,
     say,
     share_statistics,
     stop,
     warn_of_emulation,
     workers_for,
 )
-from util.flags import choose_config, choose_recipe, files_of, parse_training
-from util.log import Log, counted, describe, try_output
-from util.recipe import parameter_groups
+from util.flags import add_data_flags, add_device_flags, at_least, source_of, user_path
+from util.log import Log, describe
 from util.weights import imagenet, load_weights, read_checkpoint
 
 LOG_EVERY = 50  # steps
-MOST_SKIPPED = 30  # steps in a row; fp16's scale then is a billionth of its first
 SAVE_EVERY = 1000  # steps, beside the end of each epoch
+MOST_SKIPPED = 30  # steps in a row; fp16's scale then is a billionth of its first
+NOT_FINITE = "last.pt is untouched; a lower --lr or --amp off may help"
 
 
-# ---- Building a run --------------------------------------------------------------------------------------------------
+# ---- The recipe (4.1, appendix B) ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. The defaults are the paper's for COCO; what it leaves open follows the released code."""
+
+    epochs: int = 50
+    batch_size: int = 16  # over all processes and micro-batches
+    lr: float = 1e-4
+    backbone_lr: float = 0.1  # times lr
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05  # but none for norms and embeddings
+    clip: float = 0.01  # norm of the gradient of the whole model
+    detection_loss: float = 1.0  # factor on the weights of class and box losses; table 3: 0.1
+    mask_points: int = 12544  # points at which masks are compared
+    denoising: int = 100  # queries that training adds, at most
+    label_noise: float = 0.2  # share of the denoising queries with a random label
+    warmup: int = 0  # steps
+    schedule: str = "steps"  # the rate falls to a tenth at each of `drops`; "cosine": to zero along a cosine
+    drops: tuple[float, ...] = (0.9, 0.95)  # as fractions of all steps
+    augmentation: str = "jitter"  # "flips", "none": see geometry.AUGMENTATIONS
+    image_size: int = 1024  # side of the square training images
+    test_size: tuple[int, int] = (800, 1333)  # shortest side of test images, and how far the longest may go
+
+    @classmethod
+    def bdd100k(cls) -> "Recipe":
+        return cls(epochs=68, batch_size=8, drops=(50 / 68,))
+
+    @classmethod
+    def tiny(cls) -> "Recipe":
+        """For Config.tiny() on `shapes`: all of it learns from scratch, in few steps."""
+        return cls(
+            epochs=12,
+            batch_size=8,
+            lr=2e-3,
+            backbone_lr=1.0,
+            betas=(0.9, 0.98),
+            clip=0.1,
+            mask_points=256,
+            denoising=16,
+            label_noise=0.5,
+            warmup=100,
+            schedule="cosine",
+            augmentation="flips",
+            image_size=128,
+            test_size=(128, 128),
+        )
+
+    def __post_init__(self):
+        if self.schedule not in ("steps", "cosine"):
+            raise ValueError(f"schedule={self.schedule!r} is not one of steps, cosine")
+        for name in ("epochs", "batch_size", "lr", "clip", "mask_points", "image_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not above 0")
+
+    def replace(self, **changes) -> "Recipe":
+        """The recipe with some fields changed; the size of test images goes with that of training images."""
+        zoom = changes.get("image_size", self.image_size) / self.image_size
+        return dataclasses.replace(self, test_size=tuple(round(side * zoom) for side in self.test_size), **changes)
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, 0 <= step < steps, as a factor of lr."""
+        warmup = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.schedule == "cosine":
+            return warmup * (1 + math.cos(math.pi * step / steps)) / 2
+        return warmup * 0.1 ** sum(step >= round(fraction * steps) for fraction in self.drops)
+
+
+# ---- Flags -----------------------------------------------------------------------------------------------------------
+
+# What --set may change: every field of Config and Recipe that has no flag of its own.
+FLAGS = ("epochs", "batch_size", "lr", "augmentation", "image_size")
+SETTABLE = typing.get_type_hints(Config) | typing.get_type_hints(Recipe)
+SETTABLE = {name: kind for name, kind in SETTABLE.items() if name not in ("num_classes", *FLAGS)}
+
+
+def setting(text):
+    """(field, value) of FIELD=VALUE, as --set takes it."""
+    name, _, value = text.partition("=")
+    if name not in SETTABLE:
+        raise argparse.ArgumentTypeError(f"{name}: the fields are {', '.join(SETTABLE)}")
+    kind = SETTABLE[name]
+    if kind is not str:
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+    if not fits(value, kind):
+        raise argparse.ArgumentTypeError(f"{text}: that is no {kind if typing.get_args(kind) else kind.__name__}")
+    return name, value
+
+
+def fits(value, kind):
+    """Whether a value is of a field's type. A whole number is a float as well; True is no number."""
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(fits, value, parts))
+    if typing.get_args(kind):  # int | None
+        return any(fits(value, part) for part in typing.get_args(kind))
+    return isinstance(value, (float, int) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def with_settings(settings, args):
+    """The Config or Recipe with the values of --set for its fields."""
+    return dataclasses.replace(settings, **{name: value for name, value in args.set if hasattr(settings, name)})
+
+
+def choose_recipe(args):
+    if args.preset == "tiny":
+        recipe = Recipe.tiny()
+    elif args.data == "bdd100k":
+        recipe = Recipe.bdd100k()
+    else:
+        recipe = Recipe()
+    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    recipe = with_settings(recipe.replace(**given), args)
+    shares = rank_and_world()[1] * args.accumulate
+    if recipe.batch_size % shares:
+        raise ValueError(f"--batch-size {recipe.batch_size} must be a multiple of processes x --accumulate, {shares}")
+    if recipe.image_size % data.STRIDE:
+        raise ValueError(f"--image-size {recipe.image_size} must be a multiple of {data.STRIDE}")
+    return recipe
+
+
+def choose_config(args, num_classes):
+    return with_settings(dataclasses.replace(getattr(Config, args.preset)(), num_classes=num_classes), args)
+
+
+def parse_training(arguments, description=""):
+    """The flags of train.py, with what follows from the data where a flag is not given."""
+    positive = at_least(1)
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    named = "shapes, coco, bdd100k, or a folder as COCO, Roboflow, CVAT or Label Studio lay it out (shapes)"
+    add_data_flags(add, help=named)
+    outright = "COCO json of the training images, in place of --data; without --val-json every tenth image is held out"
+    add("--train-json", type=user_path, metavar="FILE", help=outright)
+    presets = ["paper", "released", "maskdino", "tiny"]
+    add("--preset", choices=presets, help="model and recipe (tiny for shapes, paper for all other data)")
+    fields = f"change a field of the model or of its training: {', '.join(SETTABLE)}"
+    add("--set", action="append", type=setting, default=[], metavar="FIELD=VALUE", help=fields)
+    add("--epochs", type=positive, help="(paper: 50; tiny: 12)")
+    add("--gpus", type=positive, default=1, help="processes to start on this machine (%(default)s)")
+    add("--batch-size", type=positive, help="of all processes together (paper: 16, Swin-L 4; tiny: 8)")
+    accumulate = "gradient accumulation: micro-batches to do each batch in, to save memory (%(default)s)"
+    add("--accumulate", type=positive, default=1, help=accumulate)
+    add("--checkpoint-activations", action="store_true", help="recompute activations, to save memory")
+    add("--lr", type=at_least(1e-12, float), help="learning rate (paper: 1e-4; tiny: 2e-3)")
+    size = "side of training images in px; test images change alike (paper: 1024; tiny: 128)"
+    add("--image-size", type=positive, help=size)
+    add("--augmentation", choices=[*AUGMENTATIONS], help="(paper: jitter; tiny: flips)")
+    add_device_flags(add)
+    add("--seed", type=at_least(0), default=0, help="(%(default)s)")
+    add("--out", type=user_path, help="the run's folder (runs/DATA)")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    init = "start from those weights of a checkpoint, ours or the authors', that fit"
+    add("--init", type=user_path, metavar="CKPT", help=init)
+    backbone = "also in place of --init's (torchvision's, of ImageNet-1k, unless --init fills it); none: from scratch"
+    add("--backbone-weights", type=os.path.expanduser, metavar="PATH", help=backbone)
+    add("--check", action="store_true", help="only check the data: decode every image")
+    args = parser.parse_args(arguments)
+    args.data = args.data or str(args.train_json or args.val_json or "shapes")
+    args.preset = args.preset or ("tiny" if args.data == "shapes" else "paper")
+    args.out = args.out or Path("runs") / (Path(args.data).stem if args.train_json else Path(args.data).resolve().name)
+    return args
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
 
 
 def open_data(args, recipe):
     """The training and the validation set. Raises ValueError with all that is wrong with them."""
+    source = source_of(args)
     augment = partial(AUGMENTATIONS[recipe.augmentation], recipe.image_size)
-    files = files_of(args)
-    train_set = data.open_dataset(args.data, args.data_root, "train", augment, True, args.seed, files)
-    val_set = data.open_dataset(args.data, args.data_root, "val", shortest_side(*recipe.test_size), False, 0, files)
+    train_set = open_dataset(source, "train", augment, training=True, seed=args.seed)
+    val_set = open_dataset(source, "val", shortest_side(*recipe.test_size), training=False)
     for split, dataset in (("training", train_set), ("validation", val_set)):
         if sound := data.require_sound(dataset, f"{split} images of {args.data}", decode=args.check):
             say(sound)
     data.require_same_classes(train_set.classes, val_set.classes, "the training json", "that for validation")
+    if seen := data.seen_in_training(train_set, val_set):
+        say(seen)
     queries = choose_config(args, len(train_set.classes)).selection[-1]
     crowded = sum(len(objects) > queries for objects in train_set.annotations.values())
     if crowded:
@@ -85,113 +260,44 @@ def open_data(args, recipe):
     return train_set, val_set
 
 
-class Run:
-    """All that the steps of a run share: settings, data, model, optimiser, and how far it has come.
+def steps_of_an_epoch(images, recipe):
+    return max(1, images // recipe.batch_size)
 
-    epoch: the current one, from 0 on; step: how many are done; best: the highest mean of AP_box and AP_mask so far.
-    Raises ValueError or OSError, with what to do, for wrong flags, faulty data and checkpoints that do not fit.
+
+def micro_batches_of(images, recipe, epoch, seed, accumulate=1):
+    """Indices into a training set for the micro-batches of each step of an epoch [steps, accumulate, images].
+
+    Those of all processes together make the batches of a single process. A training set that is smaller than a batch
+    is repeated until it fills one.
     """
+    rank, world = rank_and_world()
+    order = np.random.default_rng((seed, epoch)).permutation(images)
+    share = recipe.batch_size // (accumulate * world)
+    return np.resize(order, (steps_of_an_epoch(images, recipe), accumulate, world, share))[:, :, rank]
 
-    def __init__(self, args, device):
-        checkpoint = last_checkpoint(args)
-        self.args, self.device, self.recipe = args, device, choose_recipe(args)
-        self.train_set, self.val_set = open_data(args, self.recipe)
-        self.config = choose_config(args, len(self.train_set.classes))
-        args.amp = args.amp or amp_for(device, self.config.backbone)
-        self.epoch, self.step, self.best = 0, 0, -1.0
-        self.saved_step, self.skipped = 0, 0  # the step of the checkpoint; steps in a row that fp16 has skipped
-        self.steps_per_epoch = max(1, len(self.train_set) // self.recipe.batch_size)
-        self.steps = self.recipe.epochs * self.steps_per_epoch
-        if checkpoint:
-            self.require_same_settings(checkpoint)
-        torch.manual_seed(args.seed)
-        self.model = DIMaskDINO(self.config)
-        self.load(checkpoint)
-        self.model.to(device).train()
-        if args.checkpoint_activations:
-            recompute_activations(self.model)
-        self.parallel, self.sent = self.model, None  # the model, or DDP around it; the last step's numbers
-        self.criterion = Criterion(self.recipe)
-        groups = parameter_groups(self.model, self.recipe)
-        self.optimizer = torch.optim.AdamW(groups, self.recipe.lr, self.recipe.betas, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        if checkpoint:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            if checkpoint["scaler"]:  # empty without fp16
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            self.epoch, self.saved_step, self.best = (checkpoint[name] for name in ("epoch", "step", "best"))
-            self.step = self.saved_step
-            if (images := checkpoint["training_images"]) != len(self.train_set):
-                self.count_steps_anew(images)
 
-    def count_steps_anew(self, images):
-        """Where the number of training images has changed: as many epochs and steps of this one are done as before."""
-        before = max(1, images // self.recipe.batch_size)
-        done = self.saved_step - self.epoch * before
-        self.step = self.epoch * self.steps_per_epoch + min(done, self.steps_per_epoch)
-        say(
-            f"there were {images:,} training images and are {len(self.train_set):,} now: the run goes on with those, "
-            f"from step {self.step:,} in epoch {self.epoch + 1} on"
-        )
+# ---- Model and optimiser ---------------------------------------------------------------------------------------------
 
-    def settings(self):
-        """What must be as in the checkpoint for a run to go on from it."""
-        recipe = dataclasses.asdict(self.recipe)
-        run = {"classes": self.train_set.classes, "training_images": len(self.train_set), "seed": self.args.seed}
-        return {"config": dataclasses.asdict(self.config), "recipe": recipe, **run}
 
-    def require_same_settings(self, checkpoint):
-        """Raises ValueError if the checkpoint was made with other settings; numbers of epochs and images may differ."""
-
-        def flat(settings):
-            every = {**settings, **settings["config"], **settings["recipe"]}
-            return {
-                name: value
-                for name, value in every.items()
-                if name not in ("config", "recipe", "epochs", "training_images")
-            }
-
-        path, now = self.args.out / "last.pt", self.settings()
-        needed = (*now, "model", "optimizer", "scaler", "epoch", "step", "best")
-        if missing := [name for name in needed if name not in checkpoint]:
-            raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}; --init takes weights")
-        data.require_same_classes(checkpoint["classes"], now["classes"], str(path), self.args.data)
-        now_on = dict.fromkeys([self.args.data, *files_of(self.args).values()])
-        was_on = dict.fromkeys([checkpoint["data"], *checkpoint["files"].values()]) if "files" in checkpoint else now_on
-        if [*map(os.path.realpath, was_on)] != [*map(os.path.realpath, now_on)]:
-            say(f"{path} was trained on {' '.join(was_on)}: the run goes on with {' '.join(now_on)}")
-        then, now = flat({name: checkpoint[name] for name in now}), flat(now)
-        changed = [f"{name} was {then.get(name)!r}, not {now[name]!r}" for name in now if then.get(name) != now[name]]
-        if changed:
-            way_out = "Go on with those, or start a new run from its weights with --init and another --out"
-            raise ValueError(f"{path} was made with other settings: {'; '.join(changed)}. {way_out}")
-
-    def load(self, checkpoint):
-        """Fill the model with the weights to start from."""
-        args, left_out = self.args, []
-        if checkpoint:
-            load_weights(self.model, checkpoint)
-            return
+def build_model(args, config, checkpoint=None):
+    """The model, with the weights to start from: a checkpoint's, --init's, a backbone's, or random ones."""
+    torch.manual_seed(args.seed)
+    model = DIMaskDINO(config)
+    if checkpoint:
+        load_weights(model, checkpoint)
+        return model
+    left_out = []
+    if args.init:
+        left_out = load_weights(model, args.init, partial=True)
+        say("\n  ".join([f"weights of {args.init}{', without' if left_out else ''}", *left_out]))
+    unfilled = {odd.partition(":")[0] for odd in left_out}
+    lacking = any(f"backbone.{name}" in unfilled for name in model.backbone.state_dict())
+    wanted = config.backbone != "tiny" and (lacking or not args.init)
+    if args.backbone_weights != "none" and (args.backbone_weights or wanted):
+        load_weights(model, args.backbone_weights or imagenet(config.backbone))
         if args.init:
-            left_out = load_weights(self.model, args.init, partial=True)
-            say("\n  ".join([f"weights of {args.init}" + ", without" * bool(left_out), *left_out]))
-        unfilled = {odd.partition(":")[0] for odd in left_out}
-        lacking = any(f"backbone.{name}" in unfilled for name in self.model.backbone.state_dict())
-        wanted = self.config.backbone != "tiny" and (lacking or not args.init)
-        if args.backbone_weights != "none" and (args.backbone_weights or wanted):
-            load_weights(self.model, args.backbone_weights or imagenet(self.config.backbone))
-            if args.init:
-                say(f"the backbone's weights are those of {args.backbone_weights or 'ImageNet-1k'}")
-
-
-def last_checkpoint(args):
-    """The checkpoint to go on from, or None for a new run. Raises ValueError if that would write over another run."""
-    last, best, log = (args.out / name for name in ("last.pt", "best.pt", "log.jsonl"))
-    if not args.resume and (last.exists() or best.exists() or log.exists()):
-        raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or choose another --out")
-    if not last.exists() and best.exists():
-        raise ValueError(f"{args.out} has no last.pt to go on from: start from {best} with --init and another --out")
-    return read_checkpoint(last) if last.exists() else None
+            say(f"the backbone's weights are those of {args.backbone_weights or 'ImageNet-1k'}")
+    return model
 
 
 def recompute_activations(model):
@@ -203,285 +309,395 @@ def recompute_activations(model):
         layer.forward = partial(recompute, layer.forward, use_reentrant=False)
 
 
-# ---- Steps -----------------------------------------------------------------------------------------------------------
+def make_optimizer(model, recipe):
+    """AdamW with weight decay for all but norms, tables of embeddings and Swin's position biases, and a learning rate
+    of its own, `base_lr` of its groups, for the backbone."""
+    groups = {}
+    for prefix, module in model.named_modules():
+        plain = not isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d | nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                kind = prefix.startswith("backbone"), plain and name != "relative_position_bias_table"
+                groups.setdefault(kind, []).append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "base_lr": recipe.lr * (recipe.backbone_lr if backbone else 1),
+            "weight_decay": recipe.weight_decay if decayed else 0.0,
+        }
+        for (backbone, decayed), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(groups, recipe.lr, recipe.betas, fused=True)
 
 
-def batches(run):
-    """Places in the training set for the rest of the epoch, a list for each part of a batch that this process takes.
-
-    All processes and parts together make the batches of a single process. A training set that is smaller than a batch
-    is repeated until it fills one.
-    """
-    rank, world = rank_and_world()
-    order = np.random.default_rng((run.args.seed, run.epoch)).permutation(len(run.train_set))
-    share = run.recipe.batch_size // (run.args.accumulate * world)
-    order = np.resize(order, (run.steps_per_epoch, run.args.accumulate, world, share))
-    return order[run.step - run.epoch * run.steps_per_epoch :, :, rank].reshape(-1, share).tolist()
+# ---- A step ----------------------------------------------------------------------------------------------------------
 
 
-def loader_of(run):
-    """Loads the parts of batches, (images [B 3 H W] uint8, targets), for the rest of the epoch."""
-    run.train_set.epoch = run.epoch
-    return DataLoader(
-        run.train_set,
-        batch_sampler=batches(run),
-        collate_fn=data.collate,
-        num_workers=run.args.workers,
-        worker_init_fn=keep_working,
-        pin_memory=run.device.type == "cuda",
-    )
-
-
-def objects_per_process(parts):
+def objects_per_process(micro_batches):
     """What every process divides its losses by: the number of objects in the whole batch over that of processes.
 
-    Then any number of processes and parts gives the gradient that one process gets from the whole batch.
+    Then any number of processes and micro-batches gives the gradient that one process gets from the whole batch.
     """
-    objects = torch.tensor(float(sum(len(target["labels"]) for _, targets in parts for target in targets)))
+    objects = torch.tensor(float(sum(len(target["labels"]) for _, targets in micro_batches for target in targets)))
     world = rank_and_world()[1]
     if world > 1:
         dist.all_reduce(objects)
     return max(objects.item(), 1.0) / world
 
 
-def gradients(run, parts):
-    """Noise, forward, criterion and backward for each part of a batch: gradients add up in the parameters.
-
-    parts: a list of (images [B 3 H W] uint8, targets) of this process. Returns its share of each loss {name: scalar},
-    on the device: it waits for the device once for each part, to match predictions with objects.
-    """
-    num_objects, totals = objects_per_process(parts), 0
-    for number, (images, targets) in enumerate(parts, 1):
-        noised = denoising_queries(targets, run.config.num_classes, run.recipe.denoising, run.recipe.label_noise)
-        images, targets, noised = to_device(run.device, images, targets, noised)
-        with contextlib.nullcontext() if number == len(parts) else not_yet_averaged(run):
-            with autocast(run.device, run.args.amp):
-                outputs = run.parallel(images, noised)
-            with finite_or_stop(run, run.step, [targets]):
-                losses = run.criterion(outputs, targets, num_objects, noised)
-            values = torch.stack([*losses.values()])
-            run.scaler.scale(values.sum()).backward()
-        totals = totals + values.detach()
-    return dict(zip(losses, totals, strict=True))
-
-
-def update(run, losses, parts):
-    """The optimiser's step, with the gradient of the whole model clipped to a norm.
-
-    A gradient that is not finite changes no weight. Nobody waits to find out: the numbers of the step are sent to the
-    CPU, where `arrived` looks at them.
-    """
-    rate = run.recipe.rate(run.step, run.steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * rate
-    run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
-    if not run.scaler.is_enabled():  # fp16's scaler looks for itself, skips such a step and lowers its scale
-        run.optimizer.found_inf = (~norm.isfinite()).float()  # as the scaler would say it
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad()
-    numbers = torch.stack([*losses.values(), norm]).to("cpu", non_blocking=True)
-    there = torch.cuda.Event() if run.device.type == "cuda" else None
-    if there:
-        there.record()
-    run.sent = Sent(run.step, parts, [*losses], numbers, there)
-    run.step += 1
-
-
-class Sent(NamedTuple):
-    """What the CPU is to know of a step: the names of its losses; their values and the gradient's norm."""
-
-    step: int
-    parts: list
-    names: list
-    numbers: Tensor
-    there: torch.cuda.Event | None  # when the numbers have arrived
-
-
-def arrived(run):
-    """The losses {name: float} of the step that `update` did last, or of none. Where a number is not finite, all
-    processes end."""
-    if run.sent is None:
-        return {}
-    (step, parts, names, numbers, there), run.sent = run.sent, None
-    if there:
-        there.synchronize()
-    *values, norm = numbers.tolist()
-    losses = dict(zip(names, values, strict=True))
-    checked = losses if run.scaler.is_enabled() else {**losses, "the gradient's norm": norm}
-    with finite_or_stop(run, step, [targets for _, targets in parts]):
-        if not all(map(math.isfinite, checked.values())):
-            raise FloatingPointError(", ".join(f"{name} {value:.4g}" for name, value in checked.items()))
-    stop_if_always_skipped(run, step, norm)
-    return losses
-
-
-def stop_if_always_skipped(run, step, norm):
-    """With fp16, ends all processes where the gradient has not been finite for many steps in a row: the scaler skips
-    each, and would do so for ever."""
-    run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
-    if run.skipped == MOST_SKIPPED:
-        steps = f"the {MOST_SKIPPED} steps up to step {step + 1} (epoch {step // run.steps_per_epoch + 1})"
-        stop(f"fp16 trains nothing: the gradient was not finite in any of {steps}. --amp bf16 or off may help", 1)
-
-
-def to_device(device, images, targets, noised):
+def to_device(device, images, targets, noise):
     targets = [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
-    return images.to(device, non_blocking=True), targets, noised.to(device)
+    return images.to(device, non_blocking=True), targets, noise.to(device)
 
 
-def not_yet_averaged(run):
-    """DistributedDataParallel averages gradients over the processes with the last part; until then it waits."""
-    return run.parallel.no_sync() if run.parallel is not run.model else contextlib.nullcontext()
+def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="off"):
+    """One step of the optimiser, on a batch in micro-batches: a list of (images [B 3 H W] uint8, targets).
+
+    model: a DIMaskDINO, or DistributedDataParallel around one. Returns this process's share of each loss {name: scalar}
+    and the norm of the gradient, both on the device, for which it waits once a micro-batch, in Hungarian matching. A
+    gradient that is not finite changes no weight. Raises FloatingPointError, in all processes, where a prediction is
+    not finite.
+    """
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    device = next(bare.parameters()).device
+    num_objects = objects_per_process(micro_batches)
+    totals = 0
+    for number, (images, targets) in enumerate(micro_batches, 1):
+        noise = denoising_queries(targets, bare.config.num_classes, recipe.denoising, recipe.label_noise)
+        images, targets, noise = to_device(device, images, targets, noise)
+        # Gradients add up in the parameters; the last backward averages them over the processes.
+        averaged = number == len(micro_batches) or model is bare
+        with contextlib.nullcontext() if averaged else model.no_sync():
+            with autocast(device, amp):
+                outputs = model(images, noise)
+            problem = ""
+            try:
+                losses = criterion(outputs, targets, num_objects, noise)
+            except FloatingPointError as error:
+                problem = str(error)
+            if problems := problems_of_all(problem):  # before others wait for this process's gradient
+                raise FloatingPointError("\n".join(problems))
+            values = torch.stack([*losses.values()])
+            scaler.scale(values.sum()).backward()
+        totals = totals + values.detach()
+
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(bare.parameters(), recipe.clip)
+    if not scaler.is_enabled():  # fp16's scaler looks for itself, skips such a step and lowers its scale
+        optimizer.found_inf = (~norm.isfinite()).float()  # as the scaler would say it
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return dict(zip(losses, totals)), norm
 
 
-@contextlib.contextmanager
-def finite_or_stop(run, step, parts):
-    """If a FloatingPointError is raised inside, in any process, all of them end here, with no weight made of it.
-
-    step: the one, from 0 on, and parts: the targets, that the message names."""
-    trouble = ""
-    try:
-        yield
-    except FloatingPointError as error:
-        trouble = str(error)
-    if any_rank(trouble):
-        images = [target["image_id"] for targets in parts for target in targets]
-        reports = gather(trouble and f"process {rank_and_world()[0]}, images {images}: {trouble}")
-        rate = run.recipe.lr * run.recipe.rate(step, run.steps)
-        head = f"the loss is not finite in step {step + 1} (epoch {step // run.steps_per_epoch + 1}, lr {rate:.1e})"
-        tail = f"{run.args.out / 'last.pt'} is untouched. A lower --lr or --amp off may help"
-        stop("\n".join([head, *filter(None, reports), tail]), 1)
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def train_epoch(run, interruption, log):
-    """Train for the rest of the epoch, or until the end of the step in which a signal comes."""
-    rank, world = rank_and_world()
-    loaded, last = log.follow(run, samples(loader_of(run))), (run.epoch + 1) * run.steps_per_epoch
-    totals, steps, waited, since = Counter(), 0, 0.0, time.perf_counter()
-    while run.step < last and not any_rank(interruption.number):
-        begin = time.perf_counter()
-        parts = [next(loaded) for _ in range(run.args.accumulate)]
-        waited += time.perf_counter() - begin
-        torch.manual_seed(np.random.SeedSequence((run.args.seed, run.step, rank)).generate_state(1).item())
-        losses = gradients(run, parts)
-        totals.update(arrived(run))  # of the step before, which is over as a rule: matching waits for the device
-        update(run, losses, parts)
-        steps += 1
-        if run.step % LOG_EVERY == 0 or run.step in (1, last):
-            totals.update(arrived(run))
-            means = torch.tensor(list(totals.values())) / (steps * world)
-            if world > 1:
-                dist.all_reduce(means)
-            seconds = time.perf_counter() - since
-            log.training(run, dict(zip(totals, means.tolist(), strict=True)), seconds / steps, waited / seconds)
-            totals, steps, waited, since = Counter(), 0, 0.0, time.perf_counter()
-        if run.step % SAVE_EVERY == 0:
-            save(run, "last.pt")
-    arrived(run)
+def last_checkpoint(args):
+    """The checkpoint to go on from, or None for a new run. Raises ValueError if that would write over another run."""
+    last, best = args.out / "last.pt", args.out / "best.pt"
+    if not args.resume and (last.exists() or best.exists()):
+        raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or choose another --out")
+    if not last.exists() and best.exists():
+        raise ValueError(f"{args.out} has no last.pt to go on from: start from {best} with --init and another --out")
+    return read_checkpoint(last) if last.exists() else None
 
 
-def save(run, name):
-    """Write a checkpoint, in process 0. It replaces the one before it only once it is whole; where the disk is full,
-    that one stays, a warning is printed, and False returned."""
-    if rank_and_world()[0] != 0:
-        return True
-    state = {part: getattr(run, part).state_dict() for part in ("model", "optimizer", "scaler")}
-    progress = {"epoch": run.epoch, "step": run.step, "best": run.best}
-    origin = {"data": run.args.data, "files": files_of(run.args), "category_ids": run.train_set.category_ids}
-    origin["torch"] = str(torch.__version__)
-    path, unfinished = run.args.out / name, run.args.out / f"{name}.tmp"
-    try:
-        with open(unfinished, "wb") as file:
-            torch.save({**state, **progress, **run.settings(), **origin}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports some of the system's errors as RuntimeError
-        unfinished.unlink(missing_ok=True)
-        print(f"warning: {path} was not written, the one before it stays ({error})", file=sys.stderr)
-        return False
-    return True
+def settings_of(args, config, recipe, train_set):
+    """What a checkpoint says of its run; what must be the same for the run to go on comes first."""
+    return {
+        "config": dataclasses.asdict(config),
+        "recipe": dataclasses.asdict(recipe),
+        "seed": args.seed,
+        "classes": train_set.classes,
+        "category_ids": train_set.category_ids,
+        "training_images": len(train_set),
+        "source": dataclasses.asdict(source_of(args)),
+        "torch": str(torch.__version__),
+    }
+
+
+def require_same_settings(path, then, now):
+    """Raises ValueError unless a checkpoint was made with these settings, but for the numbers of epochs and images."""
+    needed = (*now, "model", "optimizer", "scaler", "epoch", "step", "best")
+    if missing := [name for name in needed if name not in then]:
+        raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}; --init takes weights")
+    data.require_same_classes(then["classes"], now["classes"], str(path), "the data")
+    before, after = ({**x["config"], **x["recipe"], "seed": x["seed"]} for x in (then, now))
+    changed = [name for name in after if name != "epochs" and before.get(name) != after[name]]
+    if changed:
+        told = "; ".join(f"{name} was {before.get(name)!r}, not {after[name]!r}" for name in changed)
+        way_out = "Go on with those, or start a new run from its weights with --init and another --out"
+        raise ValueError(f"{path} was made with other settings: {told}. {way_out}")
+    before, after = (dict.fromkeys(map(os.path.realpath, filter(None, x["source"].values()))) for x in (then, now))
+    if [*before] != [*after]:
+        names = [" ".join(dict.fromkeys(filter(None, x["source"].values()))) for x in (then, now)]
+        say(f"{path} was trained on {names[0]}: the run goes on with {names[1]}")
+
+
+def save(path, state):
+    """Write a checkpoint, in process 0, and return, in all, whether it is written. It replaces the one before it only
+    once it is whole; where the disk is full, that one stays, and a warning is printed."""
+    written = False
+    if rank_and_world()[0] == 0:
+        unfinished = path.with_name(f"{path.name}.tmp")
+        try:
+            with open(unfinished, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+            written = True
+        except (OSError, RuntimeError) as error:  # torch.save reports some of the system's errors as RuntimeError
+            unfinished.unlink(missing_ok=True)
+            kept = ", the one before it stays" if path.exists() else ""
+            print(f"warning: {path} was not written{kept} ({error})", file=sys.stderr)
+    return any_rank(written)
 
 
 # ---- The story -------------------------------------------------------------------------------------------------------
 
 
-def check_data(args):
-    """For --check: read every image, and measure how fast training images load."""
-    recipe = choose_recipe(args)
-    train_set, val_set = open_data(args, recipe)
-    sample = torch.utils.data.Subset(train_set, data.evenly_spaced(64, len(train_set)))
-    begin = time.perf_counter()
-    count = sum(1 for _ in DataLoader(sample, batch_size=None, num_workers=args.workers))
-    rate = count / (time.perf_counter() - begin)
-    say(f"{args.data} is sound: {len(train_set):,} training and {len(val_set):,} validation images")
-    say(f"training images of {recipe.image_size} px load at {rate:.1f} a second with {args.workers} workers")
+class Totals:
+    """Sums of losses over steps. They stay on the device, so that nothing waits for it until `read`."""
+
+    def __init__(self, device, fp16):
+        self.fp16 = fp16  # whose scaler skips steps with a gradient that is not finite
+        self.skipped = torch.zeros((), device=device)  # so many of them in a row
+        self.clear()
+
+    def clear(self):
+        self.steps = 0
+        self.finite = 0  # steps before the first with a number that is not finite
+        self.sums = 0
+
+    def add(self, losses, norm):
+        self.names = [*losses] if self.fp16 else [*losses, "the gradient's norm"]
+        self.sums = self.sums + torch.stack([*losses.values(), norm])[: len(self.names)]
+        self.finite = self.finite + self.sums.isfinite().all()  # a sum that is not finite stays so
+        self.skipped = torch.where(norm.isfinite(), 0, self.skipped + 1)
+        self.steps += 1
+
+    def read(self):
+        """The means over these steps {name: float}, the steps before the first that was not finite, and the steps in a
+        row that fp16 has skipped. It waits for the device."""
+        means = (self.sums / self.steps).tolist()
+        return dict(zip(self.names, means)), int(self.finite), int(self.skipped)
 
 
-def train(args):
-    try:
-        device = join(args.device)
-    except ValueError as error:
-        stop(error, 2)
-    on_gpu = device.type == "cuda"
-    args.workers = workers_for(device) if args.workers is None else args.workers
-    if args.check:
-        return on_every_rank(lambda: rank_and_world()[0] or check_data(args))
-    on_every_rank(lambda: rank_and_world()[0] or try_output(args.out))
-    run = on_every_rank(partial(Run, args, device))
-    on_every_rank(partial(args.out.mkdir, parents=True, exist_ok=True))
-    describe(run)
-    warn_of_emulation(device, args.amp)
-    if dist.is_initialized():
-        run.parallel = nn.parallel.DistributedDataParallel(run.model, device_ids=[device] if on_gpu else None)
-    log, interruption = Log(run), Interruption()
+def resumed_step(checkpoint, recipe, images):
+    """How many steps are done of a run that goes on; where the number of training images has changed, as many epochs
+    and steps of the current one as before."""
+    step = checkpoint["step"]
+    if checkpoint["training_images"] != images:
+        before = steps_of_an_epoch(checkpoint["training_images"], recipe)
+        now = steps_of_an_epoch(images, recipe)
+        step = checkpoint["epoch"] * now + min(step - checkpoint["epoch"] * before, now)
+        say(
+            f"there were {checkpoint['training_images']:,} training images and are {images:,} now: the run goes on "
+            f"with those, from step {step:,} in epoch {checkpoint['epoch'] + 1} on"
+        )
+    return step
 
-    while run.epoch < run.recipe.epochs:
-        run.model.train()
-        train_epoch(run, interruption, log)
-        save(run, "last.pt")
+
+def train(args, device):
+    interruption = Interruption()
+    rank, world = rank_and_world()
+
+    # data
+    checkpoint = on_every_rank(partial(last_checkpoint, args))
+    recipe = on_every_rank(partial(choose_recipe, args))
+    train_set, val_set = on_every_rank(partial(open_data, args, recipe))
+    workers = workers_for(device) if args.workers is None else args.workers
+    steps_per_epoch = steps_of_an_epoch(len(train_set), recipe)
+    steps = recipe.epochs * steps_per_epoch
+
+    # model and optimiser
+    config = on_every_rank(partial(choose_config, args, len(train_set.classes)))
+    settings = settings_of(args, config, recipe, train_set)
+    if checkpoint:
+        on_every_rank(partial(require_same_settings, args.out / "last.pt", checkpoint, settings))
+    model = on_every_rank(partial(build_model, args, config, checkpoint)).to(device)
+    if args.checkpoint_activations:
+        recompute_activations(model)
+    amp = args.amp or amp_for(device, config.backbone)
+    criterion = Criterion(recipe)
+    optimizer = make_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    parallel = model
+    if world > 1:
+        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    # how far it has come
+    epoch = 0  # the current one
+    step = 0  # so many are done
+    logged = 0  # so many of the log's
+    best = -1.0  # the highest mean of AP_box and AP_mask
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # empty without fp16
+            scaler.load_state_dict(checkpoint["scaler"])
+        epoch = checkpoint["epoch"]
+        step = resumed_step(checkpoint, recipe, len(train_set))
+        logged = checkpoint["step"]
+        best = checkpoint["best"]
+    saved = True
+    saved_step = step  # that of last.pt
+
+    def save_as(name):
+        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        return save(args.out / name, {**parts, "epoch": epoch, "step": step, "best": best, **settings})
+
+    def where(step):
+        return f"step {step + 1} (epoch {step // steps_per_epoch + 1}, lr {recipe.lr * recipe.rate(step, steps):.1e})"
+
+    describe(args, device, amp, model, train_set, val_set)
+    say(
+        f"training: {recipe.epochs} x {steps_per_epoch} steps of {recipe.batch_size} images, lr {recipe.lr:.1e}, "
+        f"into {args.out}{f'; going on after step {step:,}' if step else ''}"
+    )
+    warn_of_emulation(device, amp)
+    log = Log(args.out, steps, steps_per_epoch, step, logged)
+    totals = Totals(device, fp16=amp == "fp16")
+
+    while epoch < recipe.epochs:
+        model.train()
+        train_set.epoch = epoch
+        interruption.saved = False
+        begin, end = step, (epoch + 1) * steps_per_epoch
+        indices = micro_batches_of(len(train_set), recipe, epoch, args.seed, args.accumulate)[step - end :]
+        loaded = batches_of(
+            DataLoader(
+                train_set,
+                batch_sampler=indices.reshape(-1, indices.shape[-1]).tolist(),
+                collate_fn=collate,
+                num_workers=workers,
+                pin_memory=device.type == "cuda",
+            )
+        )
+        stopping, problems = False, []
+        waited, since = 0.0, time.perf_counter()
+        while step < end and not stopping:
+            # the next batch, in micro-batches
+            asked = time.perf_counter()
+            problem = ""
+            try:
+                micro_batches = [next(loaded) for _ in range(args.accumulate)]
+            except LoadingError as error:
+                problem = str(error)
+            waited += time.perf_counter() - asked
+            if problems := problems_of_all(problem):
+                break
+
+            # forward, criterion, backward, clip, step: with random numbers of their own in each step and process
+            torch.manual_seed(np.random.SeedSequence((args.seed, step, rank)).generate_state(1).item())
+            rate = recipe.rate(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * rate
+            try:
+                losses, norm = train_step(parallel, criterion, optimizer, scaler, micro_batches, recipe, amp)
+            except FloatingPointError as error:
+                stop(f"{where(step)}: {error}\n{NOT_FINITE}", 1)
+            totals.add(losses, norm)
+            step += 1
+            log.bar.update()
+            stopping = any_rank(interruption.number)
+
+            if step % LOG_EVERY == 0 or step in (1, end) or stopping:
+                means, finite, skipped = totals.read()
+                problem = ""
+                if finite < totals.steps:
+                    bad = step - totals.steps + finite
+                    images = [train_set.image_ids[i] for i in indices[bad - begin].flat]
+                    odd = [f"{name} {value}" for name, value in means.items() if not math.isfinite(value)]
+                    problem = f"{where(bad)}: the loss is not finite, process {rank}, images {images}: {', '.join(odd)}"
+                if problems := problems_of_all(problem):
+                    stop("\n".join([*problems, NOT_FINITE]), 1)
+                if skipped >= MOST_SKIPPED:
+                    told = f"the gradient was not finite in any of the {skipped} steps up to {where(step - 1)}"
+                    stop(f"fp16 trains nothing: {told}. --amp bf16 or off may help", 1)
+                seconds = time.perf_counter() - since
+                lr = recipe.lr * rate
+                means = mean_of_all({name: means[name] for name in losses})
+                log.training(step, means, lr, recipe.batch_size, seconds / totals.steps, waited / seconds)
+                totals.clear()
+                waited, since = 0.0, time.perf_counter()
+            if step % SAVE_EVERY == 0 and save_as("last.pt"):
+                saved_step = step
+
+        saved = step == saved_step or save_as("last.pt")
+        if problems:
+            stop(problems[0], 2)
         if any_rank(interruption.number):
-            say(f"a signal ended this after step {run.step}: --resume goes on")
+            after = f"a signal ended this after step {step}"
+            say(f"{after}: --resume goes on" if saved else f"{after}, which could not be saved")
             sys.exit(128 + (interruption.number or signal.SIGTERM))
 
         interruption.saved = True
-        share_statistics(run.model)
-        metrics, results = evaluate(run.model, run.val_set, device, args.workers, args.amp)
-        log.evaluation(run, metrics, results)
+        share_statistics(model)
+        metrics, results = evaluate(model, val_set, device, workers, amp)
+        log.evaluation(step, metrics, results, val_set)
         interruption.saved = False
+        epoch += 1
         score = ((metrics["AP_box"] or 0) + (metrics["AP_mask"] or 0)) / 2
-        before, run.best, run.epoch = run.best, max(score, run.best), run.epoch + 1
-        if score > before and not save(run, "best.pt"):  # first: what last.pt says of it has to be true
-            run.best = before
-        save(run, "last.pt")
-    epochs = counted(run.epoch, "epoch")
-    say(f"trained for {epochs}; {args.out / 'best.pt'} is the best, {run.best:.1f}, the mean of both AP")
+        before = best
+        best = max(score, best)
+        if score > before and not save_as("best.pt"):  # before last.pt, which has to be right about it
+            best = before
+        saved = save_as("last.pt")
+        saved_step = step
+
+    trained = f"trained for {recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
+    if not saved:
+        stop(f"{trained}, but {args.out / 'last.pt'} could not be written", 1)
+    if best >= 0:
+        say(f"{trained}; {args.out / 'best.pt'} is the best, {best:.1f}, the mean of both AP")
 
 
-def must_launch(gpus):
-    """Whether --gpus has to start processes. Where a launcher has started another number, that is said, and the end."""
-    try:
-        processes = launched_processes()
-    except ValueError as error:
-        stop(error, 2)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
-    if processes > 1 and here != gpus:
-        stop(f"a launcher has started {here} processes here (RANK, WORLD_SIZE), not {gpus}: leave out --gpus", 2)
-    return processes == 1
+def mean_of_all(means):
+    """The mean over the processes of numbers by name."""
+    values = torch.tensor([*means.values()])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return dict(zip(means, (values / rank_and_world()[1]).tolist()))
+
+
+def check_data(args):
+    """For --check: read every image."""
+    if rank_and_world()[0] == 0:
+        train_set, val_set = open_data(args, choose_recipe(args))
+        say(f"{args.data} is sound: {len(train_set):,} training and {len(val_set):,} validation images")
 
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     print_anything()
     args = parse_training(arguments, __doc__.split("\n")[0])
-    if args.gpus > 1 and not args.check and must_launch(args.gpus):  # to read all files, one process is enough
-        if args.device != "cpu" and args.gpus > torch.cuda.device_count():
-            stop(f"this machine has {torch.cuda.device_count()} GPUs, not {args.gpus}; --device cpu goes without", 2)
-        sys.exit(launch(__file__, arguments, args.gpus))
     try:
-        train(args)
+        processes = launched_processes()
+        if args.gpus > 1 and not args.check:  # to read all files, one process is enough
+            if args.device != "cpu" and args.gpus > torch.cuda.device_count():
+                told = f"this machine has {torch.cuda.device_count()} GPUs, not {args.gpus}"
+                raise ValueError(f"{told}; --device cpu goes without")
+            if processes == 1:
+                sys.exit(launch(__file__, arguments, args.gpus))
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
+            if here != args.gpus:
+                told = f"a launcher has started {here} processes here (RANK, WORLD_SIZE), not {args.gpus}"
+                raise ValueError(f"{told}: leave out --gpus")
+        device = join(args.device)
+    except ValueError as error:
+        stop(error, 2)
+    if args.check:
+        return on_every_rank(partial(check_data, args))
+    try:
+        with contextlib.ExitStack() as stack:
+            on_every_rank(lambda: stack.enter_context(held(args.out)))
+            train(args, device)
+    except LoadingError as error:  # of a validation image, in this process alone
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except torch.OutOfMemoryError as error:
         sys.exit(f"{error}\n--accumulate 2, --checkpoint-activations or a smaller --image-size take less memory")
     if dist.is_initialized():

@@ -1,207 +1,222 @@
 """What is wrong with a COCO json, and the json without it.
 
-    sound       a copy in which all is as training and pycocotools need it
-    Report      what was wrong with the original, and where
-
-Whole numbers that came as floats, missing boxes and areas, and names with backslashes are mended without a word.
+sound       a copy in which all is as training and pycocotools need it
+Report      what was wrong with the original, and where
 """
 
 import math
-from collections import defaultdict
-from operator import mul
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
 
+import numpy as np
 from pycocotools import mask as rle
 
 from datasets.geometry import run_lengths
+from datasets.images import FileNames, shortened
 
 MOST_OBJECTS = 100  # detections of an image that AP counts
+NO_MASK = (
+    "objects without a mask, which boxes alone cannot train: draw outlines in CVAT, Label Studio or Roboflow, or let "
+    "Segment Anything make masks of the boxes"
+)
+CROWD = (
+    "objects that are crowds (iscrowd: 1), not trained on, and in AP neither for nor against; CVAT marks every brush "
+    "mask so: set iscrowd to 0 where it is one object"
+)
 
 
-class Report(NamedTuple):
+@dataclass
+class Report:
     """What is wrong with a data set: for each kind of problem, every place where it was found."""
 
-    fatal: dict[str, list[str]]
-    warnings: dict[str, list[str]]
+    fatal: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))  # must stop a run
+    warnings: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))  # mended or left out
 
     def __str__(self):
         lines = []
         for severity, problems in (("error", self.fatal), ("warning", self.warnings)):
             for problem, places in problems.items():
-                more = f" and {len(places) - 5:,} more" if len(places) > 5 else ""
-                lines.append(f"{severity}: {problem} ({len(places):,}): {', '.join(places[:5])}{more}")
+                lines.append(f"{severity}: {problem} ({len(places):,}): {shortened(places)}")
         return "\n".join(lines)
 
 
 def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
-    """A copy of the COCO dict without what cannot be used, every annotation with `iscrowd`, `area` and `bbox`, and the
-    report on what was wrong. folder: that of the images. Masks that nothing of would be seen are left out, so every
-    object in the copy can be found."""
-    report = Report(defaultdict(list), defaultdict(list))
-    categories = _unique(coco["categories"], "category", {"id": int, "name": str}, report)
-    images = _unique(coco["images"], "image", {"id": int, "file_name": str, "width": int, "height": int}, report)
-    annotations = _unique(coco["annotations"], "annotation", {"id": int, "image_id": int, "category_id": int}, report)
-    if 0 in annotations:  # pycocotools takes a match with annotation 0 for no match
-        annotations[0]["id"] = max(annotations) + 1
+    """A copy of the COCO dict without what cannot be used, and the report on what was wrong. folder: of the images.
+
+    In the copy ids are whole numbers, class names differ, each file is one image, and each annotation has a mask of
+    which something is seen, `iscrowd`, `area` and `bbox`.
+    """
+    report = Report()
+    categories = _by_id(coco["categories"], "category", {"id": int, "name": str}, report)
+    images = _by_id(coco["images"], "image", {"id": int, "file_name": str, "width": int, "height": int}, report)
+    annotations = _by_id(coco["annotations"], "annotation", {"id": int, "image_id": int, "category_id": int}, report)
     if not categories:
         report.fatal["no categories"].append(f"images in {folder}")
-    usable = {image_id for image_id, image in images.items() if _is_usable(image, folder, report)}
-    objects = [o for a in annotations.values() if (o := _object(a, images, usable, categories, report))]
-    _mend_boxes(objects, images, report)
-    per_image = defaultdict(int)
-    for one in objects:
-        per_image[one["image_id"]] += not one["iscrowd"]
-    for image_id, count in per_image.items():
+    _tell_apart(categories.values(), report)
+    _find_files(images, FileNames(folder), report)
+    if annotations:
+        _merge(images, report)
+    if 0 in annotations:  # pycocotools takes a match with annotation 0 for no match
+        annotations[0]["id"] = max(annotations) + 1
+    known = shortened([str(category_id) for category_id in categories])
+    objects, boxes = [], []  # boxes: around the masks
+    for one in annotations.values():
+        where = f"annotation {one['id']}"
+        if one["category_id"] not in categories:
+            report.fatal[f"category_id not among the categories, {known}"].append(f"{where} ({one['category_id']})")
+            continue
+        if one["image_id"] not in images:
+            report.warnings["annotations of unknown images"].append(f"{where} (image {one['image_id']})")
+            continue
+        image = images[one["image_id"]]
+        if image is None:
+            continue
+        height, width = image["height"], image["width"]
+        one["segmentation"], fault = _segmentation(one.get("segmentation"), height, width)
+        if fault:
+            report.warnings[fault].append(where)
+        if one["segmentation"] is None:
+            continue
+        mask = compressed(one["segmentation"], height, width)
+        area = int(rle.area(mask))
+        if not area:
+            report.warnings["objects of which nothing lies in the image"].append(where)
+            continue
+        if not (_is_number(one.get("area")) and 0 < one["area"] <= height * width):
+            if one.get("area"):
+                report.warnings["areas that no object in the image can have, taken from the mask"].append(where)
+            one["area"] = area
+        one["image_id"] = image["id"]
+        one["iscrowd"] = int(str(one.get("iscrowd")).lower() in ("1", "1.0", "true"))
+        if one["iscrowd"]:
+            report.warnings[CROWD].append(where)
+        objects.append(one)
+        boxes.append(rle.toBbox(mask).tolist())
+    _mend_boxes(objects, boxes, images, report)
+    for image_id, count in Counter(one["image_id"] for one in objects if not one["iscrowd"]).items():
         if count > MOST_OBJECTS:
             problem = f"images with more than {MOST_OBJECTS} objects, which is as many as AP counts"
             report.warnings[problem].append(f"image {image_id} ({count})")
-    images = [image for image_id, image in images.items() if image_id in usable]
+    images = [image for image_id, image in images.items() if image and image["id"] == image_id]
     return {**coco, "categories": list(categories.values()), "images": images, "annotations": objects}, report
 
 
-def _unique(records, kind, fields, report):
+# ---- Records ---------------------------------------------------------------------------------------------------------
+
+
+def _by_id(records, kind, fields, report):
     """Copies of the records by id, without those that lack a field or have the id of an earlier one."""
-    unique, wanted = {}, {int: "a whole number", str: "text"}
+    found = {}
     for position, record in enumerate(records):
         record = dict(record) if isinstance(record, dict) else {}
-        for name, value in record.items():
-            if fields.get(name) is int and isinstance(value, float) and value.is_integer():
-                record[name] = int(value)
-        wrong = next((name for name, t in fields.items() if not isinstance(record.get(name), t)), None)
+        for name in fields:
+            record[name] = _whole(record.get(name)) if fields[name] is int else record.get(name)
+        wrong = next((name for name in fields if not isinstance(record[name], fields[name])), None)
         if wrong:
-            value = f"is {str(record[wrong])[:30]!r}" if record.get(wrong) is not None else "is missing"
-            place = f"{kind} at position {position} ({wrong} {value}, not {wanted[fields[wrong]]})"
+            value = "is missing" if record[wrong] is None else f"is {str(record[wrong])[:30]!r}"
+            wanted = "a whole number" if fields[wrong] is int else "text"
+            place = f"{kind} at position {position} ({wrong} {value}, not {wanted})"
             report.fatal[f"{kind} without a usable {wrong}"].append(place)
-        elif record["id"] in unique:
+        elif record["id"] in found:
             report.fatal[f"{kind} ids used twice"].append(f"{kind} {record['id']}")
         else:
-            unique[record["id"]] = record
-    return unique
+            found[record["id"]] = record
+    return found
 
 
-def _is_usable(image, folder, report):
-    where = f"image {image['id']} ({image['file_name']})"
-    name = image["file_name"] = name_in(image["file_name"], folder)
-    parts = PureWindowsPath(name)  # its rules cover all separators and drives
-    if not 0 <= image["id"] < 2**63 or image["width"] < 1 or image["height"] < 1:
-        report.fatal["images with an id that is negative or too long, or without pixels"].append(where)
-    elif parts.anchor or ".." in parts.parts:
-        report.fatal["paths that leave the image folder"].append(where)
-    elif not (folder / name).is_file():
-        report.fatal[f"files missing in {folder}"].append(where)
-    else:
-        return True
-    return False
+def _whole(value):
+    """The whole number that 3.0, "3" or "3.0" means; anything else as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.0*)?", value.strip()):
+        return int(value.split(".")[0])
+    return value
 
 
-def name_in(name: str, folder: Path) -> str:
-    """A json's name of an image, from the folder on: with / for \\ where no file has the name as it is, and without the
-    folder's own path."""
-    if "\\" in name and not (folder / name).is_file():
-        name = name.replace("\\", "/")
-    if Path(name).is_absolute():
-        for root in (folder.absolute(), folder.resolve()):
-            if Path(name).is_relative_to(root):
-                return Path(name).relative_to(root).as_posix()
-    return name
+def _tell_apart(categories, report):
+    """Give classes of one name names of their own."""
+    names = Counter(category["name"] for category in categories)
+    for category in categories:
+        if names[category["name"]] > 1:
+            category["name"] = f"{category['name']} ({category['id']})"
+            report.warnings["classes of one name, told apart by their ids"].append(category["name"])
 
 
-# ---- Objects ---------------------------------------------------------------------------------------------------------
-
-
-def _object(annotation, images, usable, categories, report):
-    """The annotation with a usable segmentation, `iscrowd`, `bbox` and `area`, or None if nothing can be made of it."""
-    where = f"annotation {annotation['id']}"
-    if annotation["category_id"] not in categories:
-        report.fatal["category_id not among the categories"].append(f"{where} ({annotation['category_id']})")
-        return None
-    if annotation["image_id"] not in images:
-        report.warnings["annotations of unknown images"].append(f"{where} (image {annotation['image_id']})")
-        return None
-    if annotation["image_id"] not in usable:
-        return None
-    height, width = (images[annotation["image_id"]][side] for side in ("height", "width"))
-    given = annotation.get("segmentation")
-    if isinstance(given, list) and given and all(_is_number(x) for x in given):
-        given = [given]  # one polygon without the list around it
-    if isinstance(given, dict):
-        usable = _runs(given, height, width)
-    else:
-        usable = [p for p in given if _is_polygon(p)] if isinstance(given, list) else None
-    if not usable:
-        report.warnings["segmentations that cannot be decoded"].append(where)
-        return None
-    if isinstance(usable, list) and len(usable) < len(given):
-        report.warnings["polygons of less than three points or not finite"].append(where)
-    if isinstance(usable, dict) or not _plainly_seen(usable, height, width):
-        runs = compressed(usable, height, width)
-        if not rle.area(runs):
-            report.warnings["objects of which nothing lies in the image"].append(where)
-            return None
-    iscrowd = annotation.get("iscrowd")
-    iscrowd = int(bool(iscrowd) and iscrowd not in ("0", "false", "False"))
-    annotation = {**annotation, "segmentation": usable, "iscrowd": iscrowd}
-    area = annotation.get("area")
-    if not (_is_number(area) and 0 < area <= height * width):
-        annotation["area"] = int(rle.area(compressed(usable, height, width)))
-        if _is_number(area) and area != 0:
-            report.warnings["areas that no object in the image can have, taken from the mask"].append(where)
-    return annotation
-
-
-def _mend_boxes(objects, images, report):
-    """Give every object a box: its own, or the one around its mask where it has none that can be right."""
-    records = [images[o["image_id"]] for o in objects]
-    boxes = [o.get("bbox") for o in objects]
-    positive = [
-        isinstance(b, list) and len(b) == 4 and all(map(_is_number, b)) and min(b[2:]) > 0 and max(map(abs, b)) < 1e6
-        for b in boxes
-    ]
-    own = [(b, r) for b, r, good in zip(boxes, records, positive, strict=True) if good]
-    leave = sum(x + w > r["width"] + 1 or y + h > r["height"] + 1 for (x, y, w, h), r in own)
-    corners = sum(x < x1 <= r["width"] + 1 and y < y1 <= r["height"] + 1 for (x, y, x1, y1), r in own)
-    as_corners = leave > len(own) / 2 and corners > 0.9 * len(own)
-    for one, box, record, good in zip(objects, boxes, records, positive, strict=True):
-        if box is not None and not good:
-            problem = "boxes that are not finite and positive"
-        elif good and as_corners:
-            problem = "boxes that are (x0, y0, x1, y1), not (x, y, w, h)"
-        elif good and not _overlaps(box, record["width"], record["height"]):
-            problem = "boxes of which nothing lies in the image"
-        elif good:
+def _find_files(images, files, report):
+    """Give each image its file's own name, and replace those that cannot be used by None."""
+    for image_id, image in images.items():
+        where = f"image {image_id} ({image['file_name']})"
+        name = files.inside(image["file_name"])
+        parts = PureWindowsPath(name)  # its rules cover all separators and drives
+        if not 0 <= image_id < 2**63 or image["width"] < 1 or image["height"] < 1:
+            report.fatal["images with an id that is negative or too long, or without pixels"].append(where)
+        elif parts.anchor or ".." in parts.parts:
+            report.fatal["paths that leave the image folder"].append(where)
+        elif found := files(name):
+            if found != name:
+                report.warnings["files whose names only look as in the json"].append(f"{where}: {found}")
+            image["file_name"] = Path(found).as_posix()  # a.png for ./a.png
             continue
         else:
-            problem = None
-        one["bbox"] = rle.toBbox(compressed(one["segmentation"], record["height"], record["width"])).tolist()
-        if problem:
-            report.warnings[f"{problem}"].append(f"annotation {one['id']}")
+            places = report.fatal[f"files missing in {files.folder}"]
+            near = None if places else files.nearest(name)  # which compares all names
+            places.append(where + (f", the nearest is {near}" if near else ""))
+        images[image_id] = None
 
 
-def _overlaps(box, width, height):
-    x, y, w, h = box
-    return x < width and y < height and x + w > 0 and y + h > 0
+def _merge(images, report):
+    """Let all ids of one file lead to the image with the first of them, as each lacks the others' objects."""
+    by_file = {}
+    for image_id, image in images.items():
+        if image:
+            first = images[image_id] = by_file.setdefault(image["file_name"], image)
+            if first is not image:
+                problem = "files with several ids, taken as one image with the objects of all"
+                report.warnings[problem].append(f"{image['file_name']} ({first['id']} and {image_id})")
+
+
+# ---- Masks -----------------------------------------------------------------------------------------------------------
 
 
 def compressed(segmentation, height: int, width: int) -> dict:
     """Polygons or run lengths of either kind as pycocotools' compressed run-length encoding."""
     if isinstance(segmentation, list):
-        return rle.merge(rle.frPyObjects(segmentation, height, width))
+        parts = rle.frPyObjects(segmentation, height, width)
+        return rle.merge(parts) if len(parts) > 1 else parts[0]
     if isinstance(segmentation["counts"], list):
         return rle.frPyObjects(segmentation, height, width)
     return segmentation
 
 
-def _plainly_seen(polygons, height, width):
-    """Whether a polygon lies in the image and is so large that pixels are in it without rasterising them."""
-    for polygon in polygons:
-        x, y = polygon[::2], polygon[1::2]
-        left, right, top, bottom = min(x), max(x), min(y), max(y)
-        area = abs(sum(map(mul, x, y[1:] + y[:1])) - sum(map(mul, y, x[1:] + x[:1]))) / 2
-        inside = left > -1 and top > -1 and right < width + 1 and bottom < height + 1
-        if inside and area > 4 * (right - left + bottom - top):
-            return True
-    return False
+def _segmentation(given, height, width):
+    """What is usable of a segmentation, or None, and what is wrong with it, or None."""
+    if not given or given == [[]] or isinstance(given, float):  # NaN in place of what is missing
+        return None, NO_MASK
+    if isinstance(given, dict):
+        return _runs(given, height, width)
+    if not isinstance(given, list):
+        return None, "segmentations that are neither polygons nor run lengths"
+    if all(map(_is_number, given)):
+        given = [given]  # one polygon without the list around it
+    polygons = [polygon for polygon in given if _is_polygon(polygon)]
+    if not polygons:
+        return None, _cause(given[0])
+    if max(map(max, polygons)) <= 1 < max(height, width):
+        return None, "polygons in shares of the image (0 to 1), where pixels are expected"
+    return polygons, None if len(polygons) == len(given) else _cause(None)
+
+
+def _cause(given):
+    """Why something is no polygon."""
+    parts = given if isinstance(given, list) else [given]
+    if len(parts) == 2 or any(isinstance(part, list | dict) for part in parts):
+        return "polygons that are lists of points, where [x0, y0, x1, y1, ...] is expected"
+    if any(isinstance(part, str) for part in parts):
+        return "polygons whose numbers are text"
+    return "polygons of less than three points or not finite"
 
 
 def _is_polygon(polygon):
@@ -213,18 +228,73 @@ def _is_polygon(polygon):
         return False
 
 
-def _is_number(x):
-    return isinstance(x, int | float) and abs(x) < 1e300  # neither infinite nor NaN
-
-
-def _runs(segmentation, height, width):
-    """A run-length encoding with whole numbers, or None unless it covers its image exactly: pycocotools reads beyond
-    the end of others."""
-    size, counts = segmentation.get("size"), segmentation.get("counts")
+def _runs(given, height, width):
+    """As _segmentation. Runs have to cover their image exactly: pycocotools reads beyond the end of others."""
+    size, counts = given.get("size"), given.get("counts")
     if size != [height, width]:  # 48.0 equals 48
-        return None
+        if size == [width, height]:
+            return None, "run lengths whose size is [width, height], where [height, width] is expected"
+        return None, "run lengths of another size than their image"
+    if isinstance(counts, str) and counts.startswith(("b'", 'b"')):
+        return None, "run lengths that Python wrote as bytes (b'...'): decode() them first"
     runs = run_lengths(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not all(_is_number(run) and run == int(run) >= 0 for run in runs):
-        return None
+        return None, "run lengths that cannot be decoded"
+    if sum(runs) != height * width:
+        return None, "run lengths that do not cover their image"
     whole = counts if isinstance(counts, str) else [int(run) for run in runs]
-    return {"size": [height, width], "counts": whole} if sum(runs) == height * width else None
+    return {"size": [height, width], "counts": whole}, None
+
+
+# ---- Boxes -----------------------------------------------------------------------------------------------------------
+
+
+def _mend_boxes(objects, masks, images, report):
+    """Give every object a box: its own, or that of its mask (`masks`, n of 4) where it has none or one that does not
+    fit. Where more than a tenth do not fit, the form of all is in doubt, and all are taken from the masks."""
+    given = np.array([one.get("bbox") is not None for one in objects], bool)
+    own = [one["bbox"] if _is_box(one.get("bbox")) else (0, 0, 0, 0) for one in objects]
+    own, masks = (np.array(boxes, float).reshape(-1, 4).T for boxes in (own, masks))
+    unfit = given & (_iou(own, masks) < 0.5)
+    doubtful = unfit.sum() > given.sum() / 10
+    for index in np.flatnonzero(unfit | ~given | doubtful):
+        objects[index]["bbox"] = masks[:, index].tolist()
+    if unfit.any():
+        sides = [(images[one["image_id"]]["width"], images[one["image_id"]]["height"]) for one in objects]
+        form = _form(*(of[:, unfit & (own[2] > 0)] for of in (own, masks, np.array(sides).T)))
+        problem = f"boxes that do not fit their masks and are taken from those; they look like {form}"
+        report.warnings[problem] += [f"annotation {objects[index]['id']}" for index in np.flatnonzero(unfit)]
+
+
+def _form(boxes, masks, sides):
+    """What most boxes [4 n] look like in place of (x, y, w, h), from those of the masks and the images' sides."""
+    x, y, w, h = boxes
+    width, height = sides
+    across, down = np.median(masks[2:] / boxes[2:], 1) if len(x) else (1, 1)
+    forms = {
+        "(x0, y0, x1, y1)": (x, y, w - x, h - y),
+        "(centre x, centre y, w, h)": (x - w / 2, y - h / 2, w, h),
+        "shares of the image": (x * width, y * height, w * width, h * height),
+        "centres and sizes in shares": ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height),
+        "those of a smaller or larger image": (x * across, y * down, w * across, h * down),
+    }
+    for form, turned in forms.items():
+        if np.median(_iou(turned, masks) if len(x) else 0) > 0.7:
+            return form
+    return "nothing known"
+
+
+def _is_box(box):
+    return isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) > 0
+
+
+def _iou(a, b):
+    """IoU [n] of boxes [4 n] as x, y, w, h."""
+    width = np.minimum(a[0] + a[2], b[0] + b[2]) - np.maximum(a[0], b[0])
+    height = np.minimum(a[1] + a[3], b[1] + b[3]) - np.maximum(a[1], b[1])
+    inside = width.clip(0) * height.clip(0)
+    return inside / (a[2] * a[3] + b[2] * b[3] - inside)
+
+
+def _is_number(x):
+    return isinstance(x, int | float) and abs(x) < 1e300  # neither infinite nor NaN

@@ -1,7 +1,8 @@
-"""Data: any folder in COCO format, COCO and BDD100K in their official layouts, and the synthetic images of shapes.py.
+"""Data in COCO format: images with their masks, boxes and labels.
 
-    open_dataset, CocoDataset      images and targets; `collate` makes a batch of them
-    check, require_sound           what is wrong with a data set, before a training run finds out
+    open_dataset, CocoDataset       images and targets; `collate` makes a batch of them
+    require_sound                   what is wrong with a data set, before a training run finds out
+    seen_in_training                validation images that are training images
 
 Boxes of a target are (cx, cy, w, h) in [0, 1] of the network's input, which is the image padded on the right and at the
 bottom to a multiple of 32. What users can mend raises ValueError or FileNotFoundError with a message of one line.
@@ -10,6 +11,7 @@ bottom to a multiple of 32. What users can mend raises ValueError or FileNotFoun
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from hashlib import sha1
 from itertools import repeat
 from pathlib import Path
 
@@ -20,45 +22,18 @@ from torch.utils.data import Dataset
 
 from datasets.checks import Report, compressed, sound
 from datasets.geometry import Geometry, decode
-from datasets.images import read_image
-from datasets.layouts import COCO_LAYOUT, FOLDER_LAYOUT, find_coco, official, read_bdd100k, read_files
-from datasets.shapes import SHAPES, make_shapes
+from datasets.images import read_image, shortened
+from datasets.layouts import Source, find_data
 
 STRIDE = 32  # the network's input is padded to a multiple of this
+HELD_OUT = 10  # of a single json for both splits, one image of so many is for validation
 
 
 # ---- Images and objects ----------------------------------------------------------------------------------------------
 
 
-def read_record(folder: Path, record: dict) -> Image.Image:
-    """The image of a json's record as upright RGB. ValueError if it cannot be read or its size is not as recorded."""
-    path = folder / record["file_name"]
-    image = read_image(path)
-    if image.size != (record["width"], record["height"]):
-        raise ValueError(
-            f"{path} (image {record['id']}) is {image.width} x {image.height} once upright, "
-            f"the json says {record['width']} x {record['height']}"
-        )
-    return image
-
-
-def _mask(segmentation, geometry, height, width):
-    if isinstance(segmentation, dict):
-        return geometry.bitmask(decode(compressed(segmentation, height, width)))
-    return geometry.polygons(segmentation, height, width)
-
-
-def _boxes(masks):
-    """(x0, y0, x1, y1) in pixels around each mask of [n H W], float32 [n 4]; x1 and y1 lie behind the last pixel."""
-    sides = []
-    for occupied in (masks.any(1), masks.any(2)):  # columns [n W], then rows [n H]
-        sides.append((occupied.argmax(1), occupied.shape[1] - occupied[:, ::-1].argmax(1)))
-    (x0, x1), (y0, y1) = sides
-    return np.stack((x0, y0, x1, y1), 1).astype(np.float32)
-
-
 class CocoDataset(Dataset):
-    """`dataset[i] -> (image uint8 RGB [3 H W], target)` of a COCO dict, with the target of the module's convention:
+    """`dataset[i] -> (image uint8 RGB [3 H W], target)` of a sound COCO dict, with this target:
 
     labels int64 [n] in 0..K-1, boxes float32 [n 4], masks bool [n H W] (what `geometry` leaves visible of each object),
     image_id int. Boxes are drawn around what the masks show. Crowds and objects that are not visible are left out.
@@ -68,40 +43,34 @@ class CocoDataset(Dataset):
     training: leave out images on which there is nothing to learn, as the released recipe does.
 
     classes: names by label. category_ids: the json's category_id by label. image_ids: in the order of the index.
-    images: the json's records by image id. json: the COCO dict without annotations that cannot be used, and with
-    `iscrowd`, `area` and `bbox` in all others, as evaluation needs them. report: what is wrong with it, see `check`.
+    images: the json's records by image id. json: the COCO dict, as evaluation needs it. annotated: whether it has any
+    annotation, so that AP can be measured. report: what is wrong with the data, see `sound`.
     """
 
-    def __init__(self, coco: dict, folder: Path, geometry: Callable, training: bool, seed: int = 0):
-        self.folder, self.geometry, self.seed, self.epoch = Path(folder), geometry, seed, 0
-        self.json, self.report = sound(coco, self.folder)
-        categories = sorted(self.json["categories"], key=lambda category: category["id"])
+    def __init__(self, coco: dict, report: Report, folder: Path, geometry: Callable, training: bool, seed: int = 0):
+        self.json, self.report, self.folder = coco, report, Path(folder)
+        self.geometry, self.seed, self.epoch = geometry, seed, 0
+        categories = sorted(coco["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
         self.labels = {category_id: label for label, category_id in enumerate(self.category_ids)}
-        self.images = {image["id"]: image for image in self.json["images"]}
+        self.images = {image["id"]: image for image in coco["images"]}
+        self.annotated = bool(coco["annotations"])
         self.annotations = {image_id: [] for image_id in self.images}
-        for annotation in self.json["annotations"]:
+        for annotation in coco["annotations"]:
             if not annotation["iscrowd"]:
                 self.annotations[annotation["image_id"]].append(annotation)
-        self.image_ids = sorted(i for i in self.images if self.annotations[i] or not training)
         self.objects = sum(map(len, self.annotations.values()))
-        self.crowds = len(self.json["annotations"]) - self.objects
+        self.image_ids = sorted(i for i in self.images if self.annotations[i] or not training)
         if not self.image_ids:
-            why = f" ({self.crowds_in_words()})" if self.crowds else ""
-            self.report.fatal["no images" + " with objects" * training].append(f"in {folder}{why}")
+            self.report.fatal["no images with objects" if training else "no images"].append(f"in {folder}")
+        if not self.annotated:
+            self.report.warnings["no usable annotations: objects can be found, but no AP measured"].append(
+                f"in {folder}"
+            )
 
     def __len__(self):
         return len(self.image_ids)
-
-    def crowds_in_words(self) -> str:
-        """How many objects are crowds, and what that means; an empty string if none is."""
-        if not self.crowds:
-            return ""
-        text = f"{self.crowds:,} of {self.objects + self.crowds:,} objects are crowds (iscrowd: 1): nothing is trained "
-        text += "on them, and in AP they count neither for nor against"
-        many = self.crowds > self.objects  # in COCO it is one of a hundred
-        return text + ". CVAT marks every brush mask so: set iscrowd to 0 if each is one object" * many
 
     def image(self, index: int) -> tuple[torch.Tensor, Geometry]:
         """An image as `dataset[index]` gives it, without the work of making its target, and what was done to it."""
@@ -133,49 +102,101 @@ class CocoDataset(Dataset):
         }
 
 
-class Images(Dataset):
-    """The images at some places of a data set, as the network gets them, without their targets."""
+def read_record(folder: Path, record: dict) -> Image.Image:
+    """The image of a json's record as upright RGB. ValueError if it cannot be read or its size is not as recorded."""
+    path = folder / record["file_name"]
+    image = read_image(path)
+    width, height = record["width"], record["height"]
+    if image.size == (width, height):
+        return image
+    said = (
+        f"{path} (image {record['id']}) is {image.width} x {image.height} once upright, the json has {width} x {height}"
+    )
+    if image.size == (height, width):
+        said += ": if it was labelled lying on its side, take out its EXIF orientation"
+    raise ValueError(said)
 
-    def __init__(self, dataset: CocoDataset, places: Sequence[int]):
-        self.dataset, self.places = dataset, places
+
+def _mask(segmentation, geometry, height, width):
+    if isinstance(segmentation, dict):
+        return geometry.bitmask(decode(compressed(segmentation, height, width)))
+    return geometry.polygons(segmentation, height, width)
+
+
+def _boxes(masks):
+    """(x0, y0, x1, y1) in pixels around each mask of [n H W], float32 [n 4]; x1 and y1 lie behind the last pixel."""
+    sides = []
+    for occupied in (masks.any(1), masks.any(2)):  # columns [n W], then rows [n H]
+        sides.append((occupied.argmax(1), occupied.shape[1] - occupied[:, ::-1].argmax(1)))
+    (x0, x1), (y0, y1) = sides
+    return np.stack((x0, y0, x1, y1), 1).astype(np.float32)
+
+
+class Images(Dataset):
+    """The images of a data set at some indices, as the network gets them, without their targets."""
+
+    def __init__(self, dataset: CocoDataset, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, indices
 
     def __len__(self):
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, index):
-        return self.dataset.image(self.places[index])[0]
+        return self.dataset.image(self.indices[index])[0]
 
 
 def collate(batch: list) -> tuple[torch.Tensor, list[dict]]:
     """Images [B 3 H W] uint8 and their targets. Raises ValueError if the images differ in size."""
-    images, targets = zip(*batch, strict=True)
+    images, targets = zip(*batch)
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"a batch needs images of one size, not {sorted({tuple(i.shape[1:]) for i in images})}")
     return torch.stack(images), list(targets)
 
 
 def evenly_spaced(count: int, length: int) -> list[int]:
-    """At most `count` places at equal distances in range(length), always the same ones."""
+    """At most `count` indices at equal distances in range(length), always the same ones."""
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
 
 
-# ---- Check -----------------------------------------------------------------------------------------------------------
+# ---- Data sets -------------------------------------------------------------------------------------------------------
 
 
-def check(dataset: CocoDataset, decode: bool) -> Report:
-    """All that is wrong with a data set: `fatal` faults must stop a run, those in `warnings` are mended or left out.
+def open_dataset(source: Source, split: str, geometry: Callable, training: bool, seed: int = 0) -> CocoDataset:
+    """The data set of a source. split: "train", "val" or "test", see find_data; the others: see CocoDataset.
 
-    Ids, categories, paths, files, boxes and segmentations are examined when the data set is opened. decode: read every
-    image as well, on all cores, which takes a while.
+    FileNotFoundError says what layout is expected, ValueError what is wrong with the json; other faults: require_sound.
     """
-    fatal = {problem: list(places) for problem, places in dataset.report.fatal.items()}
+    found = find_data(source, split)
+    coco, report = sound(found.coco, found.images)
+    report.warnings.update(found.warnings)
+    if found.shared:
+        coco = _share(coco, split)
+    return CocoDataset(coco, report, found.images, geometry, training, seed)
+
+
+def _share(coco, split):
+    """The images and annotations of a json for both splits that one takes: every tenth is held out for validation."""
+    mine = [image for i, image in enumerate(coco["images"]) if (i % HELD_OUT > 0) == (split == "train")] or coco[
+        "images"
+    ]
+    ids = {image["id"] for image in mine}
+    return {**coco, "images": mine, "annotations": [a for a in coco["annotations"] if a["image_id"] in ids]}
+
+
+def require_sound(dataset: CocoDataset, name: str, decode: bool = False) -> str:
+    """What people should know of a data set before it is used. ValueError if a fault must stop a run.
+
+    decode: read every image as well, on all cores, which takes a while.
+    """
+    report = Report(dict(dataset.report.fatal), dataset.report.warnings)
     if decode:
         with ProcessPoolExecutor() as pool:
             errors = pool.map(_reading_error, repeat(dataset.folder), dataset.images.values(), chunksize=32)
-            unreadable = [error for error in errors if error]
-        if unreadable:
-            fatal["images that do not load"] = unreadable
-    return Report(fatal, dict(dataset.report.warnings))
+            if unreadable := [error for error in errors if error]:
+                report.fatal["images that do not load"] = unreadable
+    if report.fatal:
+        raise ValueError(f"{name}:\n{report}")
+    return f"{name}:\n{report}" if report.warnings else ""
 
 
 def _reading_error(folder, record):
@@ -185,64 +206,36 @@ def _reading_error(folder, record):
         return str(error)
 
 
-def require_sound(dataset: CocoDataset, name: str, decode: bool = False) -> str:
-    """What people should know of a data set before it is used, as lines. ValueError if a fault must stop a run."""
-    report = check(dataset, decode)
-    if report.fatal:
-        raise ValueError(f"{name}:\n{report}")
-    return "\n".join([f"{name}:\n{report}"] * bool(report.warnings) + list(filter(None, [dataset.crowds_in_words()])))
-
-
 def require_same_classes(ours: list[str], theirs: list[str], who: str, whose: str) -> None:
     """ValueError, with those that differ, unless two lists of class names are equal."""
     if ours == theirs:
         return
-    alone = [[name for name in a if name not in b] for a, b in ((ours, theirs), (theirs, ours))]
-    said = [
-        f"only {w} has {', '.join(x[:8])}{', ...' * (len(x) > 8)}"
-        for w, x in zip((who, whose), alone, strict=True)
-        if x
-    ]
-    said = said or ["they are the same in another order" if len(ours) == len(theirs) else "some are there twice"]
-    raise ValueError(f"{who} has other classes ({len(ours)}) than {whose} ({len(theirs)}): {'; '.join(said)}")
+    differences = []
+    for name, classes, others in ((who, ours, theirs), (whose, theirs, ours)):
+        if alone := [one for one in classes if one not in others]:
+            differences.append(f"only {name} has {shortened(alone)}")
+    said = "; ".join(differences) or "they are the same in another order"
+    raise ValueError(f"{who} has other classes ({len(ours)}) than {whose} ({len(theirs)}): {said}")
 
 
-# ---- Data sets -------------------------------------------------------------------------------------------------------
+def seen_in_training(train_set: CocoDataset, val_set: CocoDataset) -> str:
+    """What to say of validation images whose files, byte by byte, are those of training images; "" if none is."""
+    train, val = _files(train_set), _files(val_set)
+    alike = {*train.values()} & {*val.values()}
+    seen = {_digest(path) for path, key in train.items() if key in alike}
+    names = [path.name for path, key in val.items() if key in alike and _digest(path) in seen]
+    return f"warning: validation images that are training images ({len(names):,}): {shortened(names)}" if names else ""
 
 
-def open_dataset(
-    data: str,
-    root: str | Path,
-    split: str,
-    geometry: Callable,
-    training: bool,
-    seed: int = 0,
-    files: dict[str, str | Path] | None = None,
-) -> CocoDataset:
-    """The data set `data`: "shapes", "shapes-full", "coco" or "bdd100k" under `root`, or a folder (see layouts.py).
+def _files(dataset):
+    """For each image's file, what it has in common with equal ones."""
+    files = {}
+    for image_id in dataset.image_ids:
+        record = dataset.images[image_id]
+        path = dataset.folder / record["file_name"]
+        files[path] = record["width"], record["height"], path.stat().st_size
+    return files
 
-    split: "train" or "val". geometry, training, seed: see CocoDataset. files: those that flags name outright:
-    `train_json` and `val_json`, in place of `data`, and `image_folder`, in place of the usual places.
-    FileNotFoundError says what layout is expected, ValueError what is wrong with the json.
-    """
-    files = {flag: Path(path) for flag, path in (files or {}).items()}
-    image_folder = files.pop("image_folder", None)
-    jsons = {flag.removesuffix("_json"): path for flag, path in files.items()}
-    if jsons:
-        found = read_files(jsons, split, image_folder)
-    elif data == "bdd100k":
-        if image_folder:
-            raise ValueError("bdd100k has its own places for images: leave out --image-folder")
-        found = read_bdd100k(official(root, "bdd100k", "labels"), split)
-    elif data == "coco":
-        found = find_coco(official(root, "coco", "annotations"), split, COCO_LAYOUT, image_folder)
-    else:
-        folder = Path(root) / data if data in SHAPES else Path(data)
-        if data in SHAPES:
-            make_shapes(folder, SHAPES[data])
-        found = find_coco(folder, split, FOLDER_LAYOUT, image_folder)
-    dataset = CocoDataset(found.coco, found.images, geometry, training, seed)
-    if found.shared:
-        problem = "one json for training and validation, so every tenth image is held out for the latter"
-        dataset.report.warnings[problem].append(str(found.shared))
-    return dataset
+
+def _digest(path):
+    return sha1(path.read_bytes()).digest()

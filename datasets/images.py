@@ -1,19 +1,25 @@
-"""Any image file, or any PIL image, as upright RGB with 8 bits a channel.
+"""Any image file, or any PIL image, as upright RGB with 8 bits a channel; and which files of a folder are images.
 
 read_image, upright_rgb     one image
 find_images                 the image files among files and folders
+FileNames                   the file of a folder that a json means by a name
 """
 
+import difflib
 import os
-import re
-import struct
+import sys
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Image.MAX_IMAGE_PIXELS = None  # Pillow refuses more than 178 million; read_image has a limit of its own
+LIMIT = "MAX_IMAGE_PIXELS"  # an environment variable, for worker processes too
+MOST_PIXELS = 1e9  # 4 GB in memory
+ORIENTATION = 0x0112
 TURNS = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,10 +31,16 @@ TURNS = {  # EXIF orientation -> what makes the image upright
 }
 
 
+# ---- One image -------------------------------------------------------------------------------------------------------
+
+
 def read_image(path: str | Path) -> Image.Image:
     """The image of a file as upright RGB, whatever its mode and EXIF orientation. ValueError if it cannot be read."""
     try:
         with Image.open(path) as image:
+            pixels, most = image.width * image.height, float(os.environ.get(LIMIT, MOST_PIXELS))
+            if pixels > most:
+                raise ValueError(f"{pixels:,} pixels are more than {most:,.0f}; the environment's {LIMIT} allows more")
             return upright_rgb(image)
     except Exception as error:  # Pillow's readers raise a dozen types on damaged files, documented or not
         if os.path.isdir(path):
@@ -41,73 +53,137 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB with 8 bits a channel, turned as its EXIF orientation says."""
-    orientation = _orientation(image)
-    if hasattr(image, "tag_v2"):  # a TIFF: Pillow would turn it at the end of loading, and parse all of its metadata
-        image.load_end = lambda: None
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _8_bits(image)
-    image = image.convert("RGB")
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
-
-
-def _8_bits(image):
-    """A grey image of 16 or 32 bits, or of floats, in 8. Files do not say which value is white: 65535 for 16 bits, else
-    the least usual one that the brightest pixel does not pass (floats may overshoot a little)."""
-    values = np.asarray(image)
-    if image.mode == "I" and getattr(image, "tag_v2", {}).get(339, (1,))[0] == 1:
-        values = values.view(np.uint32)  # Pillow has no such mode and wraps what is above 2^31
-    values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0).clip(0)
-    white = 65535
-    if ";16" not in image.mode:
-        brightest = values.max() / (1.5 if image.mode == "F" else 1)
-        white = next((white for white in (1, 255, 65535, 2**31 - 1, 2**32 - 1) if brightest <= white), brightest)
-    return Image.fromarray((values * (255 / white) + 1e-6).clip(0, 255).astype(np.uint8))
-
-
-def _orientation(image):
-    """How an image is to be turned, 1 to 8. Nothing else of the metadata is parsed: it may well be damaged."""
-    if hasattr(image, "tag_v2"):
-        return image.tag_v2.get(0x0112, 1)
-    exif = image.info.get("exif") or b""
-    if text := image.info.get("Raw profile type exif"):
-        digits = "".join(text.split("\n")[3:])
-        exif = exif or bytes.fromhex("".join(re.findall("[0-9a-fA-F]{2}", digits)))
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    """The image in RGB with 8 bits a channel, turned as its EXIF orientation says. ValueError for more than 16 bits."""
+    image.load()  # Pillow turns a TIFF here
     try:
-        (start,) = struct.unpack_from(order + "4xI", tiff) if order else (len(tiff),)
-        (count,) = struct.unpack_from(f"{order}H", tiff, start) if order else (0,)
-        for place in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", tiff, place)
-            if tag == 0x0112:
-                return struct.unpack_from(order + {1: "B", 4: "I"}.get(kind, "H"), tiff, place + 8)[0]
-    except struct.error:
-        pass
-    xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
-    found = re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp.encode() if isinstance(xmp, str) else xmp)
-    return int(found[1]) if found else 1
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # metadata that are damaged beyond reading
+        turn = None
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError("no rule says which value of 32 bits is white: save it with 8 or 16 bits a channel")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    image = image.convert("RGB")
+    return image.transpose(turn) if turn else image
+
+
+# ---- Images among files ----------------------------------------------------------------------------------------------
+
+DATA_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows their names alone
 
 
 def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
     """The files among `paths`, and the images in the folders among them and in theirs, under names that differ.
 
     A file is called by its name, one of a folder by its path in it. Where two would be called alike, all go by
-    their paths from the folder that holds them all. The folder `beside`, where results are written, is left out of
-    folders that it lies in. Raises ValueError for a folder that holds no image.
+    their paths from the folder that holds them all. Files of folders that are no images, by suffix and by content,
+    or left there by a system or a notebook, are passed over and told on stderr. The folder `beside`, where results
+    are written, is left out of folders that it lies in. Raises ValueError for a folder that holds no image.
     """
     found = {}
     for path in paths:
-        if path.is_dir():
-            files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in SUFFIXES and f.is_file()]
-            if path.resolve() in beside.resolve().parents:
-                files = [f for f in files if beside.resolve() not in f.resolve().parents]
-            if not files:
-                raise ValueError(f"{path} holds no images ({', '.join(SUFFIXES)})")
-            found.update({f.resolve(): (f.relative_to(path), f) for f in files if f.resolve() not in found})
-        else:
+        if not path.is_dir():
             found.setdefault(path.resolve(), (Path(path.name), path))
+            continue
+        files = list(_files_in(path))
+        if path.resolve() in beside.resolve().parents:
+            files = [file for file in files if beside.resolve() not in file.resolve().parents]
+        images = [file for file in files if _is_image(file, path)]
+        others = sorted(str(file.relative_to(path)) for file in set(files) - set(images))
+        said = f"passed over {len(others):,}, which are no images: {shortened(others)}"
+        if not images:
+            raise ValueError(f"{path} holds no images" + (f" ({said})" if others else ""))
+        if others:
+            print(f"{path}: {said}", file=sys.stderr)
+        for file in images:
+            found.setdefault(file.resolve(), (file.relative_to(path), file))
     if len({str(name).lower() for name, _ in found.values()}) < len(found):
-        root = os.path.commonpath([f.parent for f in found])
-        found = {f: (f.relative_to(root), path) for f, (_, path) in found.items()}
+        root = os.path.commonpath([file.parent for file in found])
+        found = {file: (file.relative_to(root), path) for file, (_, path) in found.items()}
     return {name.as_posix(): path for name, path in found.values()}
+
+
+def _is_image(path, folder):
+    """Whether Pillow reads a file, by its suffix or content, that no system or notebook has left there."""
+    parts = path.relative_to(folder).parts
+    if not path.is_file() or any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in parts):
+        return False
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind in Image.OPEN and kind not in DATA_FORMATS:
+        return True
+    try:
+        with Image.open(path) as image:
+            return image.format not in DATA_FORMATS
+    except Exception:  # see read_image
+        return False
+
+
+def _files_in(folder):
+    """All files of a folder and of those in it, through links, in the order of their names."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders.sort()
+        yield from (Path(root, name) for name in sorted(names))
+
+
+def shortened(things: list[str]) -> str:
+    """The first five, and how many more there are."""
+    return ", ".join(things[:5]) + (f" and {len(things) - 5:,} more" if len(things) > 5 else "")
+
+
+# ---- Names in a json -------------------------------------------------------------------------------------------------
+
+
+class FileNames:
+    """The files of a folder by the names that a json gives them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.listings = folder, {}
+
+    def __call__(self, name: str) -> str | None:
+        """The path from the folder on of the file that is meant: the one of that name, or the only one whose name looks
+        the same (composed and decomposed letters, capitals, %20). None if there is none."""
+        name = self.inside(name)
+        if (self.folder / name).is_file():
+            return name
+        found = self.folder
+        for part in Path(name).parts:
+            alike = [part] if (found / part).exists() else self._listing(found).get(_look(part), [])
+            if len(alike) != 1:
+                return None
+            found = found / alike[0]
+        return found.relative_to(self.folder).as_posix() if found.is_file() else None
+
+    def inside(self, name: str) -> str:
+        """A name without the folder's own path, and with / for \\ where no file has it as it is."""
+        if "\\" in name and not (self.folder / name).is_file():
+            name = name.replace("\\", "/")
+        if os.path.isabs(name):
+            for root in (self.folder.absolute(), self.folder.resolve()):
+                if Path(name).is_relative_to(root):
+                    return Path(name).relative_to(root).as_posix()
+        return name
+
+    def nearest(self, name: str) -> str | None:
+        """The most similar name in the folder that a name leads to."""
+        parent = (self.folder / name).parent
+        listing = self._listing(parent if parent.is_dir() else self.folder)
+        near = difflib.get_close_matches(_look(Path(name).name), listing, 1)
+        return listing[near[0]][0] if near else None
+
+    def _listing(self, folder):
+        """The names in a folder by their look."""
+        if folder not in self.listings:
+            self.listings[folder] = {}
+            for name in os.listdir(folder) if folder.is_dir() else ():
+                self.listings[folder].setdefault(_look(name), []).append(name)
+        return self.listings[folder]
+
+
+def _look(name):
+    return unicodedata.normalize("NFKC", unquote(name)).casefold().strip()

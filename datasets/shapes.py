@@ -12,29 +12,18 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
-
-class Shapes(NamedTuple):
-    """What makes a set of synthetic images easy or hard; lengths in pixels."""
-
-    images: dict[str, int]  # of each split
-    side: tuple[int, int]  # of an image, from and to
-    objects: int  # at most, in one image; clutter, drawn alike but without a label, is always less
-    diameter: tuple[int, int]  # of an object, from and to, log-uniform
-    texture: float  # amplitude in grey values
-
-
-SHAPES = {
-    "shapes": Shapes({"train": 4000, "val": 100}, (128, 128), 4, (24, 90), 12),
-    "shapes-full": Shapes({"train": 4000, "val": 500}, (256, 384), 14, (16, 240), 40),
-}
-SHAPE_IDS = (2, 3, 5, 7, 11, 13, 17, 19)  # category ids with gaps, like COCO's
+IMAGES = {"train": 4000, "val": 100, "test": 1000}  # of each split; test begins with the images of val
+SIDE = 128  # of an image, in pixels
+MOST_OBJECTS = 4  # in one image; clutter, drawn alike but without a label, is always less
+DIAMETER = (24, 90)  # of an object, from and to, in pixels, log-uniform
+TEXTURE = 12  # amplitude in grey values
 MIN_VISIBLE = 0.4  # share of an object that later ones must leave visible
+SHAPE_IDS = (2, 3, 5, 7, 11, 13, 17, 19)  # category ids with gaps, like COCO's
 
 
 def _to_polygon(x, y, vertices):
@@ -75,35 +64,41 @@ CLUTTER = {
 }
 
 
-def make_shapes(folder: Path, shapes: Shapes) -> None:
-    """Write the data set into `folder` if that does not exist. It appears there complete or not at all."""
-    if folder.is_dir():
+def make_shapes(folder: Path, split: str) -> None:
+    """Write a split, "train", "val" or "test", into a COCO folder if its json is not there yet.
+
+    It appears complete or not at all: the json comes last, and images are moved into place together.
+    """
+    file = folder / "annotations" / f"instances_{split}.json"
+    if file.is_file():
         return
-    print(f"making {sum(shapes.images.values()):,} synthetic images in {folder}", file=sys.stderr)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    categories = [{"id": number, "name": name} for number, name in zip(SHAPE_IDS, OUTLINES, strict=True)]
+    print(f"making {IMAGES[split]:,} synthetic images in {folder / split}", file=sys.stderr)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        whole = Path(temporary) / folder.name
-        (whole / "annotations").mkdir(parents=True)
+        images = Path(temporary) / split
+        images.mkdir()
         with ProcessPoolExecutor() as pool:
-            for split, count in shapes.images.items():
-                (whole / split).mkdir()
-                made = list(pool.map(partial(_make_image, shapes, whole / split), range(1, count + 1), chunksize=16))
-                images, objects = [image for image, _ in made], [o for _, objects in made for o in objects]
-                annotations = [{"id": number, **record} for number, record in enumerate(objects, 1)]
-                coco = {"images": images, "annotations": annotations, "categories": categories}
-                (whole / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
+            made = list(pool.map(partial(_make_image, images), range(1, IMAGES[split] + 1), chunksize=16))
+        objects = [one for _, annotations in made for one in annotations]
+        coco = {
+            "images": [record for record, _ in made],
+            "annotations": [{"id": number, **one} for number, one in enumerate(objects, 1)],
+            "categories": [{"id": number, "name": name} for number, name in zip(SHAPE_IDS, OUTLINES, strict=True)],
+        }
+        (Path(temporary) / file.name).write_text(json.dumps(coco))
         try:
-            whole.rename(folder)
+            images.rename(folder / split)
         except OSError:
-            if not folder.is_dir():  # if it is there, another process was quicker, and its images are the same
+            if not (folder / split).is_dir():  # if it is there, another process was quicker: its images are the same
                 raise
+        (Path(temporary) / file.name).replace(file)
 
 
-def _make_image(shapes, folder, image_id):
+def _make_image(folder, image_id):
     """Draw one image, write it, and return its records. Its random numbers depend on the split and its id alone."""
-    picture, owner, category_ids = _draw(shapes, np.random.default_rng((*folder.name.encode(), image_id)))
-    record = {"id": image_id, "file_name": f"{image_id:06}.jpg", "width": owner.shape[1], "height": owner.shape[0]}
+    split = "val" if folder.name == "test" else folder.name
+    picture, owner, category_ids = _draw(np.random.default_rng((*split.encode(), image_id)))
+    record = {"id": image_id, "file_name": f"{image_id:06}.jpg", "width": SIDE, "height": SIDE}
     Image.fromarray(picture).save(folder / record["file_name"], quality=92, subsampling=0)
     annotations = []
     for number, category_id in enumerate(category_ids):
@@ -115,28 +110,27 @@ def _make_image(shapes, folder, image_id):
     return record, annotations
 
 
-def _draw(shapes, rng):
+def _draw(rng):
     """A picture [H W 3], which thing each pixel shows [H W], and the category id of each thing (None: no object)."""
-    height, width = rng.integers(shapes.side[0], shapes.side[1] + 1, 2).tolist()
     waves = [Image.fromarray(grid.astype(np.float32)) for grid in rng.normal(0, 0.8, (3, 5, 5))]
-    waves = [np.asarray(wave.resize((width, height), Image.Resampling.BICUBIC)) for wave in waves]
+    waves = [np.asarray(wave.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for wave in waves]
     colours = [rng.uniform(50, 206, 3)]
-    canvas = colours[0] + shapes.texture * np.stack(waves, -1)  # [H W 3]
-    owner = np.zeros((height, width), int)
+    canvas = colours[0] + TEXTURE * np.stack(waves, -1)  # [H W 3]
+    owner = np.zeros((SIDE, SIDE), int)
     places, category_ids = [], [None]  # thing 0 is the background
     visible, demanded = np.array([owner.size]), np.zeros(1)  # pixels of each thing, and how many must stay visible
-    objects = 0 if rng.random() < 0.03 else rng.integers(1, shapes.objects + 1)
-    clutter = rng.integers(shapes.objects)
+    objects = 0 if rng.random() < 0.03 else rng.integers(1, MOST_OBJECTS + 1)
+    clutter = rng.integers(MOST_OBJECTS)
     for is_object in rng.permutation([True] * objects + [False] * clutter).astype(bool):
         name = rng.choice(list(OUTLINES if is_object else CLUTTER))
         for _attempt in range(8):
-            radius = np.exp(rng.uniform(*np.log(shapes.diameter))) / 2
-            centre = rng.uniform(0, (width, height))
+            radius = np.exp(rng.uniform(*np.log(DIAMETER))) / 2
+            centre = rng.uniform(0, SIDE, 2)
             if places and rng.random() < 0.5:  # onto an earlier thing
                 near, reach = places[rng.integers(len(places))]
                 centre = near + rng.uniform(-0.7, 0.7, 2) * (radius + reach)
-            centre = centre.clip(0.6 * radius, np.array((width, height)) - 0.6 * radius)  # the border may cut it
-            window, x, y = _turned(centre, radius, rng.uniform(0, 2 * np.pi), height, width)
+            centre = centre.clip(0.6 * radius, SIDE - 0.6 * radius)  # the border may cut it
+            window, x, y = _turned(centre, radius, rng.uniform(0, 2 * np.pi))
             distance = radius * (OUTLINES if is_object else CLUTTER)[name](x, y)
             hidden = np.bincount(owner[window][distance < 0], minlength=len(visible))
             if (visible - hidden >= demanded).all():
@@ -150,17 +144,17 @@ def _draw(shapes, rng):
         category_ids.append(SHAPE_IDS[list(OUTLINES).index(name)] if is_object else None)
         candidates = rng.uniform(20, 236, (4, 1, 3))  # the colour least like those in use
         colours.append(candidates[np.linalg.norm(candidates - colours, axis=2).min(1).argmax(), 0])
-        fill = colours[-1] + shapes.texture * _texture(rng, radius * x, radius * y)
+        fill = colours[-1] + TEXTURE * _texture(rng, radius * x, radius * y)
         canvas[window] += np.clip(0.5 - distance, 0, 1)[..., None] * (fill - canvas[window])
-    canvas += shapes.texture / 8 * rng.standard_normal(canvas.shape, np.float32)
+    canvas += TEXTURE / 8 * rng.standard_normal(canvas.shape, np.float32)
     return canvas.clip(0, 255).astype(np.uint8), owner, category_ids
 
 
-def _turned(centre, radius, angle, height, width):
+def _turned(centre, radius, angle):
     """The window of the image that a shape can touch, and the window's pixel centres in the shape's own coordinates."""
     low = np.floor(centre - radius - 1).clip(0).astype(int)
     high = np.ceil(centre + radius + 1).astype(int)
-    window = slice(low[1], min(high[1], height)), slice(low[0], min(high[0], width))
+    window = slice(low[1], min(high[1], SIDE)), slice(low[0], min(high[0], SIDE))
     y, x = np.mgrid[window]
     x, y = (x + 0.5 - centre[0]) / radius, (y + 0.5 - centre[1]) / radius
     return window, x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)

@@ -1,4 +1,4 @@
-"""One process or many: who am I, joining and launching, deciding together, signals, processes that load data.
+"""One process or many: starting and joining them, deciding together, holding a folder, signals, loading data.
 
 Everything here also works in a single process that nobody launched: it is then number 0 of 1.
 """
@@ -6,18 +6,31 @@ Everything here also works in a single process that nobody launched: it is then 
 import atexit
 import contextlib
 import ctypes
-import multiprocessing
+import fcntl
+import functools
+import multiprocessing.queues
 import os
 import platform
+import re
+import shutil
 import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+ROOM = 2**31  # bytes of shared memory with which a worker has enough for any batch
 
 # ---- Starting and joining --------------------------------------------------------------------------------------------
 
@@ -28,54 +41,87 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def launch(program: str, arguments: list[str], processes: int) -> int:
-    """Run `python program arguments` in several processes on this machine, as torchrun would. Returns the exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    """Run `python program arguments` in several processes on this machine, and return the first exit code but 0.
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        max_restarts=0,
-        run_id="launch",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",  # any free port
-        local_addr="127.0.0.1",  # by default torch looks up the host name, and waits for ever if it has no address
-    )
+    They get the signals that this process gets; a second Ctrl-C or SIGTERM kills them. Where one fails, the others are
+    ended. torchrun would add a traceback for each wrong flag, and end all when the terminal closes, nohup or not.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on any free port
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    sizes = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "TORCHELASTIC_RESTART_COUNT": 0}
+    threads = {"OMP_NUM_THREADS": max(1, os.cpu_count() // processes)}
+    ranks, received = [], []
+    for rank in range(processes):
+        settings = {**threads, **os.environ, **meeting, **sizes, "RANK": rank, "LOCAL_RANK": rank}
+        environment = {name: str(value) for name, value in settings.items()}
+        command = [sys.executable, program, *arguments]
+        ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent))
+
+    def pass_on(number, frame):
+        received.append(number)
+        again = len(received) > 1 and number in (signal.SIGINT, signal.SIGTERM)
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL if again else number)
+
+    catch_signals(pass_on)
+    codes = [None] * processes
+    while None in codes and not any(codes):
+        time.sleep(0.1)
+        codes = [rank.poll() for rank in ranks]
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(5)
+        rank.kill()
+    for rank, code in enumerate(codes):
+        if code and code < 0:
+            print(f"process {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+            return 128 - code
+    return next(filter(None, codes), 0)
+
+
+def end_with_parent() -> None:
+    """Let this process get SIGTERM when the one that started it dies, in whatever way."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def launched_processes() -> int:
+    """How many processes a launcher such as torchrun has started; 1 without one, or if it started just this."""
     try:
-        elastic_launch(config, sys.executable)(program, *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"process {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as error:
-        return 128 + error.sigval
-    return 0
+        return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
+    except ValueError:
+        raise ValueError(f"WORLD_SIZE in the environment is {os.environ['WORLD_SIZE']!r}, not a number") from None
 
 
-def join(device: str | None) -> torch.device:
+def join(name: str | None) -> torch.device:
     """Join the other processes, if a launcher such as torchrun started this one, and return this process's device.
 
-    device: "cpu", "cuda", or None for a GPU where there is one. Raises ValueError if there is no GPU for this process.
+    name: "cpu", "cuda", "cuda:1", or None for a GPU where there is one. Raises ValueError if there is no GPU for this
+    process.
     """
     atexit.register(end_workers)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"process {local_rank} of this machine has no GPU: torch finds {torch.cuda.device_count()}; "
-            "ask for fewer with --gpus, or use --device cpu"
-        )
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    processes = launched_processes()
+    if device.type == "cuda":
+        if device.index is not None and processes > 1:
+            raise ValueError(
+                f"{device} is one GPU, and there are {processes} processes: --device cuda gives each its own"
+            )
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"this machine has no GPU number {index} (from 0 on): torch finds {torch.cuda.device_count()}; "
+                "ask for fewer with --gpus, or use --device cpu"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
     else:
         keep_memory()
-    if launched_processes() > 1:
+    if processes > 1:
         # gloo carries what lives on the CPU, so that small decisions never wait for the GPU.
-        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
-    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    return device
 
 
 def keep_memory() -> None:
@@ -85,14 +131,6 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**28)):
             libc.mallopt(parameter, size)
-
-
-def launched_processes() -> int:
-    """How many processes a launcher such as torchrun has started; 1 without one, or if it started just this."""
-    try:
-        return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
-    except ValueError:
-        raise ValueError(f"WORLD_SIZE in the environment is {os.environ['WORLD_SIZE']!r}, not a number") from None
 
 
 # ---- Deciding together -----------------------------------------------------------------------------------------------
@@ -114,6 +152,38 @@ def any_rank(flag: Any) -> bool:
     return bool(flag)
 
 
+def problems_of_all(problem: str) -> list[str]:
+    """What went wrong in any process, in all of them: an empty list where every problem is ""."""
+    return list(filter(None, gather(problem))) if any_rank(problem) else []
+
+
+def on_every_rank(action: Callable[[], Any]) -> Any:
+    """Call action() in every process and return its result: first in process 0, which may download or write files.
+
+    If it raises ValueError or OSError in one process, all of them end with that message and exit code 2.
+    """
+    result = None
+    for first in (True, False):
+        problem = ""
+        if (rank_and_world()[0] == 0) == first:
+            try:
+                result = action()
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        if problems := problems_of_all(problem):
+            stop(problems[0], 2)
+    return result
+
+
+def stop(message: object, code: int) -> None:
+    """End all processes with one message on stderr. Every process must call this."""
+    if rank_and_world()[0] == 0:
+        print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+    sys.exit(code)
+
+
 def say(message: str) -> None:
     """Print a line for people: once, however many processes there are, and above the progress bar if there is one."""
     if rank_and_world()[0] == 0:
@@ -128,72 +198,168 @@ def print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def stop(message: object, code: int) -> None:
-    """End all processes with one message on stderr. Every process must call this."""
-    if rank_and_world()[0] == 0:
-        print(message, file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        dist.barrier()
-    sys.exit(code)
-
-
-def on_every_rank(action: Callable[[], Any]) -> Any:
-    """Call action() in every process and return its result: first in process 0, which may download or write files.
-
-    If it raises ValueError or OSError in one process, all of them end with that message and exit code 2.
-    """
-    result = None
-    for first in (True, False):
-        problem = None
-        if (rank_and_world()[0] == 0) == first:
-            try:
-                result = action()
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        if problems := list(filter(None, gather(problem))):
-            stop(problems[0], 2)
-    return result
-
-
 def share_statistics(model: nn.Module) -> None:
     """Give every process the batch statistics of process 0, which are those that a checkpoint holds."""
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made, in process 0: a second program gets a ValueError that names the first.
+
+    The lock ends with its process, in whatever way that ends. A folder that stays empty is removed.
+    """
+    if rank_and_world()[0] != 0:
+        yield
+        return
+    made = not folder.exists()
+    with lock(folder / "lock") as file:
+        try:
+            yield
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if made:
+                    folder.rmdir()
+
+
+def lock(path: Path) -> TextIO:
+    """A file that no other process can lock while this one lives; workers do not inherit that. It names the process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115
+    except OSError as error:
+        reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise OSError(f"nothing can be written to {path.parent}: {reason}") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = path.read_text().strip() or "another process"
+        raise ValueError(f"{path.parent} is in use by {holder}: wait for its end, or choose another --out") from None
+    except OSError:
+        return file  # a file system without locks
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        return lock(path)  # its process has just ended, and removed it
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return file
+
+
 # ---- Signals ---------------------------------------------------------------------------------------------------------
 
 
-class Interruption:
-    """Catches SIGTERM and Ctrl-C, so that a training step that they interrupt is finished and saved.
+def catch_signals(handler: Callable) -> None:
+    """Let a handler catch SIGNALS, but for those that are ignored on purpose: SIGHUP under nohup."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
-    number: that of the first signal that came, 0 if none did. saved: set it to True while nothing would be lost, for
-    example during evaluation; a signal then ends the program at once.
+
+class Interruption:
+    """Catches SIGTERM, Ctrl-C, SIGHUP and SIGUSR1, so that a training step that they interrupt is finished and saved.
+
+    number: that of the first signal that came, 0 if none did. saved: set it to False while something would be lost; at
+    other times a signal ends the program at once. So does a second SIGTERM or Ctrl-C at any time, whatever the program
+    waits for; closing a terminal sends SIGHUP more than once.
     """
 
     def __init__(self):
-        self.number, self.saved = 0, False
-        signal.signal(signal.SIGTERM, self.catch)
-        signal.signal(signal.SIGINT, self.catch)
+        self.number = 0
+        self.saved = True
+        catch_signals(self.catch)
 
     def catch(self, number, frame):
-        self.number = self.number or number
+        self.number = number
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, signal.SIG_DFL)
+        for again in (signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(again, signal.SIG_IGN)
         if self.saved:
-            sys.exit(128 + self.number)
+            sys.exit(128 + number)
 
 
 # ---- Processes that load data ----------------------------------------------------------------------------------------
 
 
-def samples(loader: Iterable) -> Iterator:
-    """What the loader yields. If an image cannot be read, the program ends with its name and exit code 2."""
+class LoadingError(ValueError):
+    """An image cannot be read, or a process that loads images has died. The message is one line."""
+
+
+def batches_of(loader: DataLoader) -> Iterator:
+    """What the loader yields, by as many of its workers as shared memory can serve. Raises LoadingError."""
+    loader.num_workers = workers_that_fit(loader)
+    loader.worker_init_fn = prepare_worker
+    problem = ""
+    batches = None
     try:
-        yield from loader
-    except ValueError as error:
-        error.__traceback__ = None  # it keeps the loader alive, whose workers should end now
+        batches = iter(loader)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises wherever the program is just then
+        yield from batches
+    except (ValueError, OSError, MemoryError) as error:
         # An error from a worker brings that worker's traceback with it; the message is its last line.
-        print(str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
-        sys.exit(2)
+        lines = str(error).strip().splitlines() or ["MemoryError"]
+        problem = re.sub(r"^\w+Error: ", "", lines[-1])
+        if problem == "MemoryError":
+            problem = "there is too little memory to load an image"
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        problem = (
+            "a worker, a process that loads images, has failed or was killed, as the system does where memory or "
+            "shared memory (/dev/shm) is short: fewer --workers need less, 0 none"
+        )
+    finally:
+        del batches  # and with it the workers
+    if problem:
+        raise LoadingError(problem)
+
+
+def workers_that_fit(loader: DataLoader) -> int:
+    """How many of a loader's workers find room in shared memory, through which they hand over batches."""
+    asked = loader.num_workers
+    if not asked or not os.path.isdir("/dev/shm"):
+        return asked
+    free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if free > asked * ROOM:
+        return asked
+    loader.num_workers = 0
+    tensors = [x for x in tree_leaves(next(iter(loader), ())) if isinstance(x, torch.Tensor)]
+    size = sum(x.nbytes for x in tensors)
+    fit = min(asked, free // max(1, 4 * size))  # each prepares two batches, and others have more objects
+    if fit < asked:
+        warn_of_shared_memory(asked, fit)
+    return fit
+
+
+@functools.cache  # says it once
+def warn_of_shared_memory(asked: int, fit: int) -> None:
+    say(
+        f"shared memory (/dev/shm) has room for {fit} of {asked} --workers, so {fit or 'none'} will load images; "
+        "docker run --shm-size=8g makes more"
+    )
+
+
+def prepare_worker(worker: int) -> None:
+    """Let a worker ignore signals, which reach it too: the step in progress needs its data. Let it end where a batch
+    cannot be handed over, for which the program would wait for ever."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
+
+
+def end_worker(error: Exception, batch: Any) -> None:
+    print(f"a worker could not put a batch into shared memory (/dev/shm): {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def end_workers() -> None:
+    """Kill the workers that are left at exit: Python would send SIGTERM, which they ignore, and wait for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+# ---- Devices ---------------------------------------------------------------------------------------------------------
 
 
 def workers_for(device: torch.device) -> int:
@@ -221,15 +387,3 @@ def warn_of_emulation(device: torch.device, amp: str) -> None:
     if emulates(device, amp):
         kind, better = ("GPU", "--amp off or fp16") if device.type == "cuda" else ("CPU", "--amp off")
         say(f"warning: this {kind} has no instructions for {amp} and emulates it, very slowly: {better} is faster")
-
-
-def keep_working(worker: int) -> None:
-    """Make a loader's worker ignore Ctrl-C and SIGTERM, which reach it too: the step in progress needs its data."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def end_workers() -> None:
-    """Kill the workers that are left at exit: Python would send SIGTERM, which they ignore, and wait for ever."""
-    for worker in multiprocessing.active_children():
-        worker.kill()

@@ -4,11 +4,13 @@ Only process 0 writes. If the disk is full, a warning is printed and the run goe
 """
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,16 +25,18 @@ FIGURES = (".png", ".svg", ".pdf")
 PICTURES = 8  # validation images drawn after each epoch, always the same ones
 
 
-# ---- Files and tables -----------------------------------------------------------------------------------------------
-def try_output(path: Path, folder: bool = True) -> None:
+# ---- Files and tables ------------------------------------------------------------------------------------------------
+
+
+def try_output(path: Path, is_folder: bool = True) -> None:
     """Raises OSError, which names the path, unless files can be written into a folder (or into one file), which is made
     for the trial. Nothing is left of that."""
-    place = path if folder else path.parent
+    place = path if is_folder else path.parent
     made = [p for p in (place, *place.parents) if not p.exists()]
     try:
         place.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=place).close()
-        if not folder and path.exists():
+        if not is_folder and path.exists():
             path.open("a").close()
     except OSError as error:
         reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
@@ -43,18 +47,28 @@ def try_output(path: Path, folder: bool = True) -> None:
                 folder.rmdir()
 
 
+def numbered(path: Path, suffix: str = "") -> Iterator[Path]:
+    """The path, and then with _2, _3, ... behind its name, before the suffix."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name.removesuffix(suffix)}_{number}{suffix}")
+
+
 def unused(path: Path) -> Path:
-    """The path, or where that is a file or a folder that holds something, one with a number behind its name."""
-    number, free = 1, path
-    while free.exists() and not (free.is_dir() and not any(free.iterdir())):
-        number += 1
-        name = f"{path.stem}_{number}{path.suffix}" if path.suffix.lower() in FIGURES else f"{path.name}_{number}"
-        free = path.with_name(name)
-    return free
+    """The path of a file, or where that is taken, one with a number."""
+    return next(free for free in numbered(path, path.suffix) if not free.exists())
+
+
+def new_folder(path: Path) -> Path:
+    """Makes a folder, where the path is taken one with a number. Nobody else can choose it at the same moment."""
+    for folder in numbered(path):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
-    """Write a file that others never see in part."""
+    """Writes a file that others never see in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(json.dumps(value, indent=indent))
@@ -92,19 +106,25 @@ class Log:
     """A progress bar on a terminal and lines elsewhere; log.jsonl; TensorBoard where it is installed; after each epoch
     curves.png, pictures and predictions.json."""
 
-    def __init__(self, run):
-        self.out, self.active, self.tensorboard = run.args.out, rank_and_world()[0] == 0, None
+    def __init__(self, out, steps, steps_per_epoch, step=0, saved_step=0):
+        """step: so many of all `steps` are done; saved_step: lines of later ones are dropped, as a run that was killed
+        may have logged steps that it did not save, and logs them again."""
+        self.out = out
+        self.steps = steps
+        self.steps_per_epoch = steps_per_epoch
+        self.active = rank_and_world()[0] == 0
+        self.tensorboard = None
         terminal = self.active and sys.stderr.isatty()
-        self.bar = tqdm(total=run.steps, initial=run.step, unit="step", disable=not terminal, dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
+        if self.active and (records := self.records()):
+            kept = [json.dumps(record) + "\n" for record in records if record["step"] <= saved_step]
+            with tolerant(out / "log.jsonl"):
+                (out / "log.jsonl").write_text("".join(kept))
         if self.active:
-            # A run that was killed may have logged steps that it did not save: they will be logged again.
-            kept = [record for record in self.records() if record["step"] <= run.saved_step]
-            with tolerant(self.out / "log.jsonl"):
-                (self.out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(Exception):  # of a TensorBoard that is not installed, too old, or broken
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(self.out)
+                self.tensorboard = SummaryWriter(out)
 
     def records(self):
         """The lines of log.jsonl, without one that was cut short."""
@@ -114,50 +134,45 @@ class Log:
                 records.append(json.loads(line))
         return records
 
-    def write(self, run, values):
+    def write(self, step, values):
         values = {k: v if v is None else float(f"{v:.6g}") for k, v in values.items()}
-        record = {"epoch": round(run.step / run.steps_per_epoch, 4), "step": run.step, **values}
+        record = {"epoch": round(step / self.steps_per_epoch, 4), "step": step, **values}
         with tolerant(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in values.items() if self.tensorboard else ():
-            if value is not None:
-                self.tensorboard.add_scalar(name, value, run.step)
+        with tolerant(f"{self.out} for TensorBoard"):
+            for name, value in values.items() if self.tensorboard else ():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, step)
 
-    def follow(self, run, parts):
-        """Yields the parts of batches; the progress bar moves with the steps in which they are used."""
-        for part in parts:
-            self.bar.update(run.step - self.bar.n)
-            yield part
-
-    def training(self, run, losses, seconds, waiting):
+    def training(self, step, losses, lr, batch_size, seconds, waiting):
         """After some steps. losses: the mean of each; seconds: for a step; waiting: the share of them spent on waiting
         for data."""
         if not self.active:
             return
-        speed = {"images_per_second": run.recipe.batch_size / seconds, "waiting_for_data": waiting}
-        if run.device.type == "cuda":
-            speed["memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 1e9
-        loss, rate = sum(losses.values()), run.recipe.lr * run.recipe.rate(run.step - 1, run.steps)
-        self.write(run, {"loss": loss, **losses, "lr": rate, **speed})
-        text = f"loss {loss:.2f}, lr {rate:.1e}, {speed['images_per_second']:.1f} images/s, {waiting:.0%} waiting"
-        text += f", {speed['memory_gb']:.1f} GB" if "memory_gb" in speed else ""
+        speed = {"images_per_second": batch_size / seconds, "waiting_for_data": waiting}
+        loss = sum(losses.values())
+        text = f"loss {loss:.2f}, lr {lr:.1e}, {speed['images_per_second']:.1f} images/s, {waiting:.0%} waiting"
+        if torch.cuda.is_initialized():
+            speed["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            text += f", {speed['memory_gb']:.1f} GB"
+        self.write(step, {"loss": loss, **losses, "lr": lr, **speed})
         self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(run.step - self.bar.n)
         if self.bar.disable:
-            minutes = round(seconds * (run.steps - run.step) / 60)
-            place = f"epoch {run.epoch + 1}/{run.recipe.epochs}, step {run.step}/{run.steps}"
-            say(f"{place}: {text}, {minutes // 60}:{minutes % 60:02} h to go")
+            epoch, epochs = math.ceil(step / self.steps_per_epoch), self.steps // self.steps_per_epoch
+            minutes = round(seconds * (self.steps - step) / 60)
+            to_go = f"{minutes // 60}:{minutes % 60:02} h to go"
+            say(f"epoch {epoch}/{epochs}, step {step}/{self.steps}: {text}, {to_go}")
 
-    def evaluation(self, run, metrics, results):
-        """After an epoch. metrics: those of `average_precision`; results: COCO results."""
+    def evaluation(self, step, metrics, results, dataset):
+        """After an epoch. metrics: those of `average_precision`; results: COCO results of the dataset."""
         if not self.active:
             return
-        self.write(run, metrics)
-        say(table([(f"epoch {run.epoch + 1}", metrics)]))
+        self.write(step, metrics)
+        say(table([(f"epoch {step // self.steps_per_epoch}", metrics)]))
         with tolerant(self.out):
             (self.out / "predictions.json").write_text(json.dumps(results))
-            places = evenly_spaced(PICTURES, len(run.val_set))
-            score = draw_dataset(run.val_set, results, places, self.out / "pictures")
+            indices = evenly_spaced(PICTURES, len(dataset))
+            score = draw_dataset(dataset, results, indices, self.out / "pictures")
             if score < SCORE:
                 say(f"nothing on the pictures reaches a score of {SCORE}: they show what reaches {score:.2g}")
             self.draw_curves()
@@ -168,14 +183,15 @@ class Log:
         records = self.records()
         figure = Figure((11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        training = merged([record for record in records if "loss" in record])
+        training = [record for record in records if "loss" in record]
         for kind in ("loss", "class", "box", "giou", "mask", "dice"):  # the sum of class_0, class_1, ...
             values = [sum(v for name, v in record.items() if name.split("_")[0] == kind) for record in training]
             left.plot([record["epoch"] for record in training], values, label=kind)
         left.set(xlabel="epoch", title="losses", yscale="log")
+        evaluated = [record for record in records if "AP_box" in record]
         for name in ("AP_box", "AP_mask"):
-            points = [(record["epoch"], record[name]) for record in records if record.get(name) is not None]
-            right.plot(*zip(*points, strict=True) if points else ([], []), "o-", label=name)
+            values = [math.nan if record[name] is None else record[name] for record in evaluated]
+            right.plot([record["epoch"] for record in evaluated], values, "o-", label=name)
         right.set(xlabel="epoch", title="AP on the validation images", ylim=(0, None))
         for axes in (left, right):
             axes.legend()
@@ -183,44 +199,19 @@ class Log:
         figure.savefig(self.out / "curves.png", dpi=110)
 
 
-def merged(records):
-    """Records of training, each the mean since the one before, with those of few steps joined to the one before: the
-    mean of two steps at the end of an epoch would be a spike among means of fifty."""
-    steps = [
-        record["step"] - before for record, before in zip(records, [0] + [r["step"] for r in records], strict=False)
-    ]
-    usual, whole = sorted(steps)[len(steps) // 2] if steps else 0, []
-    for record, count in zip(records, steps, strict=True):
-        if len(whole) > 1 and 0 < count < usual / 2:
-            before, weight = whole.pop()
-            shared = record.keys() & before.keys() - {"epoch", "step"}
-            mean = {name: (before[name] * weight + record[name] * count) / (weight + count) for name in shared}
-            record, count = {**record, **mean}, weight + count
-        whole.append((record, count))
-    return [record for record, _ in whole]
-
-
-def counted(number, thing):
-    return f"{number:,} {thing}{'s' * (number != 1)}"
-
-
-def describe(run):
-    """The first lines of a run."""
-    device, world = run.device, rank_and_world()[1]
+def describe(args, device, amp, model, train_set, val_set):
+    """Print what computes, with which kernel, on which data and which model."""
+    world = rank_and_world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    recipe, classes, config = run.recipe, run.train_set.classes, run.config
     kernel = deform_attn_cuda.status(device.type)
     deform_attn_cuda.SAID.add(kernel)
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    classes = ", ".join(train_set.classes[:8]) + (", ..." if len(train_set.classes) > 8 else "")
+    backbone = model.config.backbone
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"device: {name}{f' x {world}' if world > 1 else ''}, autocast {amp}")
+    say(kernel)
     say(
-        f"device: {name}{f' x {world}' if world > 1 else ''}, autocast {run.args.amp}\n"
-        f"{kernel}\n"
-        f"data: {run.args.data}, {len(run.train_set):,} training and {len(run.val_set):,} validation images, "
-        f"{len(classes)} classes ({', '.join(classes[:8])}{', ...' * (len(classes) > 8)})\n"
-        f"model: {run.args.preset}{f', {config.backbone}' * (config.backbone != run.args.preset)}, "
-        f"{parameters:.1f} M parameters\n"
-        f"training: {counted(recipe.epochs, 'epoch')} of {counted(run.steps_per_epoch, 'step')} of "
-        f"{counted(recipe.batch_size, 'image')}, lr {recipe.lr:.1e}, into {run.args.out}"
-        + f"; going on after step {run.step:,}"
-        * bool(run.step)
+        f"data: {args.data}, {len(train_set):,} training and {len(val_set):,} validation images, "
+        f"{len(train_set.classes)} classes ({classes})"
     )
+    say(f"model: {args.preset}{'' if backbone == args.preset else f', {backbone}'}, {parameters:.1f} M parameters")

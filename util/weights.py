@@ -1,8 +1,8 @@
 """Files of weights, ours and others': reading them safely, translating their names, filling a model.
 
-load_model       a model that is ready for use, from any checkpoint
-imagenet         torchvision's weights of a backbone
+load_model       a model that is ready for use, with what its checkpoint says of it
 load_weights     fills a model that exists
+imagenet         torchvision's weights of a backbone
 read_checkpoint  the content of a file, without running any code that it may hold
 """
 
@@ -14,11 +14,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+import torchvision
 from einops import rearrange
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from dimaskdino import SWINS, Config, DIMaskDINO
+from datasets import Source
+from dimaskdino import RESNETS, SWINS, Backbone, Config, DIMaskDINO
 
 # Names in the files of others -> names here, read top to bottom: every line that matches is applied.
 RENAMES = [
@@ -100,15 +102,15 @@ COCO = {  # category_id -> name; ids that nothing has are called N/A there
     if name[0] not in "_N"
 }
 
-# Names in our own older checkpoints -> names now.
-FORMER_NAMES = {"mask_net": "N_mask.mlp", "box_net": "N_box.mlp", "pixel_update": "seg_head.update"}
+# Keys under which files keep a state dict, and what wrappers of a model put before and between its names.
+CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
+WRAPPERS = r"(?<![^.])(module|model|net|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 
 # Tensors that have no part in this model: the ImageNet classifier, Swin's last norm, cached masks, a loss's constant.
 UNUSED = r"^(fc|head|norm|stem\.fc|classifier)\.|\.attn_mask$|^criterion\.|\.num_batches_tracked$"
 
 
-# Settings of training that checkpoints of older versions keep in their config; Recipe has them now.
-MOVED = ("detection_loss", "denoising", "mask_points")
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path):
@@ -126,6 +128,9 @@ def read_checkpoint(path):
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder, not a checkpoint such as {path}/best.pt") from None
     except Exception as error:  # the readers raise a dozen types on damaged input
+        with open(path, "rb") as file:
+            if file.read(10)[8:] == b'{"':
+                raise ValueError(f"{path} is in safetensors format: save its tensors with torch.save") from None
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} cannot be read as weights (cut short, or not a file of tensors): {reason}") from error
 
@@ -145,42 +150,23 @@ class ArrayUnpickler(pickle.Unpickler):
         raise ValueError(f"it asks for {module}.{name}, which is no array")
 
 
-def config_of(checkpoint):
-    """The Config of a checkpoint: saved with ours, recognised from the tensors of the authors' files."""
-    if "config" in checkpoint:
-        fields = {name: value for name, value in checkpoint["config"].items() if name not in MOVED}
-        if unknown := fields.keys() - {field.name for field in dataclasses.fields(Config)}:
-            raise ValueError(f"its config has fields that this version does not know: {', '.join(sorted(unknown))}")
-        return Config(**fields)
-    state, _ = translate(checkpoint)
-    if "det_head.classifier.weight" not in state:
-        raise ValueError("it holds no DI-MaskDINO or MaskDINO model; a backbone's weights go to --backbone-weights")
-    preset, backbone = Config.released() if "bato.ffn.norm.weight" in state else Config.maskdino(), "resnet50"
-    if "backbone.stages.0.0.0.weight" in state:  # Swin: by its width and the depth of its third stage
-        width, depth = len(state["backbone.stages.0.0.0.weight"]), len({n.split(".")[4] for n in state if ".2.5." in n})
-        named = [name for name, (w, d, *_) in SWINS.items() if (w, d[2]) == (width, depth)]
-        if not named:
-            raise ValueError(
-                f"its Swin, {width} wide and {depth} deep in its third stage, is none of {', '.join(SWINS)}"
-            )
-        (backbone,) = named
-    return dataclasses.replace(
-        preset,
-        num_classes=len(state["det_head.classifier.bias"]),
-        backbone=backbone,
-        decoder_layers=2 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder.")),
-    )
+def state_dict_of(checkpoint):
+    """The tensors of a checkpoint by name, without what DistributedDataParallel, torch.compile and others add."""
+    while isinstance(checkpoint, Mapping) and (inside := [key for key in CONTAINERS if key in checkpoint]):
+        checkpoint = checkpoint[inside[0]]
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"it holds no tensors by name but a {type(checkpoint).__name__}")
+    return {
+        re.sub(WRAPPERS, "", name): torch.as_tensor(x)
+        for name, x in checkpoint.items()
+        if isinstance(x, Tensor | np.ndarray) and name != "n_averaged"  # of AveragedModel
+    }
 
 
 def translate(checkpoint):
     """The tensors of a checkpoint under the names of dimaskdino.py, and whether they had others."""
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
-    if not isinstance(state, Mapping):
-        raise ValueError(f"it holds no tensors by name but a {type(state).__name__}")
-    state = {name: torch.as_tensor(x) for name, x in state.items() if isinstance(x, Tensor | np.ndarray)}
+    state = state_dict_of(checkpoint)
     if "head_norm.weight" in state:
-        for old, new in FORMER_NAMES.items():
-            state = {re.sub(f"^{old}", new, name): x for name, x in state.items()}
         return state, False
     translated = {}
     for original, tensor in state.items():
@@ -193,6 +179,59 @@ def translate(checkpoint):
             raise ValueError(f"{original} differs from another tensor of the file that stands for {name}")
         translated[name] = tensor
     return translated, True
+
+
+def config_of(checkpoint):
+    """The Config of a checkpoint: saved with it, or recognised from the names and shapes of its tensors."""
+    if "config" in checkpoint:
+        fields = checkpoint["config"]
+        if unknown := fields.keys() - {field.name for field in dataclasses.fields(Config)}:
+            raise ValueError(f"its config has fields that this version does not know: {', '.join(sorted(unknown))}")
+        return Config(**fields)
+    state, _ = translate(checkpoint)
+    if not {"det_head.classifier.weight", "head_norm.weight"} <= state.keys():
+        found = names_of(state, ("det_head.classifier.weight", "head_norm.weight"))
+        raise ValueError(
+            f"it holds no DI-MaskDINO or MaskDINO model ({found}); a backbone's weights go to --backbone-weights"
+        )
+    backbone = backbone_of(state)
+    bato = "bato.ffn.norm.weight" in state
+    if backbone == "tiny":
+        preset = Config.tiny()
+    elif "seg_head.update.0.weight" in state:
+        preset = Config.released()
+    else:
+        preset = Config.paper()
+    return dataclasses.replace(
+        preset,
+        num_classes=len(state["det_head.classifier.bias"]),
+        backbone=backbone,
+        dim=len(state["head_norm.weight"]),
+        ffn=len(state["residual.ffn.linear1.bias"]),
+        encoder_layers=count(state, "encoder.layers"),
+        decoder_layers=1 + count(state, "decoder"),
+        selection=preset.selection if count(state, "interactions") else preset.selection[-1:],
+        bato=bato,
+    )
+
+
+def backbone_of(state):
+    """The backbone whose weights have the names and shapes of those in a state dict."""
+    weights = {name: x.shape for name, x in state.items() if re.match(r"backbone\.stages.*\.weight$", name)}
+    for name in (*RESNETS, *SWINS, "tiny"):
+        with torch.device("meta"):
+            stages = Backbone(name).stages.state_dict(prefix="backbone.stages.")
+        if weights == {name: x.shape for name, x in stages.items() if name.endswith(".weight")}:
+            return name
+    raise ValueError(f"its backbone is none of {', '.join((*RESNETS, *SWINS, 'tiny'))}")
+
+
+def count(state, prefix):
+    """The number of modules `prefix`.0, `prefix`.1, ... in a state dict."""
+    return len({name.removeprefix(prefix).split(".")[1] for name in state if name.startswith(f"{prefix}.")})
+
+
+# ---- Filling a model -------------------------------------------------------------------------------------------------
 
 
 def load_weights(model, source, partial=False):
@@ -219,51 +258,84 @@ def load_weights(model, source, partial=False):
             state[name] = coarse_to_fine(x, model.config)
         if name.endswith("relative_position_index"):
             state[name] = x.flatten()
+    fitting = {name: x for name, x in state.items() if shape(own, name) == shape(state, name)}
+    if not fitting:
+        raise ValueError(f"no tensor of the file fits the model: {names_of(state, own)}")
     odd = [
         f"{name}: {shape(state, name)} in the file, {shape(own, name)} in the model"
-        for name in sorted(state.keys() | own.keys())
-        if shape(state, name) != shape(own, name)
+        for name in sorted((state.keys() | own.keys()) - fitting.keys())
     ]
     if odd and not partial:
         listed = "\n  ".join(odd[:20]) + (f"\n  and {len(odd) - 20} more" if len(odd) > 20 else "")
         raise ValueError(f"these {len(odd)} tensors do not fit, and nothing was loaded:\n  {listed}")
-    fitting = {name: x for name, x in state.items() if shape(own, name) == tuple(x.shape)}
-    if not fitting:
-        raise ValueError("no tensor of the file fits the model")
     model.load_state_dict(fitting, strict=False)
     if frozen:
         model.backbone.freeze_norm()
     return odd
 
 
-def load_model(path, device="cpu"):
-    """The model of a checkpoint, ours or the authors', in evaluation mode on a device.
+def shape(state, name):
+    return tuple(state[name].shape) if name in state else "missing"
 
-    It carries what else the file knows: `classes`, their names by label, and `category_ids`, theirs in the data set;
-    `test_size`, the shortest side of test images and how far the longest may go; `trained_on`, the name of the data
-    set, and `trained_files`, the flags that gave its files outright. The authors' files know none of it: `named` is
-    False, and 80 classes are taken for COCO's, others are called "class 0" and so on. category_ids of our older files
-    count from 0, but for COCO's.
+
+def names_of(theirs, ours):
+    """Two names of each side, by which one sees why nothing fits."""
+    theirs, ours = (" and ".join(sorted(names)[:2]) for names in (theirs, ours))
+    return f"the file has {theirs or 'no tensors'}, the model {ours}"
+
+
+def coarse_to_fine(x, config):
+    """The authors' decoder counts levels from the coarsest: turn the levels of its sampling offsets or weights."""
+    split = {"h": config.heads, "L": config.levels, "P": config.points}
+    x = rearrange(x, "(h L P xy) ... -> h L P xy ...", **split)
+    return rearrange(x.flip(1), "h L P xy ... -> (h L P xy) ...")
+
+
+# ---- A model that is ready for use -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Trained:
+    """A model with what its checkpoint says of it."""
+
+    model: DIMaskDINO
+    classes: list[str]  # names by label
+    category_ids: list[int]  # ids by label
+    test_size: tuple[int, int]  # shortest side of test images in px, and how far the longest may go
+    source: Source | None  # the data it was trained on, if the file says so
+    named: bool  # False: the file has no class names (the authors' files)
+
+
+def load_model(path, device="cpu") -> Trained:
+    """The model of a checkpoint, ours or the authors', in evaluation mode on a device ("cpu", "cuda", "cuda:1").
+
+    Of 80 classes without names, COCO's are assumed; others are called "class 0" and so on. Raises FileNotFoundError,
+    or ValueError where the file holds no such model or there is no such device.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch finds no GPU here: load the model on the CPU")
+    device = torch.device(device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"torch finds {torch.cuda.device_count() or 'no'} GPU here, not {device}: use the CPU")
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
     try:
         model = DIMaskDINO(config_of(checkpoint))
         load_weights(model, checkpoint)
+        source = Source(**checkpoint["source"]) if "source" in checkpoint else None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit: {error}") from None
-    count, names = model.config.num_classes, list(COCO.values())
-    model.named = "classes" in checkpoint
-    model.classes = checkpoint.get("classes", names if count == len(names) else [f"class {i}" for i in range(count)])
-    ids = list(COCO) if model.classes == names else list(range(count))
-    model.category_ids = checkpoint.get("category_ids", ids)
-    model.test_size = tuple(checkpoint.get("recipe", {}).get("test_size", (800, 1333)))
-    model.trained_on = checkpoint.get("data", "coco" if model.classes == names else None)
-    model.trained_files = checkpoint.get("files", {})
-    return model.to(device).eval()
+    classes = checkpoint.get("classes")
+    category_ids = checkpoint.get("category_ids")
+    named = classes is not None
+    if not named and model.config.num_classes == len(COCO):
+        classes = list(COCO.values())
+        category_ids = list(COCO)
+        source = source or Source("coco")
+    elif not named:
+        classes = [f"class {label}" for label in range(model.config.num_classes)]
+    test_size = tuple(checkpoint.get("recipe", {}).get("test_size", (800, 1333)))
+    category_ids = category_ids or list(range(len(classes)))
+    return Trained(model.to(device).eval(), classes, category_ids, test_size, source, named)
 
 
 def imagenet(backbone):
@@ -272,8 +344,6 @@ def imagenet(backbone):
     if backbone == "swin_l":
         source = "swin_large_patch4_window12_384_22k.pth of https://github.com/microsoft/Swin-Transformer"
         raise ValueError(f"torchvision has no Swin-L: give {source} with --backbone-weights")
-    import torchvision
-
     url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
@@ -284,14 +354,3 @@ def imagenet(backbone):
         path = os.path.join(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}): delete it, and it is downloaded again") from None
-
-
-def shape(state, name):
-    return tuple(state[name].shape) if name in state else "missing"
-
-
-def coarse_to_fine(x, config):
-    """The authors' decoder counts levels from the coarsest: turn the levels of its sampling offsets or weights."""
-    split = {"h": config.heads, "L": config.levels, "P": config.points}
-    x = rearrange(x, "(h L P xy) ... -> h L P xy ...", **split)
-    return rearrange(x.flip(1), "h L P xy ... -> (h L P xy) ...")
