@@ -34,7 +34,7 @@ BROWSER = """<iframe width=1280 height=800 src=page.html></iframe><iframe width=
     const shown = {
       chosen: all("[aria-pressed=true]")[0].textContent, wide: page.document.body.scrollWidth,
       step: all("#steps button").findIndex(button => button.ariaCurrent),
-      tops: all("section p, #stage, #dial, #objects, #panel, nav").map(at => Math.round(at.getBoundingClientRect().top)),
+      tops: all("section p, #stage, #dial, #objects, #panel, nav").map(x => Math.round(x.getBoundingClientRect().top)),
       marks: MARKS.map(name => all(`#marks .${name}`).length),
     };
     for (const key of ["2", "ArrowRight"]) page.dispatchEvent(new page.KeyboardEvent("keydown", { key }));
