@@ -1,7 +1,7 @@
 """Makes docs/explain.html, the page of docs/shapes.pt, and its screenshot at Eq. 8: python docs/explain.py
 
-The image is chosen by a rule: the first of the held-out images of `shapes` in which three objects or more are found, and
-Eq. 8 tells each of them from the rest: tokens on the object pay its guiding tokens at least 1.5 times the attention that
+The image is chosen by a rule: the first held-out image of `shapes` in which three objects or more are found, and Eq. 8
+tells each of them from the rest: tokens on the object pay its guiding tokens at least 1.5 times the attention that
 tokens elsewhere pay them.
 """
 
