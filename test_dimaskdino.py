@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 import torchvision
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torchvision.ops import StochasticDepth
 
 import dimaskdino
-from deform_attn_cuda import deform_attn_pytorch, locate
+from deform_attn_cuda import deform_attn, deform_attn_pytorch, locate, status
 from dimaskdino import (
     MLP,
     Backbone,
@@ -33,6 +33,7 @@ from dimaskdino import (
     token_anchors,
 )
 from losses import Denoising, denoising_queries
+from small_attention import DEVICES, TOLERANCES, assert_agrees, inputs, problems
 from small_models import RELEASED, SMALL, TRAINING, build, close, factors_of, law, objects, pictures, step
 from util.weights import load_weights
 
@@ -323,6 +324,20 @@ def test_the_order_of_a_batch_permutes_the_predictions_alike():
     batch, permuted = model(images), model(images[order])
     for name in ("logits", "boxes", "mask_embedding", "pixels"):
         close(batch[name][order], permuted[name])
+
+
+# ---- Deformable attention: kernel = fallback -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@settings(deadline=None, max_examples=40)
+@given(problem=problems)
+def test_kernel_and_fallback_agree(device, dtype, problem):
+    """Values and all gradients, of any shapes, offsets and references, on borders of cells and outside."""
+    if "fallback" in status(device, dtype):
+        pytest.skip(status(device, dtype))
+    assert_agrees(deform_attn, problem["level_shapes"], inputs(**problem, dtype=dtype, device=device))
 
 
 # ---- Every equation (3.2) --------------------------------------------------------------------------------------------

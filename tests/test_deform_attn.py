@@ -421,17 +421,3 @@ def test_where_there_is_a_compiler_there_is_a_kernel():
     if build.find_compiler() is None:
         pytest.skip("no C++ compiler")
     assert status("cpu") == "deform_attn: CPU kernel"
-
-
-# ---- Kernel = fallback: this section moves to test_dimaskdino.py
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@settings(deadline=None, max_examples=40)
-@given(problem=problems)
-def test_kernel_and_fallback_agree(device, dtype, problem):
-    """Values and all gradients, of any shapes, offsets and references, on borders of cells and outside."""
-    if "fallback" in status(device, dtype):
-        pytest.skip(status(device, dtype))
-    assert_agrees(deform_attn, problem["level_shapes"], inputs(**problem, dtype=dtype, device=device))

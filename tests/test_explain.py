@@ -23,25 +23,24 @@ SIZES = {"dim": 32, "heads": 2, "ffn": 48, "decoder_layers": 3, "selection": (12
 SCRIPT = "</script><script>document.title = 'run'</script>"  # a class's name
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
+MARKS = ("cell", "gone", "ray", "boxed", "near", "frame", "fill", "edge")
+
 # Two pages of different widths, which keys step through: what each shows, as JSON.
 BROWSER = """<iframe width=1280 height=800 src=page.html></iframe><iframe width=390 height=844 src=page.html></iframe>
 <script>onload = () => document.documentElement.textContent = JSON.stringify([frames[0], frames[1]].map(page => {
   const all = selector => [...page.document.querySelectorAll(selector)], errors = [];
   page.onerror = page.console.error = message => errors.push(`${message}`);
-  const press = key => page.dispatchEvent(new page.KeyboardEvent("keydown", { key }));
   return { errors, steps: [...Array(11).keys()].map(() => {
-    const start = page.performance.now();
-    all("#say, #note, #panel, #dial, #tip, #steps")[0].offsetHeight;
     const shown = {
-      title: all("h2")[0].textContent, say: all("#say")[0].textContent, chosen: all("[aria-pressed=true]")[0].textContent,
-      step: all("#steps button").findIndex(button => button.ariaCurrent), errors, wide: page.document.body.scrollWidth,
-      tops: all("section p, #stage, #dial, #objects, #panel, nav").map(part => Math.round(part.getBoundingClientRect().top)),
-      ...Object.fromEntries(["cell", "gone", "ray", "boxed", "near", "frame", "fill", "edge"].map(name => [name, all(`#marks .${name}`).length])),
+      chosen: all("[aria-pressed=true]")[0].textContent, wide: page.document.body.scrollWidth,
+      step: all("#steps button").findIndex(button => button.ariaCurrent),
+      tops: all("section p, #stage, #dial, #objects, #panel, nav").map(x => Math.round(x.getBoundingClientRect().top)),
+      marks: MARKS.map(name => all(`#marks .${name}`).length),
     };
-    press("2"); press("ArrowRight");
-    return { ...shown, ms: page.performance.now() - start };
+    for (const key of ["2", "ArrowRight"]) page.dispatchEvent(new page.KeyboardEvent("keydown", { key }));
+    return shown;
   }) };
-}));</script>"""
+}));</script>""".replace("MARKS", json.dumps(MARKS))
 
 
 def trained(**changes):
@@ -114,14 +113,6 @@ def test_eq4_is_shown_where_it_reads(shown):
         assert torch.allclose(attention.norm(x[0, query] + attention.output(read.flatten())), output, atol=0.01)
 
 
-def test_a_box_fits_its_mask_where_it_is_drawn_around_its_largest_piece():
-    mask = torch.zeros(20, 30, dtype=torch.bool)
-    mask[5:9, 11:17] = True
-    mask[19, 29] = True  # a stray pixel
-    assert explain.around(mask).tolist() == [[11, 5, 17, 9]]
-    assert explain.around(torch.zeros(4, 4, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -132,7 +123,7 @@ def test_a_box_fits_its_mask_where_it_is_drawn_around_its_largest_piece():
     ],
     ids=str,
 )
-def test_every_model_and_every_image_has_its_page_with_or_without_objects(changes):
+def test_every_model_and_every_image_has_its_page_the_same_each_time(changes):
     page = explain.page(trained(**changes), picture(30, 90), against=trained())
     assert page == explain.page(trained(**changes), picture(30, 90), against=trained()) and len(page) < 3e6
     assert SCRIPT not in page
@@ -144,27 +135,17 @@ def test_a_browser_shows_eleven_steps_by_keyboard_without_a_jump(shown, tmp_path
     monkeypatch.setattr(explain, "page_data", lambda *_: data)
     (tmp_path / "page.html").write_text(explain.page(None, None))
     (tmp_path / "both.html").write_text(BROWSER)
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--allow-file-access-from-files",
-        "--dump-dom",
-    ]
-    command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path}", (tmp_path / "both.html").as_uri()]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=100).stdout
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
+    command = [CHROMIUM, *flags, "--dump-dom", f"--user-data-dir={tmp_path}", (tmp_path / "both.html").as_uri()]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
     for page, width in zip(json.loads(html.unescape(re.sub("<.*?>", "", output))), (1280, 390), strict=True):
         steps = page["steps"]
         assert page["errors"] == [] and [step["step"] for step in steps] == list(range(11))
         assert {(*step["tops"], step["wide"]) for step in steps} == {(*steps[0]["tops"], width)}
-        assert sorted(step["ms"] for step in steps)[5] < 50
         assert steps[0]["chosen"].startswith("1 ") and all(step["chosen"] == f"2 {SCRIPT}" for step in steps[1:])
-        names = ("cell", "gone", "ray", "boxed", "near", "frame", "fill", "edge")
-        counts, n = [[step[name] for name in names] for step in steps], len(data["objects"])
+        n, own = len(data["objects"]), data["guides"]["object"].count(1)
         points = np.size(data["objects"][1]["residual"]["weights"])
-        own = data["guides"]["object"].count(1)
-        assert counts == [
+        assert [step["marks"] for step in steps] == [  # of each step, how many of MARKS
             [0, 0, 0, 0, 0, 4, 0, 0],  # T_i: the patches of one place
             [12, 0, 0, 0, 0, 0, 0, n],
             [0, 0, 10, 0, 10, 0, 0, 1],
@@ -179,7 +160,7 @@ def test_a_browser_shows_eleven_steps_by_keyboard_without_a_jump(shown, tmp_path
         ]
 
 
-def test_a_default_writes_over_nothing_and_wrong_files_end_with_their_names(folder, tmp_path, monkeypatch, capsys):
+def test_a_default_writes_over_nothing_and_wrong_files_are_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(explain, "load_model", lambda path: trained())
     image = str(folder / "val" / "1.png")

@@ -288,7 +288,7 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     try:
         out = args.out or unused(Path("explained.html"))
-        try_output(out, folder=False)
+        try_output(out, is_folder=False)
         against = load_model(args.against) if args.against else None
         html = page(load_model(args.ckpt), read_image(args.image), against)
         out.parent.mkdir(parents=True, exist_ok=True)
