@@ -201,9 +201,7 @@ def parse_training(arguments, description=""):
     positive = at_least(1)
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    named = (
-        "shapes, shapes-full, coco, bdd100k, or a folder as COCO, Roboflow, CVAT or Label Studio lay it out (shapes)"
-    )
+    named = "shapes, coco, bdd100k, or a folder as COCO, Roboflow, CVAT or Label Studio lay it out (shapes)"
     add_data_flags(add, help=named)
     outright = "COCO json of the training images, in place of --data; without --val-json every tenth image is held out"
     add("--train-json", type=user_path, metavar="FILE", help=outright)

@@ -198,7 +198,7 @@ def config_of(checkpoint):
     bato = "bato.ffn.norm.weight" in state
     if backbone == "tiny":
         preset = Config.tiny()
-    elif bato and not count(state, "N_box"):
+    elif "seg_head.update.0.weight" in state:
         preset = Config.released()
     else:
         preset = Config.paper()
