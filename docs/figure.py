@@ -5,19 +5,19 @@ A square stands for 100 tokens: 202 squares are T_i, six are T_s1, three are Q_b
 
 from pathlib import Path
 
-WIDTH, HEIGHT = 980, 640
+WIDTH, HEIGHT = 980, 600
 PITCH, SQUARE = 9, 7  # of the squares
 LIGHT = {
     "paper": "#ffffff", "ink": "#1f2328", "muted": "#59636e", "line": "#6e7781", "step": "#ffffff", "token": "#b6bfc9",
     "blue": "#0969da", "orange": "#d4640b", "green": "#1a7f37", "purple": "#8250df", "teal": "#1b7c83",
     "DI": "#e7f3ff", "DI_edge": "#54aeff", "BATO": "#e6f8ea", "BATO_edge": "#4ac26b",
-    "sky": "#d8e6f3", "ground": "#c5d3b4",
+    "house": "#bf3989", "tree": "#9a6700", "sky": "#d8e6f3", "ground": "#c5d3b4",
 }  # fmt: skip
 DARK = {
     "paper": "#0d1117", "ink": "#e6edf3", "muted": "#9aa4ae", "line": "#8b949e", "step": "#161b22", "token": "#545d68",
     "blue": "#58a6ff", "orange": "#f0883e", "green": "#3fb950", "purple": "#b58cff", "teal": "#39c5cf",
     "DI": "#0e2338", "DI_edge": "#1f6feb", "BATO": "#10281a", "BATO_edge": "#238636",
-    "sky": "#2b3a4a", "ground": "#37422f",
+    "house": "#f778ba", "tree": "#e3b341", "sky": "#2b3a4a", "ground": "#37422f",
 }  # fmt: skip
 SYMBOLS = {  # letter, below, above
     "T_i": ("T", "i", ""), "T_s1": ("T", "s1", ""), "T_s1_sa": ("T", "s1", "sa"), "T_s2": ("T", "s2", ""),
@@ -92,12 +92,13 @@ class Drawing:
         for fill, height in (("sky", 76), ("ground", 24)):
             self.rect(x, y + 76 - height, 104, height, fill, radius=3)
         house = f"M{x + 14} {y + 64} v-26 l19 -17 l19 17 v26 z"
-        for path, color in ((house, "green"), (f"M{x + 84} {y + 66} h-5 v-16 a13 13 0 1 1 10 0 v16 z", "purple")):
+        tree = f"M{x + 84} {y + 66} h-5 v-16 a13 13 0 1 1 10 0 v16 z"
+        for path, color in ((house, "house"), (tree, "tree")):
             color = self.colors[color if found else "muted"]
             self.parts.append(f'<path d="{path}" fill="{color}" fill-opacity="{0.75 if found else 0.6}"/>')
         if found:
-            self.rect(x + 11, y + 18, 44, 49, "none", "green", stroke=2)
-            self.rect(x + 68, y + 22, 32, 47, "none", "purple", stroke=2)
+            self.rect(x + 11, y + 18, 44, 49, "none", "house", stroke=2)
+            self.rect(x + 68, y + 22, 32, 47, "none", "tree", stroke=2)
 
     def svg(self):
         return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"
@@ -115,7 +116,7 @@ class Drawing:
 def draw(colors):
     d = Drawing(colors)
     d.rect(0, 0, WIDTH, HEIGHT, "paper", radius=8)
-    top, middle, bottom, right = 122, 310, 538, 902  # centres of the three rows, and of Q_bal
+    top, middle, bottom, right = 114, 290, 504, 902  # centres of the three rows, and of Q_bal
 
     # Feature Tokens Extractor
     d.scene(16, 62, found=False)
@@ -133,33 +134,40 @@ def draw(colors):
     d.text(172, 413, "100 tokens", 12, "muted", "start")
 
     # De-Imbalance
-    d.rect(258, 16, 706, 176, "DI", "DI_edge", 10)
-    d.text(276, 40, "De-Imbalance (DI) makes the query", 15, anchor="start", weight="bold")
-    d.text(544, 40, "select, let the selected tokens interact, select again, look back", 13, "muted", "start")
-    d.arrow((208, top), (273, top))
-    d.step(312, top, 1, "select")
-    d.arrow((349, top), (373, top))
-    d.tokens(388, top, "T_s1", "blue", 600)
-    d.arrow((403, top), (417, top))
-    d.step(467, top, 2, "self-attention", 96)
-    d.arrow((515, top), (533, top))
-    d.tokens(548, top, "T_s1_sa", "blue", 600)
-    d.arrow((563, top), (585, top))
+    d.rect(258, 10, 706, 172, "DI", "DI_edge", 10)
+    d.text(276, 33, "De-Imbalance (DI) makes the query", 15, anchor="start", weight="bold")
+    d.text(544, 33, "select, let the selected tokens interact, select again, look back", 13, "muted", "start")
+    d.arrow((208, top), (272, top))
+    d.step(306, top, 1, "select", 64)
+    d.arrow((338, top), (358, top))
+    d.tokens(371, top, "T_s1", "blue", 600)
+    d.arrow((384, top), (404, top))
+    d.step(465, top, 2, "self-attention × 2", 118)
+    d.arrow((524, top), (540, top))
+    d.tokens(554, top, "T_s1_sa", "blue", 600)
+    d.arrow((567, top), (586, top))
     d.step(624, top, 3, "select")
     d.arrow((661, top), (685, top))
     d.tokens(696, top, "T_s2", "blue", 300)
     d.arrow((707, top), (730, top))
     d.step(786, top, 4, "cross-attention", 108)
-    d.arrow((208, 72), (786, 72), (786, top - 23))
+    d.arrow((208, 64), (786, 64), (786, top - 23))
     d.arrow((840, top), (right - 11, top))
     d.tokens(right, top, "Q_bal", "orange", 300)
 
     # Balance-Aware Tokens Optimization
-    d.rect(258, 212, 604, 238, "BATO", "BATO_edge", 10)
-    d.text(276, 236, "Balance-Aware Tokens Optimization (BATO) makes what it reads", 15, anchor="start", weight="bold")
+    d.rect(258, 196, 604, 226, "BATO", "BATO_edge", 10)
     d.text(
         276,
-        257,
+        219,
+        "Balance-Aware Tokens Optimization (BATO) makes what the decoder reads",
+        15,
+        anchor="start",
+        weight="bold",
+    )
+    d.text(
+        276,
+        239,
         "each token of T<tspan dy='3' font-size='10'>i</tspan><tspan dy='-3'> moves towards the guiding "
         "tokens of its object</tspan>",
         13,
@@ -167,7 +175,7 @@ def draw(colors):
         "start",
     )
     upper, lower = middle - 34, middle + 42
-    d.arrow((right, top + 66), (right, 466), (436, 466), (436, bottom - 23))
+    d.arrow((right, top + 66), (right, 438), (436, 438), (436, bottom - 23))
     d.arrow((right, upper), (829, upper))
     d.arrow((right, lower), (829, lower))
     d.step(790, upper, 5, "mask MLP")
@@ -186,14 +194,14 @@ def draw(colors):
     d.arrow((495, middle + 4), (458, middle + 4))
     d.step(402, middle + 4, 8, "cross-attention", 108)
     d.arrow((208, middle + 4), (346, middle + 4))
-    d.arrow((402, middle + 25), (402, 380))
-    d.squares(428, 412, 34, 202, "teal")
-    d.symbol(592, 420, "T_bal", "start", "20,197 tokens")
-    d.arrow((402, 442), (402, bottom - 23))
+    d.arrow((402, middle + 25), (402, 354))
+    d.squares(428, 386, 34, 202, "teal")
+    d.symbol(592, 394, "T_bal", "start", "20,197 tokens")
+    d.arrow((402, 416), (402, bottom - 23))
 
     # Transformer Decoder
-    d.step(419, bottom, 9, "decoder", 84)
-    d.arrow((461, bottom), (520, bottom))
+    d.step(419, bottom, 9, "decoder, 5 layers", 122)
+    d.arrow((480, bottom), (520, bottom))
     d.tokens(532, bottom, "Q_ref", "orange", 300)
     d.arrow((543, bottom), (574, bottom), (574, bottom - 30), (606, bottom - 30))
     d.arrow((574, bottom), (574, bottom + 30), (606, bottom + 30))
@@ -205,9 +213,11 @@ def draw(colors):
     d.symbol(742, bottom - 14, "b", "start", "boxes")
     d.symbol(742, bottom + 36, "m", "start", "masks")
     d.scene(846, bottom - 38, found=True)
-    d.arrow((158, 374), (158, 608), (643, 608), (643, bottom + 53))
-    d.arrow((28, 220), (28, 625), (669, 625), (669, bottom + 53))
-    d.symbol(40, 560, "F_cnn", "start", "at 1/4")
+    d.arrow((158, 374), (158, 573), (643, 573), (643, bottom + 53))
+    d.arrow((28, 220), (28, 589), (669, 589), (669, bottom + 53))
+    d.rect(8, 428, 44, 46, "paper")
+    d.symbol(28, 444, "F_cnn")
+    d.text(28, 467, "at 1/4", 13, "muted")
     return d.svg()
 
 
