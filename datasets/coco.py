@@ -65,9 +65,8 @@ class CocoDataset(Dataset):
         if not self.image_ids:
             self.report.fatal["no images with objects" if training else "no images"].append(f"in {folder}")
         if not self.annotated:
-            self.report.warnings["no usable annotations: objects can be found, but no AP measured"].append(
-                f"in {folder}"
-            )
+            problem = "no usable annotations: objects can be found, but no AP measured"
+            self.report.warnings[problem].append(f"in {folder}")
 
     def __len__(self):
         return len(self.image_ids)
@@ -176,11 +175,13 @@ def open_dataset(source: Source, split: str, geometry: Callable, training: bool,
 
 def _share(coco, split):
     """The images and annotations of a json for both splits that one takes: every tenth is held out for validation."""
-    mine = [image for i, image in enumerate(coco["images"]) if (i % HELD_OUT > 0) == (split == "train")] or coco[
-        "images"
-    ]
-    ids = {image["id"] for image in mine}
-    return {**coco, "images": mine, "annotations": [a for a in coco["annotations"] if a["image_id"] in ids]}
+    images = coco["images"]
+    if split == "train":
+        images = [image for index, image in enumerate(images) if index % HELD_OUT] or images
+    else:
+        images = images[::HELD_OUT]
+    ids = {image["id"] for image in images}
+    return {**coco, "images": images, "annotations": [a for a in coco["annotations"] if a["image_id"] in ids]}
 
 
 def require_sound(dataset: CocoDataset, name: str, decode: bool = False) -> str:

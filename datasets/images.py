@@ -1,8 +1,10 @@
 """Any image file, or any PIL image, as upright RGB with 8 bits a channel; and which files of a folder are images.
 
-read_image, upright_rgb     one image
-find_images                 the image files among files and folders
-FileNames                   the file of a folder that a json means by a name
+    read_image, upright_rgb     one image
+    find_images                 the image files among files and folders
+    FileNames                   the file of a folder that a json means by a name
+
+Images that cannot be read raise ValueError with one line that names the file.
 """
 
 import difflib
@@ -40,7 +42,7 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             pixels, most = image.width * image.height, float(os.environ.get(LIMIT, MOST_PIXELS))
             if pixels > most:
-                raise ValueError(f"{pixels:,} pixels are more than {most:,.0f}; the environment's {LIMIT} allows more")
+                raise ValueError(f"{pixels:,} pixels; set {LIMIT} in the environment to read more than {most:,.0f}")
             return upright_rgb(image)
     except Exception as error:  # Pillow's readers raise a dozen types on damaged files, documented or not
         if os.path.isdir(path):
@@ -86,7 +88,7 @@ def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
         if not path.is_dir():
             found.setdefault(path.resolve(), (Path(path.name), path))
             continue
-        files = list(_files_in(path))
+        files = _files_in(path)
         if path.resolve() in beside.resolve().parents:
             files = [file for file in files if beside.resolve() not in file.resolve().parents]
         images = [file for file in files if _is_image(file, path)]
@@ -121,14 +123,14 @@ def _is_image(path, folder):
 
 def _files_in(folder):
     """All files of a folder and of those in it, through links, in the order of their names."""
-    seen = set()
+    files, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(root) in seen:  # a link to a folder above
             folders.clear()
-            continue
+        else:
+            files += [Path(root, name) for name in names]
         seen.add(os.path.realpath(root))
-        folders.sort()
-        yield from (Path(root, name) for name in sorted(names))
+    return sorted(files)
 
 
 def shortened(things: list[str]) -> str:

@@ -31,7 +31,13 @@ def main():
     out = HERE / "explain.html"
     out.write_text(page(trained, read_image(best)))
     picture = f"--screenshot={HERE / 'explain.png'}"
-    flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--force-device-scale-factor=1.5", "--window-size=1280,720"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--hide-scrollbars",
+        "--force-device-scale-factor=1.5",
+        "--window-size=1280,720",
+    ]
     subprocess.run(["chromium", *flags, picture, f"{out.as_uri()}#8"], check=True, capture_output=True)
     print(f"{out} explains {best}")
 

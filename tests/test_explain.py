@@ -144,7 +144,14 @@ def test_a_browser_shows_eleven_steps_by_keyboard_without_a_jump(shown, tmp_path
     monkeypatch.setattr(explain, "page_data", lambda *_: data)
     (tmp_path / "page.html").write_text(explain.page(None, None))
     (tmp_path / "both.html").write_text(BROWSER)
-    flags = "--headless --no-sandbox --disable-gpu --hide-scrollbars --allow-file-access-from-files --dump-dom".split()
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--allow-file-access-from-files",
+        "--dump-dom",
+    ]
     command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path}", (tmp_path / "both.html").as_uri()]
     output = subprocess.run(command, capture_output=True, text=True, timeout=100).stdout
     for page, width in zip(json.loads(html.unescape(re.sub("<.*?>", "", output))), (1280, 390), strict=True):

@@ -128,7 +128,7 @@ def test_other_flags_have_another_folder_but_for_those_of_the_machine():
 
 @pytest.fixture
 def programs(monkeypatch):
-    """In place of train.py and evaluate.py, and a list of what was called. train.py dies in its call number `killed`."""
+    """In place of train.py and evaluate.py, and a list of calls. train.py dies in its call number `killed`."""
     called = []
 
     def run(program, *flags):

@@ -145,7 +145,7 @@ def test_a_setting_of_another_type_is_refused_with_the_type_it_needs(text, kind,
 
 @pytest.mark.parametrize(
     "flags, preset",
-    [("", "tiny"), ("--data coco", "paper"), ("--data shapes-full", "paper"), ("--preset released", "released")],
+    [("", "tiny"), ("--data coco", "paper"), ("--data photos", "paper"), ("--preset released", "released")],
 )
 def test_shapes_go_with_the_tiny_model_and_other_data_with_the_papers(flags, preset):
     assert parse_training(flags.split()).preset == preset

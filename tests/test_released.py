@@ -24,8 +24,8 @@ from dimaskdino import Config, DIMaskDINO, mask_logits, postprocess
 from goldens import HERE, Recorded, numbers
 from losses import Criterion, denoising_queries
 from small_models import factors_of
-from util.distributed import amp_for
 from train import Recipe
+from util.distributed import amp_for
 from util.weights import coarse_to_fine, config_of, load_model, load_weights, translate
 
 OPERATORS = [

@@ -1,7 +1,7 @@
 """Time, memory, operators and waits of the model and of a training step on this machine: `python -m tools.benchmark`.
 
     seconds    the median of repeats, after two warm-ups
-    peak GB    the most that PyTorch allocates on a GPU; on a CPU, the most that the process holds (Linux)
+    peak GB    the most that PyTorch allocates on a GPU; on a CPU, that the process holds, with Python and its libraries
     operators  that are called, without those that only view memory: about as many kernels as a GPU has to launch
     waits      synchronisations: how often the host reads what was computed from the model's weights
 
@@ -177,13 +177,6 @@ def measured(model, work, device, repeats):
     return f"{statistics.median(times):9.3f}{peak:9.2f}{operators.total():11,}{waits.total():7}"
 
 
-def cpu():
-    """The name of this machine's CPU."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor()
-
-
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -203,7 +196,8 @@ def main(arguments=None):
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU here: --device cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu()}, {torch.get_num_threads()} threads"
+    cpu = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     print(f"{name}, PyTorch {torch.__version__}, {status(device)}, {datetime.date.today()}")
     print(shlex.join(["python", "-m", "tools.benchmark", *arguments]))
     print(f"\n{args.preset:15}{'images':12}{'type':5}{'seconds':>9}{'peak GB':>9}{'operators':>11}{'waits':>7}")

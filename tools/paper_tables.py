@@ -8,7 +8,6 @@
 
 Each row and seed is a run of train.py. Its folder is named after the flags and after what the row changes, so tables
 share rows. A finished run is skipped, one that was stopped goes on. AP is that of evaluate.py on the last checkpoint.
-
 Rows carry the paper's sizes. In a model of other sizes, k1 and k2 stand for 600 and 300 (what lies between, for 450),
 and the number of decoder layers for 6, so 3 and 9 are half and one and a half of it, rounded up, at least 2. Tables 1
 and 2 have the rows of the model's backbone (any but Swin-L stands for ResNet50) and of as many epochs as the run has;
@@ -44,6 +43,7 @@ from util.pictures import SCORE, draw, sheet
 
 NINE = "selection=(300,) bato=False decoder_layers=9"  # MaskDINO: neither DI nor BATO
 THREE, LESS, RANDOM = "bato=False decoder_layers=3", " detection_loss=0.1", " position_token=random"  # table 3
+METRICS = ("AP_box", "AP_mask")
 COLUMNS = ["", "AP_box", "AP_mask", "box, gain", "mask, gain", "BDD100K, paper", "gain", "COCO, paper", "gain"]
 
 
@@ -100,9 +100,6 @@ ROWS = [
     Row(9, "6 decoder layers", "decoder_layers=6", (29.5, 25.7), (46.9, 42.3)),
     Row(9, "9 decoder layers", "decoder_layers=9", (28.9, 25.6), (46.9, 42.5)),
 ]
-
-
-# ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
 def rows_of(number, args):
@@ -176,8 +173,6 @@ def finish(flags, folder):
     if not finished(folder, epochs):
         print(f"\n{folder}", flush=True)
         run("train.py", *flags, "--out", folder, "--resume")
-    if not finished(folder, epochs):
-        sys.exit(f"{folder} was not finished: the same command goes on from here")
     if not metrics.exists():
         device = ["--device", args.device] if args.device else []
         run("evaluate.py", "--ckpt", folder / "last.pt", "--json", metrics, *device)
@@ -193,20 +188,17 @@ def spread(values, sign=""):
     return f"{statistics.fmean(values):{sign}.1f}{deviation}"
 
 
-def gains(runs, others):
-    """Box and mask AP over those of other runs, seed by seed. runs, others: {seed: metrics}"""
-    pairs = [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
-    for name in ("AP_box", "AP_mask"):
-        yield spread([a[name] - b[name] for a, b in pairs if None not in (a[name], b[name])], "+")
-
-
 def lines_of(results):
-    """The lines of a table. results: {row: {seed: metrics}}"""
+    """The lines of a table. results: {row: {seed: metrics}}. Gains are taken seed by seed."""
     first = {}
     for row, runs in results.items():
         start = first.setdefault(row.group, row)
-        line = [row.name, *[spread([run[name] for run in runs.values()]) for name in ("AP_box", "AP_mask")]]
-        line += ["", ""] if row is start else gains(runs, results[start])
+        pairs = [(runs[seed], results[start][seed]) for seed in runs if seed in results[start]]
+        line = [row.name]
+        line += [spread([run[name] for run in runs.values()]) for name in METRICS]
+        for name in METRICS:
+            gain = spread([a[name] - b[name] for a, b in pairs if None not in (a[name], b[name])], "+")
+            line.append("" if row is start else gain)
         for ours, theirs in ((row.bdd100k, start.bdd100k), (row.coco, start.coco)):
             gain = [] if row is start else [f"{a - b:+.1f}" for a, b in zip(ours, theirs)]
             line += [" / ".join(map(str, ours)), " / ".join(gain)]
@@ -242,9 +234,6 @@ def table(number, flags, seeds, root):
     print(f"\n{file}\n\n{file.read_text()}")
 
 
-# ---- Figures ---------------------------------------------------------------------------------------------------------
-
-
 def name_of(config):
     """The paper's name of a model."""
     row = 1 + (len(config.selection) > 1) + 2 * config.bato  # of table 4
@@ -262,8 +251,7 @@ def figure1(args, flags):
             file = Path(folder, "metrics.json")
             run("evaluate.py", "--ckpt", checkpoint, "--layers", "--out", folder, "--json", file, *flags)
             layers = json.loads(file.read_text())["layers"]
-        ap = [[layer["AP_box"], layer["AP_mask"]] for layer in layers]
-        models.setdefault(config, []).append(ap)
+        models.setdefault(config, []).append([[layer[name] for name in METRICS] for layer in layers])
     figure = Figure((1 + 7.7 * len(models), 4.4), layout="constrained")
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for axes, (config, runs) in zip(panels, models.items()):
@@ -278,12 +266,11 @@ def figure1(args, flags):
             axes.annotate(gap.replace(" ", "\n", 1), top, (0, 6), textcoords="offset points", ha="center")
         axes.bar(layers - 0.2, mean[:, 0], 0.4, yerr=error[:, 0], color="#1f6fd6", label="AP_box")
         axes.bar(layers + 0.2, mean[:, 1], 0.4, yerr=error[:, 1], color="#f07f13", label="AP_mask")
-        axes.set(title=name_of(config), xlabel="layer (0: the initial prediction)", xticks=layers)
+        axes.set(title=name_of(config), xlabel="layer (0: the initial prediction)", ylabel="AP, %", xticks=layers)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.15)
-        table = in_markdown(["layer", "AP_box", "AP_mask", "gap"], lines)
+        table = in_markdown(["layer", *METRICS, "gap"], lines)
         print(f"\n{name_of(config)}, {len(runs)} checkpoint(s)\n{table}")
-    panels[0].set(ylabel="AP, %")
     panels[0].legend(loc="upper left", frameon=False)
     figure.suptitle("AP of boxes and masks at every layer; above the bars the gap, AP_box - AP_mask")
     figure.savefig(args.out, format="png", dpi=150)
