@@ -391,6 +391,41 @@ def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="
     return dict(zip(losses, totals)), norm
 
 
+class Totals:
+    """Sums of losses over steps. They stay on the device, so that nothing waits for it until `read`."""
+
+    def __init__(self, device, fp16):
+        self.fp16 = fp16  # whose scaler skips steps with a gradient that is not finite
+        self.skipped = torch.zeros((), device=device)  # so many of them in a row
+        self.clear()
+
+    def clear(self):
+        self.steps = 0
+        self.finite = 0  # steps before the first with a number that is not finite
+        self.sums = 0
+
+    def add(self, losses, norm):
+        self.names = [*losses] if self.fp16 else [*losses, "the gradient's norm"]
+        self.sums = self.sums + torch.stack([*losses.values(), norm])[: len(self.names)]
+        self.finite = self.finite + self.sums.isfinite().all()  # a sum that is not finite stays so
+        self.skipped = torch.where(norm.isfinite(), 0, self.skipped + 1)
+        self.steps += 1
+
+    def read(self):
+        """The means over these steps {name: float}, the steps before the first that was not finite, and the steps in a
+        row that fp16 has skipped. It waits for the device."""
+        means = (self.sums / self.steps).tolist()
+        return dict(zip(self.names, means)), int(self.finite), int(self.skipped)
+
+
+def mean_of_all(means):
+    """The mean over the processes of numbers by name."""
+    values = torch.tensor([*means.values()])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return dict(zip(means, (values / rank_and_world()[1]).tolist()))
+
+
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +437,21 @@ def last_checkpoint(args):
     if not last.exists() and best.exists():
         raise ValueError(f"{args.out} has no last.pt to go on from: start from {best} with --init and another --out")
     return read_checkpoint(last) if last.exists() else None
+
+
+def resumed_step(checkpoint, recipe, images):
+    """How many steps are done of a run that goes on; where the number of training images has changed, as many epochs
+    and steps of the current one as before."""
+    step = checkpoint["step"]
+    if checkpoint["training_images"] != images:
+        before = steps_of_an_epoch(checkpoint["training_images"], recipe)
+        now = steps_of_an_epoch(images, recipe)
+        step = checkpoint["epoch"] * now + min(step - checkpoint["epoch"] * before, now)
+        say(
+            f"there were {checkpoint['training_images']:,} training images and are {images:,} now: the run goes on "
+            f"with those, from step {step:,} in epoch {checkpoint['epoch'] + 1} on"
+        )
+    return step
 
 
 def settings_of(args, config, recipe, train_set):
@@ -457,48 +507,6 @@ def save(path, state):
 
 
 # ---- The story -------------------------------------------------------------------------------------------------------
-
-
-class Totals:
-    """Sums of losses over steps. They stay on the device, so that nothing waits for it until `read`."""
-
-    def __init__(self, device, fp16):
-        self.fp16 = fp16  # whose scaler skips steps with a gradient that is not finite
-        self.skipped = torch.zeros((), device=device)  # so many of them in a row
-        self.clear()
-
-    def clear(self):
-        self.steps = 0
-        self.finite = 0  # steps before the first with a number that is not finite
-        self.sums = 0
-
-    def add(self, losses, norm):
-        self.names = [*losses] if self.fp16 else [*losses, "the gradient's norm"]
-        self.sums = self.sums + torch.stack([*losses.values(), norm])[: len(self.names)]
-        self.finite = self.finite + self.sums.isfinite().all()  # a sum that is not finite stays so
-        self.skipped = torch.where(norm.isfinite(), 0, self.skipped + 1)
-        self.steps += 1
-
-    def read(self):
-        """The means over these steps {name: float}, the steps before the first that was not finite, and the steps in a
-        row that fp16 has skipped. It waits for the device."""
-        means = (self.sums / self.steps).tolist()
-        return dict(zip(self.names, means)), int(self.finite), int(self.skipped)
-
-
-def resumed_step(checkpoint, recipe, images):
-    """How many steps are done of a run that goes on; where the number of training images has changed, as many epochs
-    and steps of the current one as before."""
-    step = checkpoint["step"]
-    if checkpoint["training_images"] != images:
-        before = steps_of_an_epoch(checkpoint["training_images"], recipe)
-        now = steps_of_an_epoch(images, recipe)
-        step = checkpoint["epoch"] * now + min(step - checkpoint["epoch"] * before, now)
-        say(
-            f"there were {checkpoint['training_images']:,} training images and are {images:,} now: the run goes on "
-            f"with those, from step {step:,} in epoch {checkpoint['epoch'] + 1} on"
-        )
-    return step
 
 
 def train(args, device):
@@ -626,6 +634,7 @@ def train(args, device):
             if step % SAVE_EVERY == 0 and save_as("last.pt"):
                 saved_step = step
 
+        loaded.close()  # ends its workers
         saved = step == saved_step or save_as("last.pt")
         if problems:
             stop(problems[0], 2)
@@ -653,14 +662,6 @@ def train(args, device):
         stop(f"{trained}, but {args.out / 'last.pt'} could not be written", 1)
     if best >= 0:
         say(f"{trained}; {args.out / 'best.pt'} is the best, {best:.1f}, the mean of both AP")
-
-
-def mean_of_all(means):
-    """The mean over the processes of numbers by name."""
-    values = torch.tensor([*means.values()])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return dict(zip(means, (values / rank_and_world()[1]).tolist()))
 
 
 def check_data(args):
@@ -700,6 +701,10 @@ def main(arguments=None):
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         sys.exit(f"{error}\n--accumulate 2, --checkpoint-activations or a smaller --image-size take less memory")
+    except RuntimeError as error:
+        if not dist.is_initialized() or "closed by peer" not in str(error):
+            raise
+        sys.exit("another process of this run has died: --resume goes on from the last checkpoint")
     if dist.is_initialized():
         dist.destroy_process_group()
 

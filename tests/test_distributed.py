@@ -278,7 +278,7 @@ def test_a_second_ctrl_c_kills_processes_that_wait(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_end_with_the_death_of_one_and_save_on_a_signal(tmp_path):
+def test_two_processes_end_with_the_death_of_one_and_save_on_a_signal(tmp_path):
     folder, out = tmp_path / "data", tmp_path / "run"
     write_images(folder, "train", 2000)  # an epoch of 500 steps, so that all of this happens in it
     write_images(folder, "val", 1)
@@ -355,10 +355,19 @@ def test_a_batch_that_does_not_fit_into_shared_memory_ends_the_loading(capfd):
     assert "could not put a batch into shared memory" in capfd.readouterr().err
 
 
+USAGE = namedtuple("usage", "free")
+
+
+def test_a_damaged_first_image_is_told_where_shared_memory_is_short(monkeypatch):
+    monkeypatch.setattr(distributed.shutil, "disk_usage", lambda path: USAGE(0))
+    loader = DataLoader(Numbers(ValueError("3.png is cut")), batch_size=None, sampler=[3], num_workers=2)
+    with pytest.raises(LoadingError, match="^3.png is cut$"):
+        next(batches_of(loader))
+
+
 @pytest.mark.parametrize("free, workers", [(2**40, 4), (900_000, 2), (500_000, 1), (64_000, 0), (0, 0)])
 def test_as_many_workers_start_as_shared_memory_has_room_for(monkeypatch, capsys, free, workers):
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(distributed.shutil, "disk_usage", lambda path: usage(free))
+    monkeypatch.setattr(distributed.shutil, "disk_usage", lambda path: USAGE(free))
     distributed.warn_of_shared_memory.cache_clear()
     assert loaded(Numbers(), 4) == ([*range(8)], workers)
     said = capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_a_run_denoises_evaluates_and_trains_as_its_settings_say(folder, tmp_pat
 # ---- What people watch -----------------------------------------------------------------------------------------------
 
 
-def test_the_first_lines_tell_device_kernel_data_model_and_recipe(folder, tmp_path, score, capsys):
+def test_the_first_lines_tell_device_kernel_data_model_and_recipe(folder, tmp_path, still, capsys):
     assert train_in(folder, tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
     said = (
@@ -206,7 +206,7 @@ def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path, monkeypat
     assert seen == [("loss", 1.0, 2)]
 
 
-def test_the_progress_bar_moves_with_every_step(folder, tmp_path, monkeypatch, score):
+def test_the_progress_bar_moves_with_every_step(folder, tmp_path, monkeypatch, still):
     moved = []
     monkeypatch.setattr("tqdm.tqdm.update", lambda bar, steps=1: moved.append(steps))
     assert train_in(folder, tmp_path) == 0
@@ -235,7 +235,7 @@ def test_check_decodes_every_image_and_trains_nothing(tmp_path, capsys):
     assert "2.png" in capsys.readouterr().err
 
 
-def test_a_single_json_trains_and_holds_images_out(folder, tmp_path, score, capsys):
+def test_a_single_json_trains_and_holds_images_out(folder, tmp_path, still, capsys):
     files = "--train-json", folder / "annotations" / "instances_train.json", "--image-folder", folder / "train"
     assert exit_code(train.main, [*SMALL, *map(str, files), "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out

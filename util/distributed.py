@@ -288,11 +288,11 @@ class LoadingError(ValueError):
 
 def batches_of(loader: DataLoader) -> Iterator:
     """What the loader yields, by as many of its workers as shared memory can serve. Raises LoadingError."""
-    loader.num_workers = workers_that_fit(loader)
-    loader.worker_init_fn = prepare_worker
     problem = ""
     batches = None
     try:
+        loader.num_workers = workers_that_fit(loader)
+        loader.worker_init_fn = prepare_worker
         batches = iter(loader)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises wherever the program is just then
         yield from batches
