@@ -284,13 +284,10 @@ class Norm(nn.BatchNorm2d):
 
     def freeze(self):
         self.num_batches_tracked = None
-        self.requires_grad_(False).eval()
+        self.requires_grad_(False)
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         self.register_buffer("scale", scale[:, None, None], persistent=False)
         self.register_buffer("shift", (self.bias - self.running_mean * scale)[:, None, None], persistent=False)
-
-    def train(self, mode=True):
-        return super().train(mode and not self.frozen)
 
     def forward(self, x):
         if not self.frozen:
@@ -748,8 +745,7 @@ class DIMaskDINO(nn.Module):
     def N_mask(self, Q_bal):
         """Eq. 5.  T_g^mask = N_mask(Q_bal): what the mask of each query's object looks like, [B G C] -> [B G C].
 
-        The paper calls N_mask "the mask network" and does not say that it is another than the mask head's MLP. released
-        code: it is that one. Table 6, without guiding token generation: Q_bal.
+        released code: N_mask is the mask head's MLP, as the paper leaves open. Table 6, without guiding tokens: Q_bal.
         """
         return self.seg_head.mask_mlp(Q_bal) if self.config.gtg else Q_bal
 
@@ -757,7 +753,7 @@ class DIMaskDINO(nn.Module):
         """Eq. 6.  T_g^box = N_box(Q_bal): where each query's object is, by a three-layer MLP, [B G C] -> [B G C].
 
         released code, box_guide="box": the position embedding of box_bal [B G 4], which does not train the boxes.
-        Table 6, without guiding token generation: nothing.
+        Table 6, without guiding tokens: nothing.
         """
         if not self.config.gtg:
             return torch.zeros_like(Q_bal)

@@ -326,7 +326,7 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--ckpt", required=True, type=user_path, metavar="CKPT", help="checkpoint, such as runs/demo/best.pt")
-    named = "shapes, shapes-full, coco, bdd100k or a folder in COCO layout (that of the training)"
+    named = "shapes, coco, bdd100k or a folder in COCO layout (that of the training)"
     add_data_flags(add, help=named)
     add("--layers", action="store_true", help="AP at every decoder layer, the initial prediction (layer 0) first")
     add("--per-class", action="store_true", help="AP of each class as well")

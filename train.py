@@ -201,9 +201,7 @@ def parse_training(arguments, description=""):
     positive = at_least(1)
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    named = (
-        "shapes, shapes-full, coco, bdd100k, or a folder as COCO, Roboflow, CVAT or Label Studio lay it out (shapes)"
-    )
+    named = "shapes, coco, bdd100k, or a folder as COCO, Roboflow, CVAT or Label Studio lay it out (shapes)"
     add_data_flags(add, help=named)
     outright = "COCO json of the training images, in place of --data; without --val-json every tenth image is held out"
     add("--train-json", type=user_path, metavar="FILE", help=outright)
@@ -250,6 +248,8 @@ def open_data(args, recipe):
         if sound := data.require_sound(dataset, f"{split} images of {args.data}", decode=args.check):
             say(sound)
     data.require_same_classes(train_set.classes, val_set.classes, "the training json", "that for validation")
+    if seen := data.seen_in_training(train_set, val_set):
+        say(seen)
     queries = choose_config(args, len(train_set.classes)).selection[-1]
     crowded = sum(len(objects) > queries for objects in train_set.annotations.values())
     if crowded:
@@ -619,7 +619,8 @@ def train(args, device):
                     stop(f"fp16 trains nothing: {told}. --amp bf16 or off may help", 1)
                 seconds = time.perf_counter() - since
                 lr = recipe.lr * rate
-                log.training(step, mean_of_all(means), lr, recipe.batch_size, seconds / totals.steps, waited / seconds)
+                means = mean_of_all({name: means[name] for name in losses})
+                log.training(step, means, lr, recipe.batch_size, seconds / totals.steps, waited / seconds)
                 totals.clear()
                 waited, since = 0.0, time.perf_counter()
             if step % SAVE_EVERY == 0 and save_as("last.pt"):

@@ -56,14 +56,17 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
     if not categories:
         report.fatal["no categories"].append(f"images in {folder}")
     _tell_apart(categories.values(), report)
-    _find_files(images, FileNames(folder), bool(annotations), report)
+    _find_files(images, FileNames(folder), report)
+    if annotations:
+        _merge(images, report)
     if 0 in annotations:  # pycocotools takes a match with annotation 0 for no match
         annotations[0]["id"] = max(annotations) + 1
+    known = shortened([str(category_id) for category_id in categories])
     objects, boxes = [], []  # boxes: around the masks
     for one in annotations.values():
         where = f"annotation {one['id']}"
         if one["category_id"] not in categories:
-            report.fatal["category_id not among the categories"].append(f"{where} ({one['category_id']})")
+            report.fatal[f"category_id not among the categories, {known}"].append(f"{where} ({one['category_id']})")
             continue
         if one["image_id"] not in images:
             report.warnings["annotations of unknown images"].append(f"{where} (image {one['image_id']})")
@@ -142,34 +145,37 @@ def _tell_apart(categories, report):
             report.warnings["classes of one name, told apart by their ids"].append(category["name"])
 
 
-def _find_files(images, files, merge, report):
-    """Give each image its file's own name, and replace those that cannot be used by None.
-
-    merge: let the ids of one file all lead to the image with the first of them, as each lacks the others' objects.
-    """
-    by_file = {}
+def _find_files(images, files, report):
+    """Give each image its file's own name, and replace those that cannot be used by None."""
     for image_id, image in images.items():
         where = f"image {image_id} ({image['file_name']})"
         name = files.inside(image["file_name"])
         parts = PureWindowsPath(name)  # its rules cover all separators and drives
-        images[image_id] = None
         if not 0 <= image_id < 2**63 or image["width"] < 1 or image["height"] < 1:
             report.fatal["images with an id that is negative or too long, or without pixels"].append(where)
         elif parts.anchor or ".." in parts.parts:
             report.fatal["paths that leave the image folder"].append(where)
-        elif not (found := files(name)):
-            places = report.fatal[f"files missing in {files.folder}"]
-            near = None if places else files.nearest(name)  # which compares all names
-            places.append(where + (f", the nearest is {near}" if near else ""))
-        else:
+        elif found := files(name):
             if found != name:
                 report.warnings["files whose names only look as in the json"].append(f"{where}: {found}")
             image["file_name"] = Path(found).as_posix()  # a.png for ./a.png
-            first = by_file.setdefault(image["file_name"], image)
-            images[image_id] = first if merge else image
-            if merge and first is not image:
+            continue
+        else:
+            places = report.fatal[f"files missing in {files.folder}"]
+            near = None if places else files.nearest(name)  # which compares all names
+            places.append(where + (f", the nearest is {near}" if near else ""))
+        images[image_id] = None
+
+
+def _merge(images, report):
+    """Let all ids of one file lead to the image with the first of them, as each lacks the others' objects."""
+    by_file = {}
+    for image_id, image in images.items():
+        if image:
+            first = images[image_id] = by_file.setdefault(image["file_name"], image)
+            if first is not image:
                 problem = "files with several ids, taken as one image with the objects of all"
-                report.warnings[problem].append(f"{found} ({first['id']} and {image_id})")
+                report.warnings[problem].append(f"{image['file_name']} ({first['id']} and {image_id})")
 
 
 # ---- Masks -----------------------------------------------------------------------------------------------------------
@@ -187,7 +193,7 @@ def compressed(segmentation, height: int, width: int) -> dict:
 
 def _segmentation(given, height, width):
     """What is usable of a segmentation, or None, and what is wrong with it, or None."""
-    if not given:
+    if not given or given == [[]] or isinstance(given, float):  # NaN in place of what is missing
         return None, NO_MASK
     if isinstance(given, dict):
         return _runs(given, height, width)

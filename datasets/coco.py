@@ -64,7 +64,7 @@ class CocoDataset(Dataset):
         self.image_ids = sorted(i for i in self.images if self.annotations[i] or not training)
         if not self.image_ids:
             self.report.fatal["no images with objects" if training else "no images"].append(f"in {folder}")
-        elif not self.annotated:
+        if not self.annotated:
             self.report.warnings["no usable annotations: objects can be found, but no AP measured"].append(
                 f"in {folder}"
             )
@@ -106,12 +106,15 @@ def read_record(folder: Path, record: dict) -> Image.Image:
     """The image of a json's record as upright RGB. ValueError if it cannot be read or its size is not as recorded."""
     path = folder / record["file_name"]
     image = read_image(path)
-    if image.size != (record["width"], record["height"]):
-        raise ValueError(
-            f"{path} (image {record['id']}) is {image.width} x {image.height} once upright, "
-            f"the json says {record['width']} x {record['height']}"
-        )
-    return image
+    width, height = record["width"], record["height"]
+    if image.size == (width, height):
+        return image
+    said = (
+        f"{path} (image {record['id']}) is {image.width} x {image.height} once upright, the json has {width} x {height}"
+    )
+    if image.size == (height, width):
+        said += ": if it was labelled lying on its side, take out its EXIF orientation"
+    raise ValueError(said)
 
 
 def _mask(segmentation, geometry, height, width):
@@ -215,12 +218,13 @@ def require_same_classes(ours: list[str], theirs: list[str], who: str, whose: st
     raise ValueError(f"{who} has other classes ({len(ours)}) than {whose} ({len(theirs)}): {said}")
 
 
-def seen_in_training(train_set: CocoDataset, val_set: CocoDataset) -> list[str]:
-    """Names of the validation images whose files, byte by byte, are those of training images."""
+def seen_in_training(train_set: CocoDataset, val_set: CocoDataset) -> str:
+    """What to say of validation images whose files, byte by byte, are those of training images; "" if none is."""
     train, val = _files(train_set), _files(val_set)
     alike = {*train.values()} & {*val.values()}
     seen = {_digest(path) for path, key in train.items() if key in alike}
-    return [path.name for path, key in val.items() if key in alike and _digest(path) in seen]
+    names = [path.name for path, key in val.items() if key in alike and _digest(path) in seen]
+    return f"warning: validation images that are training images ({len(names):,}): {shortened(names)}" if names else ""
 
 
 def _files(dataset):

@@ -9,7 +9,7 @@ import difflib
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -60,9 +60,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     except Exception:  # metadata that are damaged beyond reading
         turn = None
     if image.mode == "F" or image.mode.startswith("I"):
-        if image.mode == "F" or image.getextrema()[1] > 65535:
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError("no rule says which value of 32 bits is white: save it with 8 or 16 bits a channel")
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = Image.fromarray((values // 257).astype(np.uint8))
     image = image.convert("RGB")
     return image.transpose(turn) if turn else image
 
@@ -70,7 +71,6 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 # ---- Images among files ----------------------------------------------------------------------------------------------
 
 DATA_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows their names alone
-SIGNED_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # known by their first bytes
 
 
 def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
@@ -81,20 +81,15 @@ def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
     or left there by a system or a notebook, are passed over and told on stderr. The folder `beside`, where results
     are written, is left out of folders that it lies in. Raises ValueError for a folder that holds no image.
     """
-    suffixes = {
-        suffix
-        for suffix, name in Image.registered_extensions().items()
-        if name in Image.OPEN and name not in DATA_FORMATS
-    }
     found = {}
     for path in paths:
         if not path.is_dir():
             found.setdefault(path.resolve(), (Path(path.name), path))
             continue
-        files = files_in(path)
+        files = list(_files_in(path))
         if path.resolve() in beside.resolve().parents:
             files = [file for file in files if beside.resolve() not in file.resolve().parents]
-        images = [file for file in files if not _is_litter(file.relative_to(path)) and _is_image(file, suffixes)]
+        images = [file for file in files if _is_image(file, path)]
         others = sorted(str(file.relative_to(path)) for file in set(files) - set(images))
         said = f"passed over {len(others):,}, which are no images: {shortened(others)}"
         if not images:
@@ -109,22 +104,22 @@ def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
     return {name.as_posix(): path for name, path in found.values()}
 
 
-def _is_litter(path):
-    """Whether systems or notebooks made a file: .DS_Store, ._a.jpg, .ipynb_checkpoints/, __MACOSX/, @eaDir/."""
-    return any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in path.parts)
-
-
-def _is_image(path, suffixes):
-    if not path.is_file() or path.suffix.lower() in suffixes:
-        return path.is_file()
+def _is_image(path, folder):
+    """Whether Pillow reads a file, by its suffix or content, that no system or notebook has left there."""
+    parts = path.relative_to(folder).parts
+    if not path.is_file() or any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in parts):
+        return False
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind in Image.OPEN and kind not in DATA_FORMATS:
+        return True
     try:
-        with Image.open(path, formats=SIGNED_FORMATS):
-            return True
+        with Image.open(path) as image:
+            return image.format not in DATA_FORMATS
     except Exception:  # see read_image
         return False
 
 
-def files_in(folder: Path) -> Iterator[Path]:
+def _files_in(folder):
     """All files of a folder and of those in it, through links, in the order of their names."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -175,8 +170,9 @@ class FileNames:
         return name
 
     def nearest(self, name: str) -> str | None:
-        """The most similar name of a file in the same folder."""
-        listing = self._listing((self.folder / name).parent)
+        """The most similar name in the folder that a name leads to."""
+        parent = (self.folder / name).parent
+        listing = self._listing(parent if parent.is_dir() else self.folder)
         near = difflib.get_close_matches(_look(Path(name).name), listing, 1)
         return listing[near[0]][0] if near else None
 

@@ -123,8 +123,8 @@ def _found(path, folder, images, shared, warnings):
 
 def _read_coco(path):
     coco = _read_json(path)
-    if isinstance(coco, dict):
-        coco["annotations"] = coco.get("annotations", [])  # a test set has none
+    if isinstance(coco, dict) and coco.get("annotations") is None:
+        coco["annotations"] = []  # a test set
     for key in ("images", "annotations", "categories"):
         if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
             raise ValueError(f"{path} is no COCO json: it has no list named {key}")

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as nnf
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import register_flop_formula
 
 HERE = Path(__file__).parent
 STAMP = HERE / "build/stamp.json"  # written by build.py: the library's name, and what it was built for and from
@@ -44,8 +45,7 @@ def deform_attn(value, level_shapes, reference, offsets, logits):
     Sums are kept in float32 (float64 for float64), to which all but `value` are cast. Under autocast `value` is cast
     to autocast's type. ValueError names the argument whose shape, type or device is wrong. On a GPU, call it once
     before a graph is captured, as PyTorch asks of all that is captured: the first call checks the kernel. The CUDA
-    kernel takes up to 64 levels, 4096 points, 65,535 images and heads, and 2^29 queries and tokens, counted over
-    images and heads, and says so beyond.
+    kernel takes up to 64 levels and 65,535 images and heads, and says so beyond.
     """
     _check(value, level_shapes, reference, offsets, logits)
     device = value.device
@@ -61,8 +61,18 @@ def deform_attn(value, level_shapes, reference, offsets, logits):
 
 def deform_attn_pytorch(value, level_shapes, reference, offsets, logits):
     """The specification of `deform_attn`; all but the value are already in the type of the sums."""
-    weights = logits.flatten(3).softmax(-1).view(logits.shape)
-    return sample(value, level_shapes, locate(level_shapes, reference, offsets), weights)
+    B, _, h, c = value.shape
+    Q, L, P = offsets.shape[1], len(level_shapes), offsets.shape[4]
+    locations = locate(level_shapes, reference, offsets).clamp(-1, 2)  # all of that is outside, infinity too
+    levels = value.to(logits.dtype).split([H * W for H, W in level_shapes], 1)
+    samples = []
+    for level, (H, W) in enumerate(level_shapes):
+        image = levels[level].permute(0, 2, 3, 1).reshape(B * h, c, H, W)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(B * h, Q, P, 2)
+        samples.append(nnf.grid_sample(image, grid, align_corners=False))
+    weights = logits.flatten(3).softmax(-1).transpose(1, 2).reshape(B * h, 1, Q, L * P)
+    output = (torch.cat(samples, -1) * weights).sum(-1)  # [B*h c Q]
+    return output.view(B, h * c, Q).transpose(1, 2).to(value.dtype)
 
 
 def locate(level_shapes, reference, offsets):
@@ -72,34 +82,6 @@ def locate(level_shapes, reference, offsets):
         return reference[:, None, None, None] + offsets / torch.cat(sides).view(-1, 1, 2)
     center, size = reference[:, :, None, None, None].chunk(2, -1)
     return center + offsets * size * (0.5 / offsets.shape[4])
-
-
-def sample(value, level_shapes, locations, weights):
-    """The sum of what `value` is at the locations, by the weights [B Q h L P]."""
-    B, N, h, c = value.shape
-    Q, P = locations.shape[1], locations.shape[4]
-    table = value.to(locations.dtype).reshape(B * N * h, c)
-    image = torch.arange(B, device=value.device, dtype=torch.int32).view(B, 1, 1, 1)
-    head = torch.arange(h, device=value.device, dtype=torch.int32).view(h, 1)
-    output = table.new_zeros(B * Q * h, c)
-    start = 0
-    for level, (H, W) in enumerate(level_shapes):
-        x = (locations[:, :, :, level, :, 0] * W - 0.5).clamp(-2, W)  # [B Q h P] in pixels
-        y = (locations[:, :, :, level, :, 1] * H - 0.5).clamp(-2, H)
-        left, top = x.detach().floor(), y.detach().floor()
-        rows, shares = [], []
-        for line, share_y in ((top, top + 1 - y), (top + 1, y - top)):
-            for column, share_x in ((left, left + 1 - x), (left + 1, x - left)):
-                inside = (column >= 0) & (column < W) & (line >= 0) & (line < H)
-                token = start + torch.where(inside, line.int() * W + column.int(), 0)
-                rows.append((image * N + token) * h + head)
-                shares.append(weights[:, :, :, level] * share_x * share_y * inside)
-        rows, shares = torch.stack(rows, -1), torch.stack(shares, -1)  # [B Q h P 4]
-        output = output + nnf.embedding_bag(
-            rows.view(B * Q * h, 4 * P), table, mode="sum", per_sample_weights=shares.view(B * Q * h, 4 * P)
-        )
-        start += H * W
-    return output.view(B, Q, h * c).to(value.dtype)
 
 
 def status(device=None, dtype=torch.float32):
@@ -194,6 +176,14 @@ def _load():
             offsets.new_empty(offsets.shape),
             logits.new_empty(logits.shape),
         )
+
+    @register_flop_formula(torch.ops.deform_attn.forward)
+    def _(value, level_shapes, reference, offsets, *_, **__):  # a sample reads four corners
+        return 4 * 2 * value[-1] * math.prod(offsets[:-1])
+
+    @register_flop_formula(torch.ops.deform_attn.backward)
+    def _(grad_output, value, level_shapes, reference, offsets, *_, **__):  # two products with each corner
+        return 4 * 4 * value[-1] * math.prod(offsets[:-1])
 
     return {"cpu": "", "cuda": stamp["cuda"]}
 

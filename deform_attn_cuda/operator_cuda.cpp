@@ -23,14 +23,12 @@ using at::Tensor;
 
 CudaProblem problem_of(const Tensor& value, IntArrayRef level_shapes, const Tensor& reference, const Tensor& offsets) {
   const int64_t B = value.size(0), N = value.size(1), h = value.size(2), c = value.size(3);
-  const int64_t Q = offsets.size(1), L = offsets.size(3), P = offsets.size(4), limit = 1 << 29;
-  TORCH_CHECK_VALUE(L <= MAX_LEVELS, "deform_attn: level_shapes hold ", L, " levels, the CUDA kernel takes ",
-                    MAX_LEVELS);
-  TORCH_CHECK_VALUE(B <= MAX_BLOCKS && h <= MAX_BLOCKS && h * c < limit && P <= 4096 && B * h * (Q + 1) < limit &&
-                    B * N * h < limit && N * h * c < 8 * limit, "deform_attn: value ", value.sizes(), " with offsets ",
-                    offsets.sizes(), " is too large for the CUDA kernel");
-  const int64_t sizes[] = {B, N, h, c, Q, L, P, reference.dim() == 3};
-  return deform_attn::problem_of(sizes, level_shapes.data());
+  const int64_t Q = offsets.size(1), L = offsets.size(3), P = offsets.size(4);
+  TORCH_CHECK_VALUE(L <= MAX_LEVELS && B <= MAX_BLOCKS && h <= MAX_BLOCKS && h * c < INT32_MAX && L * P < INT32_MAX &&
+                    Q < INT32_MAX, "deform_attn: value ", value.sizes(), " with offsets ", offsets.sizes(),
+                    " is too large for the CUDA kernel, which takes ", MAX_LEVELS, " levels and ", MAX_BLOCKS,
+                    " images and heads");
+  return deform_attn::problem_of(B, N, h, c, Q, L, P, reference.dim() == 3, level_shapes.data());
 }
 
 template <typename V, typename A>

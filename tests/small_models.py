@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from dimaskdino import Config, DIMaskDINO
 from losses import Criterion, denoising_queries
-from util.recipe import Recipe
+from train import Recipe
 
 law = settings(deadline=None, max_examples=25)
 

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import train
-from datasets import coco as data
-from util.flags import parse_training
+from datasets import collate
+from dimaskdino import DIMaskDINO
+from losses import Criterion
 from util.weights import read_checkpoint
 
 FLAGS = (
@@ -54,9 +55,14 @@ def write_images(folder, split, count, classes=("box", "plate", "tile")):
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
+def flags_of(folder, out, *more):
+    """Flags of a small run; later ones override those of SMALL."""
+    return [*SMALL, "--data", str(folder), "--out", str(out), *map(str, more)]
+
+
 def train_in(folder, out, *more):
-    """The exit code of train.py, in this process; later flags override those of SMALL."""
-    return exit_code(train.main, [*SMALL, "--data", str(folder), "--out", str(out), *map(str, more)])
+    """The exit code of train.py, in this process."""
+    return exit_code(train.main, flags_of(folder, out, *more))
 
 
 def exit_code(action, *arguments):
@@ -65,11 +71,6 @@ def exit_code(action, *arguments):
     except SystemExit as end:
         return end.code
     return 0
-
-
-def new_run(folder, out, *more):
-    args = parse_training([*SMALL, "--data", str(folder), "--out", str(out), *map(str, more)], "")
-    return train.Run(args, torch.device("cpu"))
 
 
 def log_of(out):
@@ -84,7 +85,32 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- Gradients that can be compared ----------------------------------------------------------------------------------
+# ---- Single steps ----------------------------------------------------------------------------------------------------
+
+
+class Steps:
+    """A small model and what a step of it needs, with the losses and the gradient of the last one."""
+
+    def __init__(self, amp="off", **recipe):
+        args = train.parse_training(SMALL)
+        self.recipe = train.choose_recipe(args).replace(**recipe)
+        torch.manual_seed(0)
+        self.model = DIMaskDINO(train.choose_config(args, 3)).train()
+        self.parallel = self.model
+        self.criterion = Criterion(self.recipe)
+        self.optimizer = train.make_optimizer(self.model, self.recipe)
+        self.amp = amp
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=128.0, enabled=amp == "fp16")
+        self.optimizer.register_step_pre_hook(self.look)
+
+    def look(self, *_):
+        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+
+    def __call__(self, *micro_batches):
+        self.losses, self.norm = train.train_step(
+            self.parallel, self.criterion, self.optimizer, self.scaler, micro_batches, self.recipe, self.amp
+        )
+        return self
 
 
 @contextlib.contextmanager
@@ -101,29 +127,26 @@ def without_chance():
         yield
 
 
-def gradients_of(run, parts):
-    """The gradients of one step as one vector. Batch statistics are fixed, as they depend on how a batch is divided."""
-    run.model.train()
-    run.model.backbone.eval()
-    run.model.zero_grad()
-    with without_chance():
-        train.gradients(run, parts)
-    return torch.cat([p.grad.flatten() for p in run.model.parameters()])
-
-
-def gradient_run(folder, out, *more):
-    """A run whose gradients can be compared.
+def comparable():
+    """Steps whose gradients can be compared, whole and unclipped.
 
     In a fresh model, boxes and sampling points lie exactly on edges and centres of pixels, as the targets do. There the
     losses and bilinear interpolation have kinks, so the last bit decides between two gradients. Moving the weights a
     little avoids that. The images have 128 px, as the coarsest level of 64 px is a single pixel: GroupNorm over two
-    channels makes 1 and -1 of it, however nearly equal they are.
+    channels makes 1 and -1 of it, however nearly equal they are. Batch statistics are fixed, as they depend on how a
+    batch is divided.
     """
-    run = new_run(folder, out, "--image-size", 128, *more)
+    steps = Steps(clip=1e9, image_size=128)
     with torch.no_grad():
-        for parameter in run.model.parameters():
+        for parameter in steps.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return run
+    steps.model.backbone.eval()
+    return steps
+
+
+def gradient_of(steps, *micro_batches):
+    with without_chance():
+        return steps(*micro_batches).gradient
 
 
 def assert_same_gradient(a, b):
@@ -131,8 +154,14 @@ def assert_same_gradient(a, b):
     assert (a - b).norm() < 1e-5 * b.norm()
 
 
-def parts_of(run, *parts):
-    return [data.collate([run.train_set[i] for i in part]) for part in parts]
+def open_training(folder, *more):
+    """The training set of a small run."""
+    args = train.parse_training(flags_of(folder, "unused", *more))
+    return train.open_data(args, train.choose_recipe(args))[0]
+
+
+def batch_of(dataset, *indices):
+    return collate([dataset[i] for i in indices])
 
 
 # Images 0, 3, 6 and 9 hold two objects each, so that every division makes as many groups of denoising queries.

@@ -67,7 +67,7 @@ def opened(folder, geometry=identity, training=False):
     return open_dataset(Source(str(folder)), "val", geometry, training)
 
 
-def said(dataset, decode=True):
+def said(dataset, decode=False):
     """What is said of a data set, and whether a fault would stop a run."""
     try:
         return data.require_sound(dataset, "it", decode), False
@@ -107,23 +107,6 @@ def test_every_annotation_of_coco_loads_as_pycocotools_decodes_it(annotated, spl
         right, bottom = (-(-side // 32) * 32 for side in image.shape[:0:-1])
         boxes = np.stack(((x + w / 2) / right, (y + h / 2) / bottom, w / right, h / bottom), 1)
         assert np.allclose(target["boxes"], boxes, atol=1e-6)
-
-
-def test_flips_undone_leave_a_coco_mask_within_its_outline(annotated):
-    _, dataset = annotated("val")
-    for annotation in dataset.json["annotations"][:100]:
-        height, width = (dataset.images[annotation["image_id"]][side] for side in ("height", "width"))
-        if isinstance(annotation["segmentation"], dict):
-            continue
-        turn = Geometry((width, height), (width, height), (0, 0), True, True, True)
-        plain, turned = (
-            geometry.polygons(annotation["segmentation"], height, width).astype(int)
-            for geometry in (identity(None, width, height), turn)
-        )
-        back = turned[::-1, ::-1].T
-        edges = sum(abs(np.diff(np.pad(plain, 1), axis=axis)).sum() for axis in (0, 1))
-        # pycocotools' rasteriser rounds down, so a mirrored outline may move by a fifth of a pixel.
-        assert abs(back - plain).sum() <= 0.3 * edges
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
@@ -168,8 +151,8 @@ def test_an_unreadable_image_is_named_and_no_other_is_affected(tmp_path, content
     with pytest.raises(ValueError, match="a.png"):
         dataset[0]
     assert dataset[1][0].shape == (3, 60, 80)
-    assert said(dataset, decode=False) == ("", False)
-    text, stops = said(dataset)
+    assert said(dataset) == ("", False)
+    text, stops = said(dataset, decode=True)
     assert stops and "a.png" in text
 
 
@@ -315,7 +298,7 @@ def test_ground_truth_is_complete_for_evaluation(tmp_path):
     assert (second["area"], second["bbox"]) == (1.5, [11, 22, 18, 17])
 
 
-def test_the_random_stream_of_a_sample_depends_on_seed_epoch_and_image_alone(tmp_path):
+def test_the_chance_of_a_sample_depends_on_seed_epoch_and_image_alone(tmp_path):
     images = [(i, f"{i}.png") for i in range(1, 7)]
 
     def drawn(epoch, seed, first=0, **loading):
@@ -360,7 +343,7 @@ def segmentation(value):
 
 
 FATAL = {
-    "unknown category": (annotation(category_id=91), "annotation 100 (91)"),
+    "unknown category": (annotation(category_id=91), "the categories, 7, 3 (1): annotation 100 (91)"),
     "annotation id twice": ({"annotations": annotation()["annotations"] * 2}, "annotation 100"),
     "image id twice": ({"images": image()["images"] * 2}, "image 1"),
     "category id twice": ({"categories": [{"id": 7, "name": "cat"}] * 2}, "category 7"),
@@ -387,6 +370,8 @@ WARNING = {
     "unknown image": (annotation(image_id=9), "unknown images"),
     "no segmentation": (segmentation(None), "without a mask"),
     "empty segmentation": (segmentation([]), "without a mask"),
+    "empty polygon": (segmentation([[]]), "without a mask"),
+    "segmentation of an empty cell": (segmentation(float("nan")), "without a mask"),
     "polygon of two points": (segmentation([[1, 2, 3, 4]]), "less than three points"),
     "polygon of an odd length": (segmentation([SQUARE[:7]]), "less than three points"),
     "polygon that is not finite": (segmentation([[*SQUARE[:7], float("nan")]]), "not finite"),
@@ -421,14 +406,14 @@ WARNING = {
 
 @pytest.mark.parametrize(("fault", "words"), [pytest.param(*case, id=name) for name, case in FATAL.items()])
 def test_a_fault_that_must_stop_a_run_is_found_and_named(tmp_path, fault, words):
-    text, stops = said(opened(write(tmp_path, [{}], **fault)), decode=False)
+    text, stops = said(opened(write(tmp_path, [{}], **fault)))
     assert stops and words in text
 
 
 @pytest.mark.parametrize(("fault", "words"), [pytest.param(*case, id=name) for name, case in WARNING.items()])
 def test_a_fault_that_can_be_left_out_is_told_by_its_cause_and_left_out(tmp_path, fault, words):
     dataset = opened(write(tmp_path, [], **fault))
-    text, stops = said(dataset, decode=False)
+    text, stops = said(dataset)
     (line,) = (line for line in text.splitlines() if "annotation 100" in line)
     assert not stops and words in line
     for whole in dataset.json["annotations"]:
@@ -528,7 +513,8 @@ def test_validation_images_that_are_training_images_are_found(tmp_path):
     Image.new("RGB", (80, 60), (90, 90, 91)).save(val.folder / "a.png")
     (train.folder / "b.png").rename(train.folder / "c.png")
     train.images[2]["file_name"] = "c.png"
-    assert data.seen_in_training(train, val) == ["b.png"]
+    assert data.seen_in_training(train, val).endswith("(1): b.png")
+    assert data.seen_in_training(train, opened(write(tmp_path, [], [], images=[]))) == ""
 
 
 def test_classes_of_one_name_are_told_apart(tmp_path):
@@ -596,7 +582,7 @@ def test_more_objects_in_an_image_than_ap_counts_are_reported(tmp_path):
 
 
 def test_sound_data_has_nothing_to_report(tmp_path):
-    assert said(opened(write(tmp_path, [{}, {"segmentation": compressed(MASK)}]))) == ("", False)
+    assert said(opened(write(tmp_path, [{}, {"segmentation": compressed(MASK)}])), decode=True) == ("", False)
 
 
 def test_all_problems_are_counted_and_the_first_five_shown(tmp_path):
@@ -767,7 +753,7 @@ def test_a_file_that_is_no_json_of_bdd100k_is_named(tmp_path, content):
 def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path):
     write_bdd100k(tmp_path / "bdd100k")
     dataset = open_dataset(Source("bdd100k", str(tmp_path)), "val", identity, training=False)
-    assert not said(dataset)[1] and len(dataset) == 2
+    assert not said(dataset, decode=True)[1] and len(dataset) == 2
     assert dataset.classes == ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
     assert sorted((a["category_id"], a["iscrowd"]) for a in dataset.json["annotations"]) == sorted(
         expected for *_, expected in BDD100K_OBJECTS if expected
@@ -817,7 +803,7 @@ def test_other_data_have_their_validation_images_for_a_test_split(tmp_path):
 
 def test_masks_of_shapes_are_what_can_be_seen_and_nothing_is_wrong(tmp_path, few):
     dataset = made(tmp_path)
-    assert said(dataset) == ("", False)
+    assert said(dataset, decode=True) == ("", False)
     for pixels, target in dataset:
         assert pixels.shape == (3, 128, 128) and len(target["labels"]) <= 4
         assert target["masks"].sum(0).max() <= 1  # no pixel belongs to two objects
@@ -844,22 +830,12 @@ def test_processes_that_make_one_split_at_a_time_end_with_a_whole_one(tmp_path, 
     with ProcessPoolExecutor(2) as pool:
         assert [len(dataset) for dataset in pool.map(made, [tmp_path] * 2)] == [20, 20]
     assert sorted(path.name for path in (tmp_path / "shapes").iterdir()) == ["annotations", "test"]
-    assert said(made(tmp_path)) == ("", False)
+    assert said(made(tmp_path), decode=True) == ("", False)
 
 
-AREAS = {  # of the outlines at radius 1, by geometry
-    "disk": np.pi,
-    "square": 2,
-    "triangle": 3 * 3**0.5 / 4,
-    "star": 5 * 0.42 * np.sin(np.pi / 5),
-    "ring": np.pi * (1 - 0.25),
-    "cross": 20 / 10,
-    "bar": 4 * 0.22,
-}
-
-
-@pytest.mark.parametrize("name", AREAS)
-def test_outlines_enclose_the_area_that_geometry_gives_them(name):
-    y, x = np.mgrid[-1.2:1.2:0.005, -1.2:1.2:0.005]
-    inside = shapes.OUTLINES[name](x, y) < 0
-    assert inside.sum() * 0.005**2 == pytest.approx(AREAS[name], rel=0.01)  # the grid's error
+def test_the_first_held_out_images_are_those_that_earlier_curves_are_of(tmp_path, few):
+    dataset = made(tmp_path, "val")
+    objects = [(a["image_id"], a["category_id"]) for a in dataset.json["annotations"]]
+    assert objects[:4] == [(1, 2), (2, 17), (2, 19), (3, 5)]
+    areas = [a["area"] for a in dataset.json["annotations"]]
+    assert areas[:4] == pytest.approx([736, 1366, 467, 993], abs=2)  # another machine may round a pixel differently

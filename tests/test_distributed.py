@@ -1,39 +1,60 @@
 """What util/distributed.py promises, and that two processes compute what one does."""
 
+import contextlib
+import errno
 import math
+import multiprocessing
 import os
 import platform
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 from subprocess import PIPE
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 import evaluate
 import train
 from small_runs import (
     FOUR,
-    SMALL,
     assert_same_gradient,
+    batch_of,
+    comparable,
     exit_code,
-    gradient_run,
-    gradients_of,
+    flags_of,
+    gradient_of,
     log_of,
-    new_run,
-    parts_of,
     write_images,
 )
 from util import distributed
+from util.distributed import LoadingError, batches_of
 from util.weights import read_checkpoint
 
 HERE = Path(__file__).parents[1]
 
+
 # ---- Many processes --------------------------------------------------------------------------------------------------
+
+
+def without_objects(batch):
+    for target in batch[1]:
+        target.update({name: target[name][:0] for name in ("labels", "boxes", "masks")})
+    return batch
+
+
+def images_of(folder):
+    """The training set and the validation set."""
+    args = train.parse_training(flags_of(folder, "unused", "--image-size", 128))
+    return train.open_data(args, train.choose_recipe(args))
 
 
 def two_processes(rank, threads, folder, out):
@@ -41,26 +62,45 @@ def two_processes(rank, threads, folder, out):
     torch.set_num_threads(threads)  # as many as in the process that compares: sums come out alike
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
     dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
-    run = gradient_run(folder, out / "unused")
-    run.parallel = torch.nn.parallel.DistributedDataParallel(run.model)
+    images, val_set = images_of(folder)
+    steps = comparable()
+    steps.parallel = DistributedDataParallel(steps.model)
+    start = steps.model.state_dict()
+    start = {name: x.clone() for name, x in start.items()}
+    seen = {}
     mine = FOUR[2 * rank : 2 * rank + 2]
-    seen = {"shared": gradients_of(run, parts_of(run, mine))}
-    seen["in parts"] = gradients_of(run, parts_of(run, mine[:1], mine[1:]))
-    part = parts_of(run, FOUR[:2])
-    for target in part[0][1] if rank == 1 else ():
-        target.update({name: target[name][:0] for name in ("labels", "boxes", "masks")})
-    seen["one without objects"] = gradients_of(run, part)
-    metrics, results = evaluate.evaluate(run.model, run.val_set, run.device)
-    seen.update(metrics=metrics, results=results)
-    run.parallel.train()(part[0][0] // (rank + 1))
-    seen["own statistics"] = torch.cat([buffer.flatten() for buffer in run.model.buffers()])
-    distributed.share_statistics(run.model)
-    seen["shared statistics"] = torch.cat([buffer.flatten() for buffer in run.model.buffers()])
-    criterion = run.criterion.forward
+    micro_batches = {
+        "shared": [batch_of(images, *mine)],
+        "in micro-batches": [batch_of(images, i) for i in mine],
+        "one without objects": [batch_of(images, *FOUR[:2])],
+    }
     if rank == 1:
-        run.criterion.forward = lambda *args: {name: loss * math.nan for name, loss in criterion(*args).items()}
-    train.update(run, train.gradients(run, part), part)
-    seen["end"] = exit_code(train.arrived, run)
+        without_objects(micro_batches["one without objects"][0])
+    for how, batches in micro_batches.items():
+        steps.model.load_state_dict(start)
+        seen[how] = gradient_of(steps, *batches)
+    steps.model.load_state_dict(start)
+    seen["metrics"], seen["results"] = evaluate.evaluate(steps.model, val_set, torch.device("cpu"))
+    steps.parallel.train()(micro_batches["shared"][0][0])
+    seen["own statistics"] = torch.cat([buffer.flatten() for buffer in steps.model.buffers()])
+    distributed.share_statistics(steps.model)
+    seen["shared statistics"] = torch.cat([buffer.flatten() for buffer in steps.model.buffers()])
+
+    # a run, whose criterion gives NaN in process 1 at the third step
+    seeds, step, criterion = [], train.train_step, train.Criterion.forward
+
+    def watched(*arguments):
+        seeds.append(torch.initial_seed())
+        return step(*arguments)
+
+    def poisoned(self, *arguments):
+        losses = criterion(self, *arguments)
+        return {name: x * math.nan if (rank, len(seeds)) == (1, 3) else x for name, x in losses.items()}
+
+    train.train_step, train.Criterion.forward = watched, poisoned
+    args = train.parse_training(flags_of(folder, out / "run"))
+    seen["end"] = exit_code(train.train, args, torch.device("cpu"))
+    seen["seeds"] = seeds
     torch.save(seen, out / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -73,42 +113,50 @@ def pair(folder, tmp_path_factory):
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("how", ["shared", "in parts"])
-def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(folder, tmp_path, pair, how):
-    run = gradient_run(folder, tmp_path)
-    whole = gradients_of(run, parts_of(run, FOUR))
+@pytest.fixture(scope="module")
+def sets(folder):
+    return images_of(folder)
+
+
+@pytest.mark.parametrize("how", ["shared", "in micro-batches"])
+def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(sets, pair, how):
+    whole = gradient_of(comparable(), batch_of(sets[0], *FOUR))
     assert torch.equal(pair[0][how], pair[1][how])
     assert_same_gradient(pair[0][how], whole)
 
 
-def test_a_process_without_objects_neither_hangs_nor_skews_the_gradient(folder, tmp_path, pair):
-    run = gradient_run(folder, tmp_path)
-    parts = parts_of(run, FOUR[:2], FOUR[:2])
-    for target in parts[1][1]:
-        target.update({name: target[name][:0] for name in ("labels", "boxes", "masks")})
-    # Two parts rather than one batch: an image without objects beside others takes part in their denoising groups.
-    assert_same_gradient(pair[0]["one without objects"], gradients_of(run, parts))
+def test_a_process_without_objects_neither_hangs_nor_skews_the_gradient(sets, pair):
+    # Two micro-batches, as an image without objects beside others takes part in their denoising groups.
+    batch, empty = (batch_of(sets[0], *FOUR[:2]) for _ in range(2))
+    whole = gradient_of(comparable(), batch, without_objects(empty))
+    assert_same_gradient(pair[0]["one without objects"], whole)
 
 
-def test_evaluation_shared_by_two_processes_equals_that_of_one_digit_for_digit(folder, tmp_path, pair):
-    run = gradient_run(folder, tmp_path)
-    metrics, results = evaluate.evaluate(run.model, run.val_set, run.device)
+def test_evaluation_by_two_processes_equals_that_of_one_to_the_digit(sets, pair):
+    metrics, results = evaluate.evaluate(comparable().model, sets[1], torch.device("cpu"))
     assert pair[0]["metrics"] == pair[1]["metrics"] == metrics
     assert pair[0]["results"] == results and pair[1]["results"] is None
     assert len(results) == 5 * 18
 
 
-def test_all_processes_evaluate_with_the_statistics_that_the_checkpoint_holds(pair):
+def test_all_processes_evaluate_with_the_statistics_of_the_checkpoint(pair):
     assert not torch.equal(pair[0]["own statistics"], pair[1]["own statistics"])
     for seen in pair:
         assert torch.equal(seen["shared statistics"], pair[0]["own statistics"])
 
 
-def test_a_loss_that_is_not_finite_on_one_process_ends_all_together(pair):
+def test_each_process_and_step_draws_noise_of_its_own(pair):
+    assert len({*pair[0]["seeds"], *pair[1]["seeds"]}) == 6
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_all_together(pair):
     assert [seen["end"] for seen in pair] == [1, 1]
 
 
-def test_gpus_are_started_where_a_cluster_has_set_rank_for_a_single_process(monkeypatch):
+# ---- Starting --------------------------------------------------------------------------------------------------------
+
+
+def test_gpus_are_started_where_a_cluster_has_set_rank_for_one_process(monkeypatch):
     started = []
     monkeypatch.setattr(train, "launch", lambda program, arguments, processes: started.append(processes) or 0)
     for world in ("1", ""):
@@ -121,17 +169,36 @@ def test_gpus_are_started_where_a_cluster_has_set_rank_for_a_single_process(monk
 @pytest.mark.parametrize(
     ("world", "here", "said"), [("8", "2", "started 2 processes here"), ("2", "", "leave out --gpus"), ("x", "", "'x'")]
 )
-def test_gpus_are_refused_where_a_launcher_has_started_another_number(monkeypatch, capsys, world, here, said):
+def test_gpus_are_refused_where_a_launcher_started_another_number(monkeypatch, capsys, world, here, said):
     for name, value in {"RANK": "0", "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": here}.items():
         monkeypatch.setenv(name, value)
     assert exit_code(train.main, ["--gpus", "4", "--device", "cpu"]) == 2
     assert said in capsys.readouterr().err
 
 
+def test_one_process_joins_nobody_whatever_a_cluster_has_set(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no-such-host.invalid"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.join("cpu") == torch.device("cpu") and not dist.is_initialized()
+
+
+def test_one_gpu_by_its_number_is_for_one_process_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert distributed.join("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="no GPU number 2.*finds 2"):
+        distributed.join("cuda:2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device cuda gives each its own"):
+        distributed.join("cuda:1")
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_a_process_on_a_cpu_keeps_the_memory_that_a_step_frees():
     program = """if True:
-        import resource, torch, processes
+        import resource, torch
+        from util import distributed
         distributed.join("cpu")
         faults = []
         for step in range(20):  # the first ones ask for what the others use again
@@ -146,21 +213,68 @@ def test_a_process_on_a_cpu_keeps_the_memory_that_a_step_frees():
     assert int(ended.stdout) < 1000  # page faults; 80 MB are 20,480 pages of 4 KB
 
 
-def test_one_process_joins_nobody_whatever_a_cluster_has_set(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no-such-host.invalid"}.items():
-        monkeypatch.setenv(name, value)
-    assert distributed.join("cpu") == torch.device("cpu") and not dist.is_initialized()
+RANK = """
+import os, signal, sys, time
+def end(number, frame):
+    print(number, flush=True)
+    time.sleep(100 if "stays" in sys.argv else 0)
+    sys.exit(128 + number)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, end)
+print("up", os.environ["RANK"], os.environ["WORLD_SIZE"], signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, flush=True)
+if os.environ["RANK"] == "1" and sys.argv[1] == "2":
+    sys.exit(2)
+if os.environ["RANK"] == "1" and sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(100)
+"""
 
 
-def start(folder, out, *more):
-    """train.py --gpus 2 on a machine whose host name has no address, once its first step is logged."""
-    (out / "log.jsonl").unlink(missing_ok=True)
-    program = "import socket, train; socket.getfqdn = lambda name='': 'no-such-host.invalid'; train.main()"
-    command = [sys.executable, "-c", program, *SMALL, "--data", folder, "--out", out, "--gpus", 2, *more]
-    process = subprocess.Popen([*map(str, command)], cwd=HERE, stdout=PIPE, stderr=PIPE, text=True)
-    while process.poll() is None and not ((out / "log.jsonl").exists() and log_of(out)):
-        time.sleep(0.05)
-    return process
+def launched(tmp_path, *arguments, ignore=None):
+    """A launcher of two processes, in a process of its own."""
+    (tmp_path / "rank.py").write_text(RANK)
+
+    def start():
+        os.dup2(os.open(tmp_path / "said", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        if ignore:
+            signal.signal(ignore, signal.SIG_IGN)
+        os._exit(distributed.launch(str(tmp_path / "rank.py"), [*arguments], 2))
+
+    process = multiprocessing.get_context("fork").Process(target=start)
+    process.start()
+    said = tmp_path / "said"
+    limit = time.monotonic() + 60
+    while not (said.exists() and said.read_text().count("up") == 2) and time.monotonic() < limit:
+        time.sleep(0.02)
+    return process, said
+
+
+@pytest.mark.parametrize("how, code, words", [("2", 2, ""), ("killed", 137, "process 1 was killed by SIGKILL")])
+def test_a_process_that_fails_ends_the_others_with_its_exit_code(tmp_path, monkeypatch, capfd, how, code, words):
+    monkeypatch.setattr(subprocess.Popen, "wait", lambda process, timeout=None: None)  # no patience
+    process, _ = launched(tmp_path, how)
+    process.join(30)
+    assert process.exitcode == code and words in capfd.readouterr().err
+
+
+def test_processes_get_the_signals_of_their_launcher(tmp_path):
+    process, said = launched(tmp_path, "waits", ignore=signal.SIGHUP)
+    os.kill(process.pid, signal.SIGHUP)  # nohup
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(30)
+    assert process.exitcode == 128 + signal.SIGUSR1
+    assert said.read_text().split().count(str(int(signal.SIGUSR1))) == 2 and said.read_text().count("True") == 2
+
+
+def test_a_second_ctrl_c_kills_processes_that_wait(tmp_path):
+    process, said = launched(tmp_path, "waits", "stays")
+    os.kill(process.pid, signal.SIGTERM)
+    while str(int(signal.SIGTERM)) not in said.read_text().split():
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 137
 
 
 @pytest.mark.slow
@@ -168,15 +282,143 @@ def test_two_processes_train_end_with_the_death_of_one_and_save_on_a_signal(tmp_
     folder, out = tmp_path / "data", tmp_path / "run"
     write_images(folder, "train", 2000)  # an epoch of 500 steps, so that all of this happens in it
     write_images(folder, "val", 1)
-    job = start(folder, out)
+
+    def start(*more):
+        """train.py --gpus 2, once its first step is logged."""
+        (out / "log.jsonl").unlink(missing_ok=True)
+        command = [sys.executable, "train.py", *flags_of(folder, out, "--gpus", 2, *more)]
+        process = subprocess.Popen(command, cwd=HERE, stdout=PIPE, stderr=PIPE, text=True)
+        while process.poll() is None and not ((out / "log.jsonl").exists() and log_of(out)):
+            time.sleep(0.05)
+        return process
+
+    job = start()
     ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[1]), signal.SIGKILL)
     _, errors = job.communicate(timeout=100)
-    assert job.returncode == 128 + signal.SIGKILL and "process 1 ended" in errors
+    assert job.returncode == 128 + signal.SIGKILL and "process 1 was killed" in errors and "Traceback" not in errors
 
-    job = start(folder, out, "--resume")
+    job = start("--resume")
     job.terminate()
     output, _ = job.communicate(timeout=100)
     stopped = read_checkpoint(out / "last.pt")["step"]
-    assert job.returncode == 143 and f"a signal ended this after step {stopped}" in output
-    assert new_run(folder, out, "--resume").step == stopped > 0  # one process may go on where two were
+    assert job.returncode == 143 and f"a signal ended this after step {stopped}" in output and stopped > 0
+
+
+# ---- Loading ---------------------------------------------------------------------------------------------------------
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Tensors of 100 kB; `trouble` happens where number 3 is asked for."""
+
+    def __init__(self, trouble=None):
+        self.trouble = trouble
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 3 and self.trouble == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 3 and isinstance(self.trouble, Exception):
+            raise self.trouble
+        return torch.full((25_000,), float(index))
+
+
+def loaded(dataset, workers):
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+    return [int(x[0]) for x in batches_of(loader)], loader.num_workers
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [ValueError("3.png is cut"), OSError(errno.EIO, "3.png"), MemoryError()])
+def test_what_cannot_be_loaded_is_told_in_one_line(workers, error):
+    with pytest.raises(LoadingError, match="3.png|memory") as told:
+        loaded(Numbers(error), workers)
+    assert len(str(told.value).splitlines()) == 1 and "Error:" not in str(told.value)
+
+
+def test_a_worker_that_dies_ends_the_loading_with_what_helps():
+    with pytest.raises(LoadingError, match="a worker.*was killed.*--workers"):
+        loaded(Numbers("killed"), 2)
+
+
+def test_a_batch_that_does_not_fit_into_shared_memory_ends_the_loading(capfd):
+    """A limit on the size of files stands for a /dev/shm that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(LoadingError, match="shared memory"):
+            loaded(Numbers(), 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not put a batch into shared memory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("free, workers", [(2**40, 4), (900_000, 2), (500_000, 1), (64_000, 0), (0, 0)])
+def test_as_many_workers_start_as_shared_memory_has_room_for(monkeypatch, capsys, free, workers):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(distributed.shutil, "disk_usage", lambda path: usage(free))
+    distributed.warn_of_shared_memory.cache_clear()
+    assert loaded(Numbers(), 4) == ([*range(8)], workers)
+    said = capsys.readouterr().out
+    assert said.count("\n") == (workers < 4) and ("room for" in said) == (workers < 4)
+
+
+def ended(action):
+    """The exit code of a forked process that calls action()."""
+    process = multiprocessing.get_context("fork").Process(target=action)
+    process.start()
+    process.join(30)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("second, code", [("SIGINT", -signal.SIGINT), ("SIGHUP", 5), ("SIGUSR1", 5)])
+def test_a_second_ctrl_c_ends_at_once_and_a_second_hangup_does_not(second, code):
+    def interrupted():
+        distributed.Interruption().saved = False
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), getattr(signal, second))
+        os._exit(5)
+
+    assert ended(interrupted) == code
+
+
+def test_nohup_stays_in_force():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    distributed.Interruption()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and callable(signal.getsignal(signal.SIGTERM))
+
+
+# ---- Folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_holds_its_folder_while_it_lives_and_no_longer(tmp_path):
+    def hold():
+        with distributed.held(tmp_path / "run"):
+            (tmp_path / "holds").write_text(str(os.getpid()))
+            time.sleep(100)
+
+    other = multiprocessing.get_context("fork").Process(target=hold)
+    other.start()
+    while not (tmp_path / "holds").exists():
+        time.sleep(0.01)
+    holder = f"is in use by process {other.pid} on {socket.gethostname()}: wait"
+    with pytest.raises(ValueError, match=holder), distributed.held(tmp_path / "run"):
+        pass
+    other.kill()
+    other.join()
+    assert (tmp_path / "run" / "lock").exists()  # left behind
+    with distributed.held(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run" / "lock").exists()
+
+
+def test_a_folder_that_was_made_and_stays_empty_is_removed(tmp_path):
+    with distributed.held(tmp_path / "a" / "run"):
+        pass
+    assert not (tmp_path / "a" / "run").exists()
+    with contextlib.suppress(SystemExit), distributed.held(tmp_path / "b"):
+        (tmp_path / "b" / "file").touch()
+        sys.exit(1)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["file"]

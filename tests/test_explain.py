@@ -1,6 +1,12 @@
-"""What tools/explain.py promises."""
+"""What tools/explain.py and the page that it makes promise."""
 
+import base64
 import dataclasses
+import html
+import json
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -8,151 +14,171 @@ import torch
 import torch.nn.functional as nnf
 from PIL import Image
 
-from datasets import coco as data
 from dimaskdino import Config, DIMaskDINO
 from small_runs import exit_code
 from tools import explain
-from tools.story import SAME, Story, around, overlap
-from util.weights import load_model
+from util.weights import Trained
 
-TINY = dataclasses.replace(Config.tiny(), dim=32, heads=2, ffn=48, decoder_layers=2, selection=(12, 6))
+SIZES = {"dim": 32, "heads": 2, "ffn": 48, "decoder_layers": 3, "selection": (12, 6)}
+SCRIPT = "</script><script>document.title = 'run'</script>"  # a class's name
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+# Two pages of different widths, which keys step through: what each shows, as JSON.
+BROWSER = """<iframe width=1280 height=800 src=page.html></iframe><iframe width=390 height=844 src=page.html></iframe>
+<script>onload = () => document.documentElement.textContent = JSON.stringify([frames[0], frames[1]].map(page => {
+  const all = selector => [...page.document.querySelectorAll(selector)], errors = [];
+  page.onerror = page.console.error = message => errors.push(`${message}`);
+  const press = key => page.dispatchEvent(new page.KeyboardEvent("keydown", { key }));
+  return { errors, steps: [...Array(11).keys()].map(() => {
+    const start = page.performance.now();
+    all("#say, #note, #panel, #dial, #tip, #steps")[0].offsetHeight;
+    const shown = {
+      title: all("h2")[0].textContent, say: all("#say")[0].textContent, chosen: all("[aria-pressed=true]")[0].textContent,
+      step: all("#steps button").findIndex(button => button.ariaCurrent), errors, wide: page.document.body.scrollWidth,
+      tops: all("section p, #stage, #dial, #objects, #panel, nav").map(part => Math.round(part.getBoundingClientRect().top)),
+      ...Object.fromEntries(["cell", "gone", "ray", "boxed", "near", "frame", "fill", "edge"].map(name => [name, all(`#marks .${name}`).length])),
+    };
+    press("2"); press("ArrowRight");
+    return { ...shown, ms: page.performance.now() - start };
+  }) };
+}));</script>"""
 
 
-def words(figure):
-    """Everything that is written on the page outside of its panels, without line breaks."""
-    return " ".join(" ".join(text.get_text().split()) for text in figure.texts)
-
-
-@pytest.fixture(scope="module")
-def model(trained):
-    return load_model(trained / "last.pt")
-
-
-@pytest.fixture(scope="module")
-def story(folder, model):
-    return Story(model, data.read_image(folder / "val" / "1.png"))
-
-
-def with_settings(**changes):
-    """A fresh tiny model with some fields changed, which carries what load_model adds."""
+def trained(**changes):
     torch.manual_seed(0)
-    config = dataclasses.replace(TINY, **changes)
-    model = DIMaskDINO(config).eval()
-    model.classes, model.test_size = [f"class {i}" for i in range(config.num_classes)], (64, 96)
-    return model
+    config = dataclasses.replace(Config.tiny(), **{**SIZES, **changes})
+    return Trained(DIMaskDINO(config).eval(), [SCRIPT] * config.num_classes, [*range(8)], (64, 96), None, True)
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_one_command_makes_the_page_in_the_format_of_its_suffix(folder, trained, tmp_path, suffix):
-    page = tmp_path / f"page.{suffix}"
-    flags = ["--ckpt", trained / "last.pt", folder / "val" / "1.png", "--out", page]
-    assert exit_code(explain.main, [*map(str, flags)]) == 0
-    assert page.read_bytes()[:4] in (b"\x89PNG", b"<?xm", b"%PDF")
+def picture(width=64, height=56):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def test_a_default_writes_over_nothing_and_a_figure_is_refused_before_any_work(folder, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = ["--ckpt", str(trained / "last.pt"), str(folder / "val" / "1.png")]
-    for name in ("explained.png", "explained_2.png"):
-        assert exit_code(explain.main, command) == 0 and (tmp_path / name).exists()
-    monkeypatch.setattr(explain, "page", None)
-    for wrong in ("page.txt", "explained.png/page.png"):
-        assert exit_code(explain.main, [*command, "--out", wrong]) == 2
+@pytest.fixture(scope="module")
+def shown():
+    """A model, what the page shows of it, and where that comes from: with objects, as every score is enough."""
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(explain, "SCORE", 0)
+        patch.setattr(explain, "SAME", 0.95)
+        model = trained()
+        return model.model, explain.page_data(model, picture()), explain.Story(model, picture(), (64, 96))
 
 
-def test_a_file_that_is_no_image_or_no_checkpoint_ends_with_its_name(folder, trained, tmp_path, capsys):
-    broken = tmp_path / "broken.jpg"
-    broken.write_text("no image")
-    assert exit_code(explain.main, ["--ckpt", str(trained / "last.pt"), str(broken)]) == 2
-    assert "broken.jpg" in capsys.readouterr().err
-    assert exit_code(explain.main, ["--ckpt", str(broken), str(folder / "val" / "1.png")]) == 2
-    assert "broken.jpg" in capsys.readouterr().err
+def test_tokens_and_their_scores_are_those_of_the_trace(shown):
+    _, data, story = shown
+    for name, i in (("first", 1), ("second", 2)):
+        assert data[name]["index"] == story.trace[f"index_{i}"][0].tolist()
+        assert np.allclose(data[name]["scores"], story.trace[f"scores_{i}"][0].sigmoid(), atol=1e-3)
 
 
-def test_the_page_names_every_equation_in_the_papers_order(folder, model):
-    text = words(explain.page(model, data.read_image(folder / "val" / "1.png")))
-    equations = ["3.2.1", "Eq. 1,", "Eq. 2,", "Eq. 3,", "Eq. 4,", "Eq. 5 to 7,", "Eq. 8,", "Eq. 9 to 11"]
-    places = [text.index(equation) for equation in equations]
-    assert places == sorted(places)
+def test_objects_have_the_boxes_and_masks_of_every_layer(shown):
+    _, data, story = shown
+    assert len(data["objects"]) > 1
+    for one in data["objects"]:
+        for layer, prediction in zip(one["layers"], story.outputs["layers"], strict=True):
+            inside = np.arange(len(layer["mask"])) % 2 == 1
+            mask = np.repeat(inside, layer["mask"])
+            expected = story.masks_of(prediction, [one["query"]])[0].flatten().numpy()
+            assert np.array_equal(np.pad(mask, (0, len(expected) - len(mask))), expected)
+            assert np.allclose(layer["box"], story.boxes_of(prediction, [one["query"]])[0], atol=0.06)
+
+
+def test_attention_is_what_the_model_computed(shown):
+    model, data, story = shown
+    _, query, key, _ = story.inputs["bato.attention"]
+    mha, heads = model.bato.attention.mha, SIZES["heads"]
+    w, b = mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3)
+    q, k = ((x[0] @ w[i].T + b[i]).unflatten(-1, (heads, -1)) for i, x in enumerate((query, key)))
+    weights = (torch.einsum("qhc,khc->hqk", q, k) / q.shape[-1] ** 0.5).softmax(-1).mean(0).detach().numpy()
+    assert np.allclose(story.attention("bato.attention"), weights, atol=1e-5)
+    for i, one in enumerate(data["objects"]):
+        share, top = np.frombuffer(base64.b64decode(one["attend"]["bytes"]), np.uint8), one["attend"]["top"]
+        owned = np.array(data["guides"]["object"]) == i
+        assert np.allclose(share / 255 * top, weights[:, owned].sum(1), atol=top / 500)
+
+
+def test_eq4_is_shown_where_it_reads(shown):
+    """The samples of a query, read from T_i by bilinear interpolation, give the cross-attention's output."""
+    model, data, story = shown
+    query, seen = data["objects"][0]["query"], data["objects"][0]["residual"]
+    attention, (x, position, reference, memory, shapes) = model.residual.cross_attention, story.inputs[explain.RESIDUAL]
+    grid = 2 * torch.tensor(seen["points"]) / torch.tensor(data["padded"]) - 1  # [h L P 2]
+    with torch.inference_mode():
+        values = attention.value(memory)[0].T.unflatten(0, (SIZES["heads"], -1)).split([h * w for h, w in shapes], 2)
+        read = sum(
+            nnf.grid_sample(value.unflatten(2, shape), grid[:, i, None], align_corners=False)[:, :, 0]
+            @ torch.tensor(seen["weights"])[:, i, :, None]
+            for i, (value, shape) in enumerate(zip(values, shapes, strict=True))
+        )
+        output = attention(x, position, reference, memory, shapes)[0, query]
+        assert torch.allclose(attention.norm(x[0, query] + attention.output(read.flatten())), output, atol=0.01)
+
+
+def test_a_box_fits_its_mask_where_it_is_drawn_around_its_largest_piece():
+    mask = torch.zeros(20, 30, dtype=torch.bool)
+    mask[5:9, 11:17] = True
+    mask[19, 29] = True  # a stray pixel
+    assert explain.around(mask).tolist() == [[11, 5, 17, 9]]
+    assert explain.around(torch.zeros(4, 4, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"selection": (6,), "bato": False},
-        {"selection": (12, 9, 6)},
-        {"guidance": "T_s1"},
-        {"guidance": "T_s2", "gtg": False},
+        {"selection": (12, 9, 6), "guidance": "T_s1"},
+        {"guidance": "T_s2", "gtg": False, "position_token": "random"},
         {"box_guide": "box", "guiding_tokens": 4, "guide_value": "T_g_mask", "pixel_tokens": "T_bal"},
-        {"position_token": "random"},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("size", [(90, 40), (30, 90)])
-def test_every_variant_of_the_model_and_every_shape_of_image_has_its_page(changes, size):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
-    figure = explain.page(with_settings(**changes), picture)
-    figure.draw_without_rendering()
-    assert ("no token interaction" in words(figure)) == (changes.get("selection") == (6,))
+def test_every_model_and_every_image_has_its_page_with_or_without_objects(changes):
+    page = explain.page(trained(**changes), picture(30, 90), against=trained())
+    assert page == explain.page(trained(**changes), picture(30, 90), against=trained()) and len(page) < 3e6
+    assert SCRIPT not in page
 
 
-def test_nothing_that_is_written_on_the_page_overlaps(folder, model):
-    figure = explain.page(model, data.read_image(folder / "val" / "1.png"))
-    figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figure.texts]
-    width, height = figure.get_size_inches() * figure.dpi
-    for i, box in enumerate(boxes):
-        assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height, figure.texts[i].get_text()
-        assert not any(box.overlaps(other) for other in boxes[:i]), figure.texts[i].get_text()
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium")
+def test_a_browser_shows_eleven_steps_by_keyboard_without_a_jump(shown, tmp_path, monkeypatch):
+    _, data, _ = shown
+    monkeypatch.setattr(explain, "page_data", lambda *_: data)
+    (tmp_path / "page.html").write_text(explain.page(None, None))
+    (tmp_path / "both.html").write_text(BROWSER)
+    flags = "--headless --no-sandbox --disable-gpu --hide-scrollbars --allow-file-access-from-files --dump-dom".split()
+    command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path}", (tmp_path / "both.html").as_uri()]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=100).stdout
+    for page, width in zip(json.loads(html.unescape(re.sub("<.*?>", "", output))), (1280, 390), strict=True):
+        steps = page["steps"]
+        assert page["errors"] == [] and [step["step"] for step in steps] == list(range(11))
+        assert {(*step["tops"], step["wide"]) for step in steps} == {(*steps[0]["tops"], width)}
+        assert sorted(step["ms"] for step in steps)[5] < 50
+        assert steps[0]["chosen"].startswith("1 ") and all(step["chosen"] == f"2 {SCRIPT}" for step in steps[1:])
+        names = ("cell", "gone", "ray", "boxed", "near", "frame", "fill", "edge")
+        counts, n = [[step[name] for name in names] for step in steps], len(data["objects"])
+        points = np.size(data["objects"][1]["residual"]["weights"])
+        own = data["guides"]["object"].count(1)
+        assert counts == [
+            [0, 0, 0, 0, 0, 4, 0, 0],  # T_i: the patches of one place
+            [12, 0, 0, 0, 0, 0, 0, n],
+            [0, 0, 10, 0, 10, 0, 0, 1],
+            [6, 12, 0, 0, 0, 0, 0, n],  # a frame and a cross for each of six
+            [0, 0, 0, 1, points, 0, 0, 1],
+            [0, 0, 0, own, 0, 0, 1, 1],
+            [0, 0, 0, 0, 0, 0, 0, 0],
+            [0, 0, 0, 0, 0, 0, 0, 1],
+            [0, 0, 0, 2, 0, 0, 1, 1],
+            [0, 0, 0, n, 0, 0, 0, 0],
+            [0, 0, 0, 0, 0, 0, 0, 1],
+        ]
 
 
-def test_attention_is_what_the_model_computed(story, model):
-    """The weights that the page shows, applied to the values, give the module's own output."""
-    x, query, key, value = story.calls["bato.attention"][0]
-    output = story.calls["bato.attention"][1]
-    with torch.inference_mode():
-        made, weights = model.bato.attention.mha(query, key, value, need_weights=True)
-        assert torch.allclose(model.bato.attention.norm(x + made), output, atol=1e-5)
-    assert np.allclose(weights[0], story.attention("bato.attention"), atol=1e-6)
-    assert np.allclose(story.attention("bato.attention").sum(1), 1, atol=1e-5)
-
-
-def test_eq4_is_shown_where_it_reads(story, model):
-    """The samples of a query, read from T_i by bilinear interpolation, give the cross-attention's output."""
-    points, weights = story.samples(2)
-    heads, levels, count = model.residual.cross_attention.split.values()
-    assert points.shape == (heads * levels * count, 2)
-    assert np.allclose(weights.reshape(heads, -1).sum(1), 1, atol=1e-5)
-    (x, _, _, memory, shapes), output = story.calls["residual.cross_attention"]
-    attention = model.residual.cross_attention
-    grid = torch.tensor(2 * points / story.padded - 1, dtype=torch.float).view(heads, levels, count, 2)
-    weights = torch.tensor(weights).view(heads, levels, 1, count)
-    with torch.inference_mode():
-        maps = attention.value(memory)[0].T.unflatten(0, (heads, -1)).split([h * w for h, w in shapes], 2)  # [h c HW]
-        read = 0
-        for i, (level, shape) in enumerate(zip(maps, shapes, strict=True)):
-            sampled = nnf.grid_sample(level.unflatten(2, shape), grid[:, i, None], align_corners=False)  # [h c 1 P]
-            read += (sampled[:, :, 0] * weights[:, i]).sum(-1)
-        assert torch.allclose(attention.norm(x[0, 2] + attention.output(read.flatten())), output[0, 2], atol=1e-4)
-
-
-def test_objects_are_different_ones_and_best_first(story):
-    scores = [float(name.split()[-1]) for name in story.names]
-    assert scores == sorted(scores, reverse=True) and len(set(story.objects)) == len(story.objects)
-    alike = overlap(story.masks, story.masks)
-    assert (alike - torch.eye(len(alike)) < SAME).all()
-
-
-def test_a_box_fits_its_mask_to_1_where_it_is_drawn_around_its_largest_piece():
-    mask = torch.zeros(20, 30, dtype=torch.bool)
-    mask[5:9, 11:17] = True
-    mask[19, 29] = True  # a stray pixel
-    assert around(mask).tolist() == [[11, 5, 17, 9]]
-    assert around(torch.zeros(4, 4, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
-
-
-def test_the_model_is_left_as_it_was(folder, model):
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    explain.page(model, data.read_image(folder / "val" / "1.png"))
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
+def test_a_default_writes_over_nothing_and_wrong_files_end_with_their_names(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(explain, "load_model", lambda path: trained())
+    image = str(folder / "val" / "1.png")
+    for name in ("explained.html", "explained_2.html"):
+        assert exit_code(explain.main, ["--ckpt", "any.pt", image]) == 0 and (tmp_path / name).exists()
+    (tmp_path / "broken.jpg").write_text("no image")
+    for wrong in (["broken.jpg"], [image, "--out", "explained.html/page.html"]):
+        assert exit_code(explain.main, ["--ckpt", "any.pt", *wrong]) == 2
+        assert wrong[-1].split("/")[0] in capsys.readouterr().err

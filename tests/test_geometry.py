@@ -77,7 +77,7 @@ polygons = st.lists(st.tuples(st.floats(0, 30), st.floats(0, 20)), min_size=3, m
 
 @given(polygons, st.integers(1, 50), st.integers(1, 50), st.integers(0, 49), st.integers(0, 49))
 @settings(deadline=None, max_examples=100)
-def test_the_crop_of_a_polygon_is_cut_from_what_pycocotools_makes_of_the_resized_one(corners, height, width, top, left):
+def test_the_crop_of_a_polygon_is_cut_from_pycocotools_whole_mask(corners, height, width, top, left):
     top, left = min(top, height - 1), min(left, width - 1)
     resized = (np.array(corners) * (width / 30, height / 20)).ravel().tolist()
     whole = rle.decode(rle.merge(rle.frPyObjects([resized], height, width)))
@@ -117,7 +117,7 @@ def test_what_lies_beyond_the_image_is_grey_and_in_no_mask():
         (5000, 1, (1, 1333)),
     ],
 )
-def test_evaluation_resizes_to_a_shortest_side_of_800_and_a_longest_of_1333(width, height, size):
+def test_evaluation_resizes_to_a_shortest_side_of_800_and_at_most_1333(width, height, size):
     assert shortest_side(800, 1333)(np.random.default_rng(0), width, height) == Geometry(size, size)
 
 
@@ -132,7 +132,7 @@ def test_every_augmentation_gives_a_square_that_shows_the_image(name, seed, widt
         assert max(geometry.size) == 96
 
 
-def test_large_scale_jitter_scales_from_a_tenth_to_double_and_flips_half_the_images():
+def test_jitter_scales_from_a_tenth_to_double_and_flips_half_the_images():
     drawn = [large_scale_jitter(1024, np.random.default_rng(seed), 640, 480) for seed in range(2000)]
     scales = [max(geometry.size) / 1024 for geometry in drawn]
     assert 0.1 <= min(scales) < 0.12 and 1.98 < max(scales) <= 2.0
@@ -148,7 +148,7 @@ def test_a_jittered_crop_starts_anywhere_in_the_image_up_to_its_last_place():
     assert all(by_size[size] == set(range(max(size - 8, 0) + 1)) for size in range(1, 16))
 
 
-def test_flips_and_transposes_turn_an_image_in_each_of_eight_ways_equally_often():
+def test_flips_and_transposes_turn_an_image_in_eight_ways_equally_often():
     drawn = [AUGMENTATIONS["flips"](64, np.random.default_rng(seed), 64, 32) for seed in range(4000)]
     ways = Counter((g.transpose, g.horizontal_flip, g.vertical_flip) for g in drawn)
     assert len(ways) == 8 and all(abs(n - 500) < 105 for n in ways.values())  # five standard deviations

@@ -17,7 +17,7 @@ import losses
 from dimaskdino import mask_logits
 from losses import Criterion, Denoising, denoising_queries, giou, mask_costs
 from small_models import TRAINING, build, close, factors_of, law, objects, pictures, step
-from util.recipe import Recipe
+from train import Recipe
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
@@ -35,7 +35,7 @@ from util.recipe import Recipe
         "more than queries",
     ],
 )
-def test_losses_and_gradients_are_finite_and_reach_every_parameter_for_any_number_of_objects(counts):
+def test_gradients_are_finite_and_reach_all_for_any_number_of_objects(counts):
     model = build().train()
     terms = step(model, pictures(2, 3, 64, 64), objects(*counts))
     sum(terms.values()).backward()
@@ -69,7 +69,7 @@ def one_pair():
     return {"logits": torch.zeros(1, 1, 2), "boxes": boxes} | factors_of(torch.zeros(1, 1, 8, 8)), [target]
 
 
-def test_every_term_of_one_pair_is_what_one_works_out_by_hand():
+def test_every_term_of_one_pair_is_as_by_hand():
     terms = losses_of(*one_pair())
     # Focal: alpha 1/4 of the class that is there, 3/4 of the other, each times (1/2)^2 ln 2.
     assert terms["class_0"] == pytest.approx(4 * (1 / 4 + 3 / 4) / 4 * math.log(2))
@@ -86,7 +86,7 @@ def inside(monkeypatch):
     monkeypatch.setattr(Criterion, "uncertain_points", lambda _, masks: torch.rand(len(masks), 10, 2) / 2 + 0.25)
 
 
-def test_dice_of_an_object_that_fills_the_image_is_what_one_works_out_by_hand(inside):
+def test_dice_of_an_object_that_fills_the_image_is_as_by_hand(inside):
     prediction, targets = one_pair()
     targets[0]["masks"][:] = True  # and predicted half everywhere
     assert losses_of(prediction, targets)["dice_0"] == pytest.approx(5 * (1 - (2 * 5 + 1) / (5 + 10 + 1)))
@@ -101,7 +101,7 @@ def test_masks_are_multiplied_in_their_own_type_under_autocast(inside):
     assert terms["mask_0"] == pytest.approx(5 * math.log1p(math.exp(1.001)), rel=1e-5)
 
 
-def test_giou_is_torchvisions_but_for_a_millionth_that_is_added_to_union_and_hull():
+def test_giou_is_torchvisions_but_for_a_millionth_in_both_divisors():
     a, b = (torchvision.ops.box_convert(torch.rand(50, 4), "cxcywh", "xyxy") for _ in range(2))
     close(giou(a, b), torchvision.ops.generalized_box_iou(a, b).diagonal(), 1e-4)  # areas are hundredths: 1e-6 of them
     tiny, corner = torch.tensor([0, 0, 1e-3, 1e-3]), torch.tensor([1e-3, 1e-3, 1e-3, 1e-3])
@@ -109,7 +109,7 @@ def test_giou_is_torchvisions_but_for_a_millionth_that_is_added_to_union_and_hul
     assert giou(torch.zeros(4), corner).item() == pytest.approx(-1 / 2)
 
 
-def test_predictions_that_are_certain_and_wrong_have_finite_costs_and_losses():
+def test_certain_and_wrong_predictions_have_finite_costs_and_losses():
     targets = whole_cells(objects(2, 1))
     best = perfect(targets, 4, 5)
     wrong = best | {"logits": -1e4 * best["logits"], "boxes": 1 - best["boxes"], "pixels": -1e4 * best["pixels"]}
@@ -126,7 +126,7 @@ def test_the_class_loss_is_focal_with_alpha_a_quarter_and_gamma_2(logit, present
     assert losses_of(prediction, targets)["class_0"] == pytest.approx(4 * focal, rel=1e-5)
 
 
-def test_denoising_losses_are_divided_by_objects_and_groups_and_each_slot_learns_its_object():
+def test_denoising_losses_are_divided_by_objects_and_groups():
     prediction, targets = one_pair()
     for groups in (1, 3):
         noised = {name: x if name == "pixels" else x.repeat(1, groups, 1) for name, x in prediction.items()}
@@ -177,7 +177,7 @@ def test_losses_are_divided_by_the_number_of_objects_that_is_given():
 
 
 @torch.no_grad()
-def test_losses_and_costs_do_not_depend_on_how_many_masks_are_compared_at_a_time(monkeypatch):
+def test_losses_and_costs_do_not_depend_on_the_portions_of_masks(monkeypatch):
     model, targets = build(), objects(2, 3)
     outputs = model(pictures(2, 3, 64, 64))
 
@@ -211,7 +211,7 @@ def whole_cells(targets):
     return targets
 
 
-def test_perfect_predictions_are_matched_to_their_objects_and_cost_almost_nothing():
+def test_perfect_predictions_are_matched_and_cost_almost_nothing():
     torch.manual_seed(0)
     targets, criterion = whole_cells(objects(2, 3)), Criterion(TRAINING)
     best = perfect(targets, 6, 5)
@@ -231,7 +231,7 @@ def test_perfect_predictions_are_matched_to_their_objects_and_cost_almost_nothin
 
 @law
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
-def test_a_match_costs_class_box_and_giou_and_has_the_least_total_cost_of_all_matches(number, queries, seed):
+def test_hungarian_matching_has_the_least_class_box_and_giou_cost(number, queries, seed):
     torch.manual_seed(seed)
     target, criterion = objects(number, seed=seed)[0], Criterion(TRAINING)
     prediction = {"logits": torch.randn(1, queries, 5), "boxes": torch.rand(1, queries, 4) * 0.5 + 0.2}
@@ -280,7 +280,7 @@ def test_the_mask_cost_of_a_pair_is_its_cross_entropy_and_its_dice():
 
 
 @pytest.mark.parametrize("part", ["logits", "boxes", "masks"])
-def test_a_prediction_that_is_not_finite_is_reported_with_its_name_set_and_image(part):
+def test_a_prediction_that_is_not_finite_is_named_with_set_and_image(part):
     targets = objects(2, 1)
     prediction = perfect(targets, 4, 5)
     prediction["mask_embedding" if part == "masks" else part][1, 2] = torch.nan
@@ -297,7 +297,7 @@ def test_a_prediction_that_is_not_finite_is_reported_with_its_name_set_and_image
         ({"boxes": 1e30}, "the cost itself"),  # whose square is not finite
     ],
 )
-def test_so_is_one_without_masks_of_an_image_without_a_name(wrong, source):
+def test_so_is_one_without_masks_of_an_image_without_an_id(wrong, source):
     targets = [{name: x for name, x in target.items() if name != "image_id"} for target in objects(2, 1)]
     prediction = {name: perfect(targets, 4, 5)[name] for name in ("logits", "boxes")}
     for part, value in wrong.items():
@@ -324,7 +324,7 @@ def test_a_target_that_is_not_finite_is_reported():
         Criterion(TRAINING).match({"0": prediction}, targets)
 
 
-def test_losses_are_made_on_the_device_of_the_predictions_and_denoising_queries_on_that_of_the_targets(monkeypatch):
+def test_losses_and_denoising_queries_are_made_on_the_device_of_the_model(monkeypatch):
     pairs = [(np.arange(n), np.arange(n)) for n in (2, 3)]
     monkeypatch.setattr(Criterion, "match", lambda self, sets, targets: dict.fromkeys(sets, pairs))
     # Tensors without numbers: a GPU is not needed, and what mixes devices is refused.
@@ -421,7 +421,7 @@ def test_the_criterion_equals_the_plain_loop_over_the_sets(counts, pixel_tokens,
 
 @law
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=3), st.integers(0, 20))
-def test_denoising_fills_as_many_groups_as_fit_and_leaves_other_slots_empty(counts, queries):
+def test_denoising_fills_as_many_groups_as_fit_and_leaves_the_rest_empty(counts, queries):
     targets = objects(*counts)
     denoising = denoising_queries(targets, 5, queries)
     groups = queries // max(counts) if max(counts) else 0
@@ -440,7 +440,7 @@ def test_without_noise_denoising_queries_are_the_objects():
     close(denoising.boxes_logit[1, 3:].sigmoid(), targets[1]["boxes"], 1e-5)
 
 
-def test_box_noise_moves_centres_by_up_to_a_fifth_and_sizes_by_up_to_two_fifths_of_the_size():
+def test_box_noise_moves_centres_by_a_fifth_and_sizes_by_two_fifths():
     targets = objects(1)
     boxes = denoising_queries(targets, 5, queries=2000).boxes_logit[0].sigmoid()
     moved = (boxes - targets[0]["boxes"]).abs() / targets[0]["boxes"][:, 2:].repeat(1, 2)
@@ -498,7 +498,7 @@ def test_denoising_queries_see_the_queries_that_are_matched():
 
 
 @torch.no_grad()
-def test_an_empty_slot_holds_zeros_and_a_used_one_the_embedding_of_its_label():
+def test_an_empty_slot_holds_zeros_a_used_one_the_embedding_of_its_label():
     model = build()
     denoising = Denoising(torch.tensor([[0, -1]]), torch.tensor([[[0.0] * 4, [1.0] * 4]]), groups=1, pairs=[])
     Q, box, *_ = model.with_denoising(denoising, torch.rand(1, 6, 32), torch.rand(1, 6, 4))

@@ -25,7 +25,7 @@ from goldens import HERE, Recorded, numbers
 from losses import Criterion, denoising_queries
 from small_models import factors_of
 from util.distributed import amp_for
-from util.recipe import Recipe
+from train import Recipe
 from util.weights import coarse_to_fine, config_of, load_model, load_weights, translate
 
 OPERATORS = [
@@ -198,7 +198,7 @@ def check_final(run, index, chosen):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_released_every_recorded_array_agrees_from_backbone_to_the_100_objects(operator, batch):
+def test_released_every_array_agrees_from_backbone_to_the_100_objects(operator, batch):
     run = Run("r50_a", "dimaskdino_r50", batch)
     assert run.model.config == Config.released()
     run.check(stages_of_dimaskdino(run))
@@ -236,7 +236,7 @@ def rounded_convolution(self, x, weight, bias):
         return torch.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups).bfloat16()
 
 
-def test_released_bf16_autocast_stays_near_the_recorded_tokens_and_selection(monkeypatch):
+def test_released_bf16_autocast_stays_near_the_recorded_tokens(monkeypatch):
     if amp_for(torch.device("cpu"), "resnet50") == "off":
         monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", rounded_convolution)
     run = Run("r50_a", "dimaskdino_r50", bf16=True)
@@ -444,7 +444,7 @@ def sets_of(outputs):
     return {"selection": outputs["selection"]} | {f"{i}": x for i, x in enumerate(outputs["layers"])} | interaction
 
 
-def test_released_a_whole_training_step_has_the_81_losses_that_were_recorded(step):
+def test_released_a_training_step_has_the_81_recorded_losses(step):
     g, losses, *_ = step
     ours = {}
     for name, value, weight in zip(g["loss_names"], g["loss_values_unweighted"], g["loss_weights"], strict=True):
@@ -455,7 +455,7 @@ def test_released_a_whole_training_step_has_the_81_losses_that_were_recorded(ste
     assert sum(losses.values()).item() == pytest.approx(g["total"], rel=1e-5)
 
 
-def test_released_a_whole_training_step_matches_the_objects_that_were_recorded(step):
+def test_released_a_training_step_matches_the_recorded_objects(step):
     g, _, matches, _ = step
     for name, pairs in matches.items():
         for b, (queries, objects) in enumerate(pairs):
@@ -463,7 +463,7 @@ def test_released_a_whole_training_step_matches_the_objects_that_were_recorded(s
             assert dict(zip(objects, queries)) == dict(zip(their_objects, their_queries)), name
 
 
-def test_released_a_whole_training_step_gives_every_parameter_the_gradient_that_was_recorded(step):
+def test_released_a_training_step_gives_every_parameter_its_gradient(step):
     g, _, _, model = step
     order = {name: torch.tensor(i) for i, name in enumerate(g["grad_names"])}
     theirs = {name: int(i) for name, i in translate(order)[0].items()}

@@ -1,356 +1,277 @@
-"""One page that explains the model with your own image, in the order of the paper.
+"""A page that explains the model with your own image: eleven steps, and any object under the pointer.
 
-    python -m tools.explain --ckpt runs/demo/best.pt image.jpg                     explained.png
-    python -m tools.explain --ckpt runs/demo/best.pt image.jpg --out page.pdf      or .svg, from the same drawing
+    python -m tools.explain --ckpt runs/demo/best.pt image.jpg                  explained.html
+    python -m tools.explain --ckpt di.pt --against maskdino.pt image.jpg        beside a second model's boxes and masks
 
-Every panel is drawn from `model(image, trace=True)` and from what hooks see going into four of the model's modules. The
-numbers in its sentence are measured on this image. From Python: `page(model, picture).savefig(...)`.
+The page is one file that a browser opens without a network. Its numbers are made here, from `model(image, trace=True)`
+and from what goes into three modules; explain.html shows them. From Python: `page(trained, picture)` is the HTML.
 """
 
 import argparse
+import base64
+import dataclasses
+import io
+import json
 import sys
-import textwrap
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib.collections import LineCollection, PatchCollection
-from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+import torch
+from PIL import Image
+from scipy import ndimage
+from torchvision.ops import box_iou, masks_to_boxes
+from torchvision.transforms.functional import pil_to_tensor
 
-from datasets import coco as data
-from tools.story import Story
+from datasets.geometry import shortest_side
+from datasets.images import read_image
+from dimaskdino import cell_centers, full_size_boxes, full_size_masks, mask_logits
 from util.flags import user_path
-from util.log import FIGURES, try_output, unused
+from util.log import try_output, unused
 from util.weights import load_model
 
-BOX, MASK, CHOSEN, DARK = "#1f6fd6", "#f07f13", "#d4145a", "#222222"  # one meaning for each colour, on the whole page
-HEAT = LinearSegmentedColormap.from_list("heat", ["#5b6b7c", "#ffffff", CHOSEN])  # less than usual, as usual, more
+MOST = 9  # objects on the page: keys 1 to 9
+SCORE = 0.3  # least score of an object
+SAME = 0.5  # IoU from which two masks show the same object
+LISTENED = 10  # tokens that Eq. 2 draws for each
+INTERACTION = "interactions.0.layers.0.attention"
+RESIDUAL = "residual.cross_attention"
+BATO = "bato.attention"
 
 
-def figure_file(out: Path | None, default: str) -> Path:
-    """Where a figure is to be written: `out`, or a file like `default` that is not there yet. Raises ValueError or
-    OSError, before any work, if it is no .png, .svg or .pdf or cannot be written."""
-    path = out or unused(Path(default))
-    if path.suffix.lower() not in FIGURES:
-        raise ValueError(f"{path} is no name for a figure: it ends in .png, .svg or .pdf")
-    try_output(path, is_folder=False)
-    return path
+class Story:
+    """An image's way through a model: the trace, the inputs of some modules, and the objects that it finds.
+
+    Lengths are in pixels of the resized image, boxes are (x0, y0, x1, y1). objects: the queries, best first, that reach
+    SCORE and show different objects larger than a token; if there is none, the best query.
+    """
+
+    def __init__(self, trained, picture, test_size):
+        self.model, self.classes = trained.model.eval(), trained.classes
+        self.picture = shortest_side(*test_size)(None, *picture.size).image(picture)
+        self.modules, self.inputs = dict(self.model.named_modules()), {}
+        hooks = [
+            self.modules[place].register_forward_pre_hook(lambda _, x, at=place: self.inputs.update({at: x}))
+            for place in (INTERACTION, RESIDUAL, BATO)
+            if place in self.modules
+        ]
+        try:
+            self.outputs = self.model(pil_to_tensor(self.picture)[None], trace=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.trace, self.level_shapes = self.outputs["trace"], self.inputs[RESIDUAL][4]
+        self.index_1, self.index_2 = (self.trace[f"index_{i}"][0].numpy() for i in (1, 2))
+        self.size = self.picture.height, self.picture.width
+        self.padded = np.array([side + -side % 32 for side in self.picture.size])  # of x, of y
+        self.scores = self.outputs["logits"][0].float().sigmoid()
+        self.objects = self.find_objects()
+        x, y = (cell_centers(self.level_shapes, None).numpy() * self.padded).astype(int).T
+        padding = [(0, 0), *((0, padded - side) for padded, side in zip(self.padded[::-1], self.size, strict=True))]
+        masks = np.pad(self.masks_of(self.outputs, self.objects).numpy(), padding)
+        self.on = masks[:, y, x]  # [n N]: which tokens have their centre on which object
+
+    def find_objects(self):
+        best = self.scores.amax(-1)
+        order = best.argsort(descending=True)[: max(1, min(100, int((best >= SCORE).sum())))].tolist()
+        found, masks, token = [], [], np.prod(self.padded) / np.prod(self.level_shapes[0])
+        for query, mask in zip(order, self.masks_of(self.outputs, order), strict=True):
+            if mask.sum() >= token and not any(overlap(mask[None], other[None]) >= SAME for other in masks):
+                found.append(query)
+                masks.append(mask)
+        return found[:MOST] or order[:1]
+
+    def masks_of(self, prediction, queries):
+        """Masks [n H W] (bool) of queries in a prediction of the model."""
+        return full_size_masks(mask_logits(prediction, 0, queries), self.size, self.size)[0]
+
+    def boxes_of(self, prediction, queries):
+        """Boxes [n 4] of queries in a prediction of the model."""
+        return full_size_boxes(prediction, 0, queries, self.size, self.size)
+
+    def layers_of(self, queries):
+        """Of each query, in each layer's prediction: its box, its mask as run lengths, and how well they fit."""
+        layers = []
+        for prediction in self.outputs["layers"]:
+            masks, boxes = self.masks_of(prediction, queries), self.boxes_of(prediction, queries)
+            fits = [round(float(box_iou(box[None], around(mask))), 3) for box, mask in zip(boxes, masks, strict=True)]
+            shown = zip(rounded(boxes, 1), [runs(mask.numpy()) for mask in masks], fits, strict=True)
+            layers.append([{"box": box, "mask": mask, "fit": fit} for box, mask, fit in shown])
+        return [list(one) for one in zip(*layers, strict=True)]
+
+    def attention(self, place):
+        """The weights [Q K] of an attention of the model, mean over its heads: it is called again on what it got."""
+        _, query, key, value = self.inputs[place][:4]
+        return self.modules[place].mha(query, key, value, need_weights=True)[1][0].float().numpy()
+
+    def selection(self, index, tokens):
+        """Eq. 1, 3: selected tokens, the score and the label of each one's best class."""
+        best = self.model.det_head.classifier(tokens[0].float()).sigmoid().max(-1)
+        return {"index": index.tolist(), "scores": rounded(best.values, 3), "labels": best.indices.tolist()}
+
+    def residual(self, query):
+        """Eq. 4: the points [h L P 2] where a query reads T_i, their weights [h L P], which sum to 1 for each head, and
+        the share of the weight on tokens that the selections dropped."""
+        attention, config = self.modules[RESIDUAL], self.model.config
+        x, position, reference = self.inputs[RESIDUAL][:3]
+        token, shape = (x + position)[0, query], (config.heads, config.levels, config.points)
+        offsets = attention.offsets(token).float().view(*shape, 2)
+        weights = attention.weights(token).float().view(config.heads, -1).softmax(-1).view(shape).numpy()
+        center, size = reference[0, query].float().chunk(2)
+        points, dropped, start = (center + offsets * size * (0.5 / config.points)).numpy(), 0, 0
+        for level, (height, width) in enumerate(self.level_shapes):
+            x, y = np.floor(points[:, level] * (width, height)).astype(int).transpose(2, 0, 1)
+            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            lost = inside & ~np.isin(start + y * width + x, self.index_2)
+            dropped += (weights[:, level] * lost).sum() / config.heads
+            start += height * width
+        return {
+            "points": rounded(points * self.padded, 1),
+            "weights": rounded(weights, 4),
+            "dropped": rounded(dropped, 4),
+        }
+
+    def guides(self):
+        """Eq. 5 to 7: the object [G] that each guiding token's prediction shows, -1 for none, and its box [G 4]."""
+        config, layers = self.model.config, self.outputs["layers"]
+        prediction = {"Q_bal": layers[1], "T_s2": layers[0], "T_s1": self.outputs["selection"]}[config.guidance]
+        queries = torch.arange(prediction["logits"].shape[1])
+        if config.guiding_tokens:
+            scores = self.model.det_head.classifier(self.trace[config.guidance][0].float()).amax(-1)
+            queries = scores.topk(min(config.guiding_tokens, len(scores))).indices
+        alike = overlap(mask_logits(self.outputs, 0, self.objects) > 0, mask_logits(prediction, 0, queries) > 0)
+        owner = torch.where(alike.amax(0) >= SAME, alike.argmax(0), -1)
+        for i in reversed(range(len(self.objects))):  # the most alike one is its own
+            owner[alike[i].argmax()] = i
+        return owner.numpy(), self.boxes_of(prediction, queries)
 
 
-def write_figure(figure, path: Path) -> None:
-    """Write a matplotlib figure to a file, in a folder that may be new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+def around(mask):
+    """The box [1 4] around the largest piece of a mask [H W]."""
+    pieces, count = ndimage.label(mask.numpy())
+    if not count:
+        return torch.zeros(1, 4)
+    largest = 1 + np.bincount(pieces.flatten())[1:].argmax()
+    return masks_to_boxes(torch.from_numpy(pieces == largest)[None]) + torch.tensor([0, 0, 1, 1])
 
 
-# ---- Drawing ---------------------------------------------------------------------------------------------------------
+def overlap(a, b):
+    """The IoU of masks [n H W] and [m H W]: [n m]"""
+    a, b = a.flatten(1).float(), b.flatten(1).float()
+    both = a @ b.T
+    return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)
 
 
-def outline(axes, mask, fill=0.0):
-    """The outline of a mask [H W], closed at the image's border."""
-    framed = np.pad(np.asarray(mask.cpu()), 1).astype(float)
-    x, y = (np.arange(-0.5, side - 1) for side in framed.shape[::-1])
-    if mask.any():
-        axes.contourf(x, y, framed, levels=[0.5, 1.5], colors=[MASK], alpha=fill)
-        axes.contour(x, y, framed, levels=[0.5], colors=[MASK], linewidths=1.6)
+# ---- What the page gets: numbers, run lengths, bytes -----------------------------------------------------------------
 
 
-def draw_objects(axes, image, objects):
-    """An image [H W 3] with objects: boxes [n 4] (x0, y0, x1, y1), masks [n H W], and names and scores where given."""
-    height, width = np.shape(image)[:2]
-    axes.imshow(image, extent=(0, width, height, 0))
-    for i, (box, mask) in enumerate(zip(objects["boxes"], objects["masks"], strict=True)):
-        x0, y0, x1, y1 = box.tolist()
-        outline(axes, mask, fill=0.3)
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=BOX, linewidth=1.8))
-        if "names" in objects:
-            text = objects["names"][i] + (f" {objects['scores'][i]:.2f}" if "scores" in objects else "")
-            low = y0 < 0.08 * height  # then the label goes inside
-            style = {"facecolor": BOX, "edgecolor": "none", "pad": 1.2}
-            place = min(max(x0, 0), 0.8 * width), max(y0, 0)
-            axes.text(*place, text, color="white", fontsize=8, va="top" if low else "bottom", bbox=style, clip_on=True)
-    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+def rounded(x, digits):
+    return np.round(np.asarray(x, float), digits).tolist()
 
 
-def name_of(config):
-    """What the paper calls a model."""
-    parts = " and ".join(name for name, on in (("DI", len(config.selection) > 1), ("BATO", config.bato)) if on)
-    return {"DI and BATO": "DI-MaskDINO", "": "MaskDINO"}.get(parts, f"MaskDINO with {parts}")
+def mean(values, digits=4):
+    return round(float(values.mean()), digits) if values.size else None
 
 
-def pale(story):
-    """The image as a background: grey, and nearly white."""
-    return 0.35 * np.asarray(story.picture.convert("L"))[..., None].repeat(3, -1) / 255 + 0.65
+def runs(mask):
+    """A mask [H W] as the lengths of its runs, row by row, the first outside of the mask."""
+    edges = np.flatnonzero(np.diff(np.pad(mask.reshape(-1).astype(np.int8), 1)))
+    return np.diff(edges, prepend=0).tolist()
 
 
-def background(axes, story, image=None):
-    axes.imshow(pale(story) if image is None else image, extent=(0, story.width, story.height, 0))
-    axes.set(xlim=(0, story.width), ylim=(story.height, 0), xticks=[], yticks=[])
+def heat(values):
+    """Values from 0 on as bytes in base64, 255 for the largest."""
+    top = float(max(values.max(), 1e-9))
+    return {"top": top, "bytes": base64.b64encode((values / top * 255).round().astype(np.uint8).tobytes()).decode()}
 
 
-def patches(axes, story, tokens, scores=None, **style):
-    """Tokens as the squares of the image that they stand for, coloured by score."""
-    order = np.argsort(-story.sides[tokens], kind="stable")  # large ones at the back
-    tokens, inner = tokens[order], 0.84
-    squares = [
-        Rectangle(c - s * inner / 2, s * inner, s * inner)
-        for c, s in zip(story.centers[tokens], story.sides[tokens], strict=True)
-    ]
-    if scores is not None:
-        style = {"array": scores[order], "cmap": "viridis", "norm": Normalize(0, scores.max()), "alpha": 0.75, **style}
-    axes.add_collection(PatchCollection(squares, **style))
+def png(pixels):
+    """An image [H W 3] as an address that holds it."""
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(pixels)).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def star(axes, place):
-    axes.plot(*place, marker="*", markersize=15, color=CHOSEN, markeredgecolor="white", zorder=5)
+def alike(tokens, owner, count):
+    """The mean cosine [n+1 n+1] of the guiding tokens [G C] of two objects, in the last row of none. No token is
+    compared with itself; None where there is nothing to compare."""
+    unit = tokens / (np.linalg.norm(tokens, axis=1, keepdims=True) + 1e-9)
+    cosine, others = unit @ unit.T, ~np.eye(len(unit), dtype=bool)
+    members = [owner == i for i in (*range(count), -1)]
+    return [[mean(cosine[np.outer(a, b) & others], 2) for b in members] for a in members]
 
 
-# ---- The panels, in the paper's order: each draws itself, and returns its title and what to look for -----------------
+def as_colours(story):
+    """The finest level of T_i and of T_bal as images: the three directions in which they vary most are red, green and
+    blue."""
+    height, width = story.level_shapes[0]
+    maps = [story.trace[name][0, : height * width].float().numpy() for name in ("T_i", "T_bal")]
+    maps = [x - x.mean(0) for x in maps]
+    directions = np.linalg.svd(np.concatenate(maps), full_matrices=False)[2][:3].T
+    images = []
+    for x in maps:
+        low, high = np.percentile(x @ directions, (2, 98), 0)
+        levels = 255 * ((x @ directions - low) / (high - low + 1e-9)).clip(0, 1)
+        images.append(png(levels.round().astype(np.uint8).reshape(height, width, 3)))
+    return images
 
 
-def tokens_panel(axes, story):
-    background(axes, story, story.picture)
-    corner = 0.03 * min(story.width, story.height)
-    for height, _ in story.level_shapes:
-        side = story.padded[1] / height
-        for color, width in (("black", 3), ("white", 1.5)):
-            axes.add_patch(Rectangle((corner, corner), side, side, fill=False, edgecolor=color, linewidth=width))
-    return f"The image: {len(story.centers):,} tokens", (
-        "3.2.1, T_i. Backbone and encoder turn the image into tokens, one for every patch, at four scales: a white "
-        "square is a patch of each. A token knows its surroundings."
-    )
+@torch.inference_mode()
+def page_data(trained, picture, against=None):
+    """All that the page shows of a PIL image, as built-in types."""
+    story = Story(trained, picture, trained.test_size)
+    model, trace, index_1, index_2 = story.model, story.trace, story.index_1, story.index_2
+    interacted = model.interactions[-1].norm(trace["T_s2"]) if model.interactions else trace["T_s2"]
+    data = {
+        "config": dataclasses.asdict(model.config),
+        "classes": story.classes,
+        "picture": png(story.picture),
+        "size": story.size[::-1],
+        "padded": story.padded.tolist(),
+        "levels": story.level_shapes,
+        "shapes": {name: list(x.shape[1:]) for name, x in trace.items()},
+        "first": story.selection(index_1, trace["T_s1"]),
+        "second": story.selection(index_2, interacted),
+        "on": [mean(story.on.any(0)[index]) for index in (slice(None), index_1, index_2)],
+        "objects": [],
+    }
+    for query, on, layers in zip(story.objects, story.on, story.layers_of(story.objects), strict=True):
+        best = story.scores[query].sort(descending=True)
+        data["objects"].append({
+            "query": query,
+            "classes": [*zip(best.indices[:5].tolist(), rounded(best.values[:5], 3), strict=True)],
+            "tokens": [int(on[index].sum()) for index in (slice(None), index_1, index_2)],
+            "layers": layers,
+            "probability": heat(mask_logits(story.outputs, 0, [query])[0].float().sigmoid().numpy()),
+            "residual": story.residual(query),
+        })  # fmt: skip
+    if model.interactions:
+        weights, on = story.attention(INTERACTION), story.on[:, index_1]  # [k1 k1], [n k1]
+        listened = (-weights).argsort(1, kind="stable")[:, :LISTENED]
+        data["listens"] = {"to": listened.tolist(), "weights": rounded(np.take_along_axis(weights, listened, 1), 4)}
+        data["listens"]["shares"] = rounded(weights @ on.T, 4)  # [k1 n]: of a token's attention, on each object
+        data["listens"]["object"] = np.where(on.any(0), on.argmax(0), -1).tolist()
+        for one, here, shares in zip(data["objects"], on, on @ weights.T, strict=True):
+            one["listens"] = {"on": mean(shares[here]), "off": mean(shares[~here]), "chance": mean(here)}
+    if model.config.bato:
+        owner, boxes = story.guides()
+        names, weights, count = ("T_g_mask", "T_g_box", "T_g"), story.attention(BATO), len(story.objects)
+        data["guides"] = {name: alike(trace[name][0].float().numpy(), owner, count) for name in names}
+        data["guides"] |= {"object": owner.tolist(), "boxes": rounded(boxes, 1)}
+        data["colours"] = as_colours(story)
+        for i, (one, on) in enumerate(zip(data["objects"], story.on, strict=True)):
+            share = weights[:, owner == i].sum(1)  # [N]
+            one["attend"] = {"on": mean(share[on]), "off": mean(share[~on]), "chance": mean(owner == i)} | heat(share)
+    if against:
+        other = Story(against, picture, trained.test_size)
+        same = overlap(mask_logits(story.outputs, 0, story.objects) > 0, mask_logits(other.outputs, 0) > 0).argmax(1)
+        data["against"] = {"config": dataclasses.asdict(other.model.config), "layers": other.layers_of(same.tolist())}
+    return data
 
 
-def first_selection(axes, story):
-    index, scores = story.index(1), story.scores(1)
-    background(axes, story)
-    patches(axes, story, index, scores)
-    on = np.any([story.on_object(i)[index] for i in range(len(story.objects))], 0).mean()
-    return f"First selection: {len(index)} of {len(story.centers):,}", (
-        "Eq. 1, T_s1 = S(T_i, k1). The tokens that look most like an object: violet to yellow, the surest "
-        f"({scores.max():.2f}). Most background should be gone: {on:.0%} lie on an object that is found below."
-    )
-
-
-def interaction(axes, story):
-    if not story.model.interactions:
-        return without(axes, story, "De-Imbalance", "Eq. 2: no token interaction")
-    tokens = story.index(1)
-    chosen = int(np.flatnonzero(tokens == story.index(2)[story.objects[0]])[0])
-    weights = story.attention("interactions.0.layers.0.attention")[chosen]
-    here, places, strength = story.centers[tokens[chosen]], story.centers[tokens], weights / weights.max()
-    background(axes, story)
-    strongest = strength.argsort()[-40:]
-    lines = [(here, place) for place in places[strongest]]
-    axes.add_collection(LineCollection(lines, colors=CHOSEN, linewidths=2.5 * strength[strongest], alpha=0.6))
-    axes.scatter(*places.T, s=(4 + 40 * strength) * min(1, 60 / len(tokens)), color=CHOSEN, alpha=0.8, linewidths=0)
-    star(axes, here)
-    own = story.on_object(0)[tokens]
-    return "The selected talk to each other", (
-        f"Eq. 2, T_s1^sa = MHSA(T_s1). The star, a token of the {story.kinds[0]}, listens along thick lines most: "
-        f"{weights[own].sum():.0%} to tokens on its object, which are {own.mean():.0%} of all. Such tokens tell it how "
-        "far the object reaches, and that is what a box needs."
-    )
-
-
-def second_selection(axes, story):
-    if not story.model.interactions:
-        return without(axes, story, "De-Imbalance", "Eq. 3: no second selection")
-    dropped = np.setdiff1d(story.index(1), story.index(2))
-    background(axes, story)
-    patches(axes, story, dropped, facecolor="none", edgecolor=DARK, linewidth=0.9, linestyle=":")
-    patches(axes, story, story.index(2), story.scores(2))
-    return f"Second selection: {len(story.index(2))} of {len(story.index(1))}", (
-        "Eq. 3, T_s2 = S(T_s1^sa, k2). Now that they have talked, the best are chosen again, and "
-        f"{len(dropped)} (dotted) are dropped. Each that stays is a query: it may become an object."
-    )
-
-
-def initial(axes, story):
-    objects, fit = story.at(0)
-    draw_objects(axes, pale(story), objects)
-    return "What they would answer now", (
-        "The initial prediction, of T_s2. Masks learn from every pixel, boxes from four numbers; so in MaskDINO boxes "
-        f"lag behind here: the imbalance. Do the boxes fit the masks? {fit:.2f} (1: to the pixel)."
-    )
-
-
-def residual(axes, story):
-    points, weights = story.samples(story.objects[0])
-    x0, y0, x1, y1 = story.at(0)[0]["boxes"][0].tolist()
-    background(axes, story)
-    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=BOX, linewidth=1.8, linestyle="--"))
-    axes.scatter(*points.T, s=2 + 60 * weights / weights.max(), color=CHOSEN, alpha=0.65, linewidths=0)
-    star(axes, story.centers[story.index(2)[story.objects[0]]])
-    return "They look at the image again", (
-        "Eq. 4, Q_bal = MHCA(T_s2, T_i). From its box (dashed) the star reads all tokens at the dots, large ones most, "
-        "also where tokens were dropped: a residual that pays for what two selections lose."
-    )
-
-
-def balanced(axes, story):
-    objects, fit = story.at(1)
-    draw_objects(axes, pale(story), objects)
-    return "Balance-aware queries", (
-        "What Q_bal answers for the same objects, after the first decoder layer. Compare with two panels before: do "
-        f"boxes and masks fit each other, and the objects? Box against mask: {fit:.2f}."
-    )
-
-
-def fits(axes, story):
-    values = [story.at(layer)[1] for layer in range(len(story.outputs["layers"]))]
-    axes.set_axis_off()
-    axes = axes.inset_axes((0.1, 0.12, 0.88, 0.86))
-    axes.plot(values, "o-", color=DARK, linewidth=2)
-    for layer, value in enumerate(values):
-        axes.annotate(
-            f"{value:.2f}",
-            (layer, value),
-            (0, 8),
-            textcoords="offset points",
-            ha="center",
-            fontsize=10,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
-    axes.set(ylim=(0, 1.15), xlim=(-0.4, len(values) - 0.6), xticks=range(len(values)), yticks=[0, 0.5, 1])
-    axes.set_xticklabels(["T_s2", "Q_bal", *map(str, range(2, len(values)))])
-    axes.spines[["top", "right"]].set_visible(False)
-    return "Box against mask, by layer", (
-        "How well each box fits its own mask: the IoU with the box around the mask, mean over these objects. A line "
-        "that is high from the left on says that both tasks are in balance from the start."
-    )
-
-
-def guiding(axes, story, i):
-    if not story.model.config.bato:
-        return without(axes, story, "Balance-Aware Tokens\nOptimization", "Eq. 5 to 7: no guiding tokens")
-    background(axes, story)
-    if i >= len(story.objects):
-        return "No second object", "Nothing else was found here."
-    own, weights = story.guiding(i), story.attention("bato.attention")
-    share = story.finest(weights[:, own].sum(1))
-    usual = share.mean()
-    reach = max(abs(share - usual).max(), 0.1 * usual, 1e-6)
-    extent = (0, story.padded[0], story.padded[1], 0)
-    axes.imshow(share, cmap=HEAT, vmin=usual - reach, vmax=usual + reach, extent=extent)
-    axes.set(xlim=(0, story.width), ylim=(story.height, 0), xticks=[], yticks=[])
-    outline(axes, story.masks[i])
-    inside = story.finest(story.on_object(i))
-    on, off = (f"{share[where].mean():.1%}" if where.any() else "none" for where in (inside, ~inside))
-    measured = (
-        f"Tokens on it give {on} of their attention to its guiding tokens ({own.sum()} of {len(own)}), tokens "
-        f"elsewhere {off}."
-    )
-    if i == 0:
-        return f"Who listens to the {story.kinds[i]}?", (
-            "Eq. 5 to 7, T_g = N_mask(Q_bal) + N_box(Q_bal): each query makes a guiding token of where its mask and "
-            f"box are. {measured}"
-        )
-    return f"And who to the {'other ' * (story.kinds[0] == story.kinds[i])}{story.kinds[i]}?", (
-        f"Pink: more than usual, grey: less. {measured} Pink should lie on the object alone; numbers that are alike: "
-        "this model has not learned to tell objects apart."
-    )
-
-
-def clusters(axes, story):
-    if not story.model.config.bato:
-        return without(axes, story, "Balance-Aware Tokens\nOptimization", "Eq. 8: T_bal is T_i")
-    axes.set_axis_off()
-    maps = [story.finest(story.trace[name][0].float().cpu().numpy()) for name in ("T_i", "T_bal")]
-    centred = [x.reshape(-1, x.shape[-1]) - x.mean((0, 1)) for x in maps]
-    *_, directions = np.linalg.svd(np.concatenate(centred), full_matrices=False)
-    inside = story.finest(story.on_object(0)).flatten()
-    bars = axes.inset_axes((0.3, 0.04, 0.66, 0.32))
-    for left, flat, name, shade in zip((0, 0.51), centred, ("T_i", "T_bal"), ("#a9b4bf", DARK), strict=True):
-        colors = flat @ directions[:3].T  # the three main directions as red, green and blue
-        low, high = np.percentile(colors, (2, 98), 0)
-        image = ((colors - low) / (high - low + 1e-9)).clip(0, 1).reshape(*maps[0].shape[:2], 3)
-        inset = axes.inset_axes((left, 0.51, 0.49, 0.49))
-        inset.imshow(image, extent=(0, story.padded[0], story.padded[1], 0))
-        inset.set(xlim=(0, story.width), ylim=(story.height, 0), xticks=[], yticks=[])
-        inset.set_xlabel(name, fontsize=10, labelpad=2)
-        unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
-        alike = unit[inside] @ unit.T
-        values = [alike[:, where].mean() if inside.any() and where.any() else 0 for where in (inside, ~inside)]
-        places = np.array([0, 1]) + (0.2 if name == "T_bal" else -0.2)
-        drawn = bars.barh(places, values, 0.36, color=shade)
-        bars.bar_label(drawn, fmt="%.2f", fontsize=9, padding=2)
-    bars.set(yticks=[0, 1], xticks=[], ylim=(1.5, -0.5))
-    bars.set_yticklabels(["own object", "elsewhere"])
-    bars.tick_params(length=0)
-    bars.margins(x=0.25)
-    bars.axvline(0, color=DARK, linewidth=0.8)
-    bars.spines[:].set_visible(False)
-    return "Tokens before and after", (
-        "Eq. 8, T_bal = MHCA(T_i, T_g): each token moves towards its guiding tokens. Like colours: like tokens. Bars: "
-        f"how like (cosine) a token of the {story.kinds[0]} is to others, in T_i (grey), T_bal (black)."
-    )
-
-
-def result(axes, story):
-    objects, fit = story.at(-1)
-    draw_objects(axes, story.picture, {**objects, "names": story.names})
-    return "The answer", (
-        "Eq. 9 to 11. The decoder refines the queries on T_bal (Q_ref); heads read class, score and box from each, and "
-        f"the mask as a product with every pixel. Box against mask: {fit:.2f}."
-    )
-
-
-def without(axes, story, module, title):
-    background(axes, story)
-    axes.text(
-        0.5, 0.5, f"This model has no\n{module}.", transform=axes.transAxes, ha="center", va="center", fontsize=12
-    )
-    return title, "It was trained without this module. A checkpoint of all of DI-MaskDINO shows here what it does."
-
-
-ROWS = [
-    ("De-Imbalance (section 3.2.2): choose tokens, let them talk, choose again",
-     [tokens_panel, first_selection, interaction, second_selection]),
-    ("The imbalance of boxes and masks, and the residual of De-Imbalance", [initial, residual, balanced, fits]),
-    ("Balance-Aware Tokens Optimization (3.2.3): queries guide all tokens. Then the decoder answers (3.2.4)",
-     [partial(guiding, i=0), partial(guiding, i=1), clusters, result]),
-]  # fmt: skip
-
-INTRODUCTION = (
-    "Finding objects as boxes and as masks, step by step. De-Imbalance prepares the queries, each of which may become "
-    "an object, so that boxes start as good as masks. Balance-Aware Tokens Optimization lets the queries tell every "
-    "part of the image which object it belongs to. Blue is a box, orange a mask; pink is one query, the star, and what "
-    "it reads. Numbers are of this image."
-)
-
-
-def page(model, picture, score=0.3):
-    """The page as a matplotlib Figure. picture: a PIL image, RGB."""
-    story = Story(model, picture, score)
-    width, gap, head, text, above = 3.3, 0.25, 0.72, 1.32, 1.4  # inches
-    tall = width * min(max(story.height / story.width, 0.5), 1.4)
-    row_height = head + tall + text
-    size = 4 * width + 5 * gap, above + 3 * row_height + 0.1
-    figure = Figure(size, facecolor="white")
-
-    def write(x, y, words, **style):  # inches from the left and from the top
-        return figure.text(x / size[0], 1 - y / size[1], words, va="top", color=DARK, **style)
-
-    title = f"How {name_of(model.config)} sees an image"
-    write(gap, 0.2, title, fontsize=22, weight="bold")
-    doubt = "" if story.sure else f" No object reaches a score of {score}: what follows is a guess."
-    write(gap, 0.65, textwrap.fill(INTRODUCTION + doubt, 148), fontsize=11.5, linespacing=1.3)
-    for row, (heading, panels) in enumerate(ROWS):
-        top = above + row * row_height
-        line = 1 - (top + 0.02) / size[1]
-        figure.add_artist(Line2D((gap / size[0], 1 - gap / size[0]), (line, line), color="#b5bcc4", linewidth=1))
-        write(gap, top + 0.1, heading, fontsize=14, weight="bold")
-        for column, panel in enumerate(panels):
-            left = gap + column * (width + gap)
-            place = left / size[0], 1 - (top + head + tall) / size[1], width / size[0], tall / size[1]
-            name, sentence = panel(figure.add_axes(place, anchor="N"), story)
-            write(left, top + head - 0.25, name, fontsize=12, weight="bold")
-            write(left, top + head + tall + 0.08, textwrap.fill(sentence, 44), fontsize=10, linespacing=1.25)
-    return figure
+def page(trained, picture, against=None):
+    """The page as HTML. trained, against: models as load_model returns them; picture: a PIL image, RGB."""
+    data = json.dumps(page_data(trained, picture, against), allow_nan=False, separators=(",", ":"))
+    return Path(__file__).with_suffix(".html").read_text().replace("/*DATA*/ null", data.replace("<", "\\u003c"))
 
 
 def parse_arguments(arguments):
@@ -358,20 +279,20 @@ def parse_arguments(arguments):
     add = parser.add_argument
     add("image", type=user_path, help="any image file")
     add("--ckpt", required=True, type=user_path, metavar="CKPT", help="a checkpoint of train.py, or the authors'")
-    add("--out", type=user_path, help="a .png, .svg or .pdf (explained.png, or a name that is free)")
-    add("--score", type=float, default=0.3, help="least score of the objects that the page follows (%(default)s)")
-    add("--test-size", type=int, nargs=2, metavar=("SHORT", "LONG"), help="of the image in the model (as trained)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="(%(default)s)")
+    add("--against", type=user_path, metavar="CKPT", help="another one, whose boxes and masks are shown beside")
+    add("--out", type=user_path, help="the page (explained.html, or a name that is free)")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     args = parse_arguments(arguments)
     try:
-        out = figure_file(args.out, "explained.png")
-        model = load_model(args.ckpt, args.device)
-        model.test_size = args.test_size or model.test_size
-        write_figure(page(model, data.read_image(args.image), args.score), out)
+        out = args.out or unused(Path("explained.html"))
+        try_output(out, folder=False)
+        against = load_model(args.against) if args.against else None
+        html = page(load_model(args.ckpt), read_image(args.image), against)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(html)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -298,8 +298,10 @@ def batches_of(loader: DataLoader) -> Iterator:
         yield from batches
     except (ValueError, OSError, MemoryError) as error:
         # An error from a worker brings that worker's traceback with it; the message is its last line.
-        lines = str(error).strip().splitlines() or ["too little memory to load an image"]
+        lines = str(error).strip().splitlines() or ["MemoryError"]
         problem = re.sub(r"^\w+Error: ", "", lines[-1])
+        if problem == "MemoryError":
+            problem = "there is too little memory to load an image"
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

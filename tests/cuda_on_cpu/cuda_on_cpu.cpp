@@ -1,59 +1,120 @@
-// The kernels of cuda_kernel.cu on a CPU, for the tests.
+// Runs the kernels of cuda_kernel.cu on a CPU, a warp at a time, for the tests where there is no GPU.
+//
+// Each thread of a warp is a coroutine. At a shuffle it leaves its number and lets the next one run, so it reads when
+// all have left theirs. Warps share nothing but memory that they add to, and run one after the other.
+#include <cuda_runtime_api.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <functional>
 #include <string>
+#include <vector>
 
-#include "cuda_on_cpu.h"
+constexpr int LANES_OF_WARP = 32, STACK_BYTES = 64 << 10;
 
-using std::floor;
-template <typename T> T max(T a, T b) { return a > b || b != b ? a : b; }  // of NaN and a number, the number
-template <typename T> T min(T a, T b) { return a < b || b != b ? a : b; }
+static dim3 threadIdx, blockIdx;
+static std::function<void()> kernel_call;
+static jmp_buf lanes[LANES_OF_WARP], end_of_warp;
+static int lane, ended, rounds[LANES_OF_WARP];  // how many shuffles each has come to
+static double offered[2][LANES_OF_WARP];        // in this shuffle and the last one, which may still be read
 
-template <typename T> void keep(T&) {}
-template <typename T> T __ldg(const T* from) { return *from; }
-void __stcg(int4* to, int4 bytes) { *to = bytes; }
-unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
-template <typename A> A power_of_2(A x) { return std::exp2(x); }
-template <typename A> A log_2(A x) { return std::log2(x); }
-template <typename A> A reciprocal(A x) { return 1 / x; }
-
-float __uint_as_float(unsigned bits) {
-  float number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
+[[noreturn]] static void run_lane(int next) {
+  threadIdx.x += next - lane;
+  lane = next;
+  _longjmp(lanes[lane], 1);
 }
 
-void add_four(float* to, float a, float b, float c, float d) {
+static void run_others() {  // until it is this lane's turn again
+  if (_setjmp(lanes[lane])) return;
+  if (ended == LANES_OF_WARP) _longjmp(end_of_warp, 1);
+  run_lane((lane + 1) % LANES_OF_WARP);
+}
+
+template <typename T>
+T exchange(T mine, int with) {
+  const int round = ++rounds[lane];
+  offered[round % 2][lane] = mine;
+  run_others();
+  if (rounds[with] != round && rounds[with] != round + 1) std::abort();  // it is at another shuffle, or has ended
+  return T(offered[round % 2][with]);
+}
+
+template <typename T> T __shfl_xor_sync(unsigned, T mine, int distance) { return exchange(mine, lane ^ distance); }
+template <typename T> T __shfl_sync(unsigned, T mine, int source, int width) {
+  return exchange(mine, lane / width * width + source);
+}
+
+static void run_warps() {
+  for (ended = LANES_OF_WARP;; ++ended) {
+    run_others();
+    kernel_call();
+  }
+}
+
+static void start_lanes() {
+  static std::vector<char> stacks(LANES_OF_WARP * STACK_BYTES);
+  for (lane = 0; lane < LANES_OF_WARP; ++lane) {
+    ucontext_t start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = stacks.data() + lane * STACK_BYTES;
+    start.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&start, run_warps, 0);
+    if (!_setjmp(end_of_warp)) setcontext(&start);
+  }
+}
+
+static void run_warp() {
+  ended = 0;
+  std::fill(rounds, rounds + LANES_OF_WARP, 0);
+  if (!_setjmp(end_of_warp)) _longjmp(lanes[lane = 0], 1);
+}
+
+static void launch(dim3 blocks, unsigned threads, std::function<void()> call) {
+  kernel_call = call;
+  start_lanes();
+  for (blockIdx.z = 0; blockIdx.z < blocks.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < blocks.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < blocks.x; ++blockIdx.x)
+        for (unsigned first = 0; first < threads; first += LANES_OF_WARP) {
+          threadIdx.x = first;
+          run_warp();
+        }
+}
+
+template <typename A> void atomicAdd(A* to, A x) { *to += x; }
+void atomicAdd(float4* to, float4 x) {
   if (reinterpret_cast<uintptr_t>(to) % 16) std::abort();
-  to[0] += a, to[1] += b, to[2] += c, to[3] += d;
-  numbers_added += 4;
+  to->x += x.x, to->y += x.y, to->z += x.z, to->w += x.w;
 }
-template <typename A> void add_one(A* to, A a) { *to += a, ++numbers_added; }
 
-static bool all_ended;
-#define LAUNCH(kernel, blocks, stream, ...) all_ended &= launch(blocks, THREADS, [&] { kernel(__VA_ARGS__); })
+using std::exp, std::floor, std::fmax, std::fmin, std::min;
+#define __launch_bounds__(...)
+#define LAUNCH(kernel, blocks, stream, ...) launch(blocks, THREADS, [&] { kernel(__VA_ARGS__); })
 #include "cuda_kernel.cu"
 
 namespace deform_attn {
 
 template <typename V, typename A>
-void both(const CudaProblem& problem, void** data) {
+void run(const CudaProblem& problem, bool backward, void** data) {
   const auto as = [&](int i) { return static_cast<A*>(data[i]); };
   const Inputs<V, A> inputs = {static_cast<const V*>(data[0]), as(1), as(2), as(3)};
-  launch_forward<V, A>(problem, inputs, static_cast<V*>(data[4]), nullptr);
-  launch_backward<V, A>(problem, static_cast<const V*>(data[5]), inputs, {as(6), as(7), as(8), as(9)}, nullptr);
+  V* const output = static_cast<V*>(data[4]);  // or its gradient
+  if (backward) launch_backward<V, A>(problem, output, inputs, {as(5), as(6), as(7), as(8)}, nullptr);
+  else launch_forward<V, A>(problem, inputs, output, nullptr);
 }
 
-// sizes: B N h c Q L P, 1 for boxes, then H and W of each level; data: value, reference, offsets, logits, output,
-// grad_output, grad_value, grad_reference, grad_offsets, grad_logits. Returns how many numbers were added to global
-// memory, or -1 where threads wait for ever.
-extern "C" long long forward_and_backward(const char* type, const int* sizes, void** data) {
-  const CudaProblem problem = problem_of(sizes, sizes + 8);
+// s: B N h c Q L P, 1 for boxes, 1 for the backward, then H and W of each level; data: value, reference, offsets,
+// logits, output, or for the backward grad_output and the gradients of the inputs.
+extern "C" void run(const char* type, const int* s, void** data) {
+  const CudaProblem problem = problem_of(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s + 9);
   const std::string name = type;
-  numbers_added = 0, all_ended = true;
-  if (name == "torch.float32") both<float, float>(problem, data);
-  if (name == "torch.float64") both<double, double>(problem, data);
-  if (name == "torch.float16") both<__half, float>(problem, data);
-  if (name == "torch.bfloat16") both<__nv_bfloat16, float>(problem, data);
-  return all_ended ? numbers_added : -1;
+  if (name == "torch.float32") run<float, float>(problem, s[8], data);
+  if (name == "torch.float64") run<double, double>(problem, s[8], data);
+  if (name == "torch.float16") run<__half, float>(problem, s[8], data);
+  if (name == "torch.bfloat16") run<__nv_bfloat16, float>(problem, s[8], data);
 }
 
 }  // namespace deform_attn
