@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from datasets import Source
-from dimaskdino import Config, DIMaskDINO, mask_logits
+from dimaskdino import SWINS, Config, DIMaskDINO, mask_logits
 from small_models import SMALL, build, microsoft_names, pictures
 from util.weights import (
     Trained,
@@ -36,7 +36,7 @@ def test_weights_saved_and_loaded_give_the_same_model(tmp_path):
     assert torch.equal(mask_logits(a(images)), mask_logits(b(images)))
 
 
-def test_a_file_that_does_not_fit_names_the_odd_tensors_with_both_shapes_and_changes_nothing():
+def test_what_does_not_fit_is_named_with_both_shapes_and_not_loaded():
     model, other = build(), build(num_classes=7)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"det_head.classifier.bias: \(7,\) in the file, \(5,\) in the model"):
@@ -70,20 +70,23 @@ def detectron2_names(state):
     ids=["torchvision resnet", "detectron2 resnet", "torchvision swin", "microsoft swin"],
 )
 @torch.no_grad()
-def test_imagenet_backbones_load_under_every_common_naming(backbone, naming):
+def test_imagenet_backbones_load_under_every_common_naming(backbone, naming, monkeypatch):
     torch.manual_seed(1)
-    source, model = getattr(torchvision.models, backbone)(weights=None).eval(), build(backbone=backbone)
-    assert load_weights(model, {"model": naming(source.state_dict())}) == []
     image = torch.rand(1, 3, 64, 64)
     if backbone == "resnet18":
-        body = nn.Sequential(*list(source.children())[:-2])
-        assert torch.equal(model.backbone(image)[-1], body(image))
-    else:
-        assert torch.equal(model.backbone.stages[3](model.backbone.stages[2](model.backbone.stages[1](
-            model.backbone.stages[0](image)))), source.features(image))  # fmt: skip
+        source = torchvision.models.resnet18(weights=None).eval()
+        expected = nn.Sequential(*list(source.children())[:-2])(image)
+    else:  # a narrow one with as many stages
+        monkeypatch.setitem(SWINS, "swin_t", (24, (1, 1, 2, 1), (1, 2, 4, 8), 7, 0.0))
+        source = torchvision.models.SwinTransformer([4, 4], 24, [1, 1, 2, 1], [1, 2, 4, 8], [7, 7]).eval()
+        expected = source.features(image)
+    model = build(backbone=backbone)
+    assert load_weights(model, {"model": naming(source.state_dict())}) == []
+    found = nn.Sequential(*model.backbone.stages)(image)
+    assert torch.equal(found, expected)
 
 
-def test_torchvisions_weights_are_loaded_on_the_cpu_checked_and_without_running_code(monkeypatch):
+def test_torchvisions_weights_are_checked_and_run_no_code(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **rest: (url, rest))
     url, rest = imagenet("resnet50")
     assert url == torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
@@ -101,7 +104,7 @@ def test_torchvisions_weights_are_loaded_on_the_cpu_checked_and_without_running_
         (EOFError(), "checkpoints/resnet18-.*pth is damaged (EOFError): delete it, and it is"),
     ],
 )
-def test_torchvisions_weights_that_cannot_be_had_are_named_with_the_way_out(monkeypatch, error, message):
+def test_torchvisions_weights_that_cannot_be_had_are_named(monkeypatch, error, message):
     def fail(*_, **__):
         raise error
 
@@ -222,7 +225,7 @@ def test_where_nothing_fits_two_names_of_each_side_are_shown():
         config_of(build().state_dict() | {"backbone.stages.0.0.weight": torch.zeros(64, 3, 4, 4)})
 
 
-def test_levels_of_the_authors_decoder_are_turned_and_those_of_their_encoder_are_not():
+def test_levels_of_the_authors_decoder_alone_are_turned():
     model, bias = build(), torch.arange(2 * 4 * 4 * 2.0)  # heads, levels, points, x and y
     decoder = "sem_seg_head.predictor.decoder.layers.0.cross_attn.sampling_offsets.bias"
     encoder = "sem_seg_head.pixel_decoder.transformer.encoder.layers.0.self_attn.sampling_offsets.bias"
@@ -253,7 +256,7 @@ def test_what_has_no_part_in_the_model_is_no_odd_tensor():
         load_weights(model, model.state_dict() | {"other.bias": torch.ones(3)})
 
 
-def test_a_pretrained_backbones_norms_are_frozen_and_those_of_our_unfrozen_checkpoints_are_not():
+def test_norms_of_a_pretrained_backbone_are_frozen_and_stay_as_saved():
     model = build(backbone="resnet18")
     load_weights(model, build(backbone="resnet18", seed=1).state_dict())
     assert model.backbone.train().stages[0].bn1.weight.requires_grad and model.backbone.stages[0].bn1.training
@@ -310,11 +313,10 @@ def test_a_pickle_may_ask_for_what_makes_arrays_and_for_nothing_beside_it(tmp_pa
         read_checkpoint(tmp_path / "odd.pkl")
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_of_arrays_loads(tmp_path, protocol):
+def test_a_pickle_of_arrays_loads(tmp_path):
     source, model = torchvision.models.resnet18(weights=None), build(backbone="resnet18")
     arrays = {name: x.numpy() for name, x in detectron2_names(source.state_dict()).items()}
-    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}, protocol))
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}))
     assert load_weights(model, tmp_path / "R-18.pkl") == []
     assert torch.equal(model.backbone.stages[0].conv1.weight, source.conv1.weight)
 
