@@ -374,7 +374,10 @@ def open_data(trained, args, split):
     if args.data or args.val_json:
         source = source_of(args)
     elif trained.source:
-        source = replace(trained.source, image_folder=args.image_folder or trained.source.image_folder)
+        moved = {"image_folder": args.image_folder} if args.image_folder else {}
+        if args.data_root != Path("data"):
+            moved["root"] = args.data_root
+        source = replace(trained.source, **{name: str(path) for name, path in moved.items()})
     else:
         raise ValueError(f"{args.ckpt} does not say which data it was trained on: add --data or --val-json")
     name = Path(source.val_json or source.data).stem

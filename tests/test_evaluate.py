@@ -520,18 +520,20 @@ def test_evaluation_stops_for_or_warns_of_faults_of_the_data(folder, best, tmp_p
     assert said in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_a_checkpoint_finds_the_data_it_was_trained_on(folder, trained, tmp_path, capsys, moved):
-    annotations, images = folder / "annotations", folder / "val"
-    if moved:
-        images = images.rename(tmp_path / "elsewhere")
-    source = {"data": "x", "val_json": str(annotations / "instances_val.json"), "image_folder": str(folder / "val")}
-    try:
-        path = changed(trained, tmp_path / "a.pt", source=source)
-        assert run(path, "--out", tmp_path / "out", *(("--image-folder", images) if moved else ())) == 0
-        assert "over 5 images" in capsys.readouterr().out
-    finally:
-        images.rename(folder / "val")
+@pytest.mark.parametrize(
+    "flags, source",
+    [
+        ((), Source("shapes", "a", image_folder="b")),
+        (("--data-root", "c", "--image-folder", "d"), Source("shapes", "c", image_folder="d")),
+        (("--data", "x"), Source("x")),
+    ],
+)
+def test_data_are_those_of_the_training_wherever_they_are_now(folder, trained, tmp_path, monkeypatch, flags, source):
+    asked = []
+    monkeypatch.setattr(evaluate, "open_dataset", lambda source, *_, **__: asked.append(source) or opened(folder))
+    path = changed(trained, tmp_path / "a.pt", source=dataclasses.asdict(Source("shapes", "a", image_folder="b")))
+    assert run(path, "--out", tmp_path / "out", *flags) == 0
+    assert asked == [source]
 
 
 def test_data_of_other_classes_are_refused_and_those_that_differ_named(best, tmp_path, capsys):

@@ -11,9 +11,19 @@ import torch
 import torchvision
 from torch import nn
 
-from dimaskdino import Config, DIMaskDINO, mask_logits
+from datasets import Source
+from dimaskdino import SWINS, Config, DIMaskDINO, mask_logits
 from small_models import SMALL, build, microsoft_names, pictures
-from util.weights import coarse_to_fine, config_of, imagenet, load_model, load_weights, read_checkpoint, translate
+from util.weights import (
+    Trained,
+    coarse_to_fine,
+    config_of,
+    imagenet,
+    load_model,
+    load_weights,
+    read_checkpoint,
+    translate,
+)
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
@@ -26,7 +36,7 @@ def test_weights_saved_and_loaded_give_the_same_model(tmp_path):
     assert torch.equal(mask_logits(a(images)), mask_logits(b(images)))
 
 
-def test_a_file_that_does_not_fit_names_the_odd_tensors_with_both_shapes_and_changes_nothing():
+def test_what_does_not_fit_is_named_with_both_shapes_and_not_loaded():
     model, other = build(), build(num_classes=7)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"det_head.classifier.bias: \(7,\) in the file, \(5,\) in the model"):
@@ -60,37 +70,23 @@ def detectron2_names(state):
     ids=["torchvision resnet", "detectron2 resnet", "torchvision swin", "microsoft swin"],
 )
 @torch.no_grad()
-def test_imagenet_backbones_load_under_every_common_naming(backbone, naming):
+def test_imagenet_backbones_load_under_every_common_naming(backbone, naming, monkeypatch):
     torch.manual_seed(1)
-    source, model = getattr(torchvision.models, backbone)(weights=None).eval(), build(backbone=backbone)
-    assert load_weights(model, {"model": naming(source.state_dict())}) == []
     image = torch.rand(1, 3, 64, 64)
     if backbone == "resnet18":
-        body = nn.Sequential(*list(source.children())[:-2])
-        assert torch.equal(model.backbone(image)[-1], body(image))
-    else:
-        assert torch.equal(model.backbone.stages[3](model.backbone.stages[2](model.backbone.stages[1](
-            model.backbone.stages[0](image)))), source.features(image))  # fmt: skip
+        source = torchvision.models.resnet18(weights=None).eval()
+        expected = nn.Sequential(*list(source.children())[:-2])(image)
+    else:  # a narrow one with as many stages
+        monkeypatch.setitem(SWINS, "swin_t", (24, (1, 1, 2, 1), (1, 2, 4, 8), 7, 0.0))
+        source = torchvision.models.SwinTransformer([4, 4], 24, [1, 1, 2, 1], [1, 2, 4, 8], [7, 7]).eval()
+        expected = source.features(image)
+    model = build(backbone=backbone)
+    assert load_weights(model, {"model": naming(source.state_dict())}) == []
+    found = nn.Sequential(*model.backbone.stages)(image)
+    assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", "swin_t", "swin_s", "swin_b", "swin_l"])
-@pytest.mark.parametrize("preset", ["released", "maskdino"])
-def test_a_model_is_recognised_from_its_tensors_alone(backbone, preset):
-    config = dataclasses.replace(getattr(Config, preset)(), backbone=backbone, num_classes=7, decoder_layers=4)
-    with torch.device("meta"):
-        state = DIMaskDINO(config).state_dict()
-    assert config_of({"model": state}) == config
-
-
-def test_a_swin_of_unknown_size_is_refused_with_its_size():
-    with torch.device("meta"):
-        state = DIMaskDINO(dataclasses.replace(Config.released(), backbone="swin_t")).state_dict()
-    state["backbone.stages.0.0.0.weight"] = torch.zeros(64, 3, 4, 4)
-    with pytest.raises(ValueError, match="64 wide and 6 deep .* none of swin_t, swin_s, swin_b, swin_l"):
-        config_of({"model": state})
-
-
-def test_torchvisions_weights_are_loaded_on_the_cpu_checked_and_without_running_code(monkeypatch):
+def test_torchvisions_weights_are_checked_and_run_no_code(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **rest: (url, rest))
     url, rest = imagenet("resnet50")
     assert url == torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url
@@ -108,7 +104,7 @@ def test_torchvisions_weights_are_loaded_on_the_cpu_checked_and_without_running_
         (EOFError(), "checkpoints/resnet18-.*pth is damaged (EOFError): delete it, and it is"),
     ],
 )
-def test_torchvisions_weights_that_cannot_be_had_are_named_with_the_way_out(monkeypatch, error, message):
+def test_torchvisions_weights_that_cannot_be_had_are_named(monkeypatch, error, message):
     def fail(*_, **__):
         raise error
 
@@ -122,7 +118,114 @@ def test_swin_l_which_torchvision_has_not_is_told_where_its_weights_are():
         imagenet("swin_l")
 
 
-def test_levels_of_the_authors_decoder_are_turned_and_those_of_their_encoder_are_not():
+# ---- Others' names ---------------------------------------------------------------------------------------------------
+
+PIXEL, HEAD = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
+NAMES = {  # of tensors that others of the same shape could be taken for
+    PIXEL + "transformer.level_embed": "encoder.level_embed",
+    PIXEL + "transformer.encoder.layers.0.norm1.weight": "encoder.layers.0.attention.norm.weight",
+    PIXEL + "transformer.encoder.layers.0.norm2.bias": "encoder.layers.0.ffn.norm.bias",
+    PIXEL + "transformer.encoder.layers.5.self_attn.value_proj.weight": "encoder.layers.5.attention.value.weight",
+    PIXEL + "transformer.encoder.layers.5.self_attn.output_proj.weight": "encoder.layers.5.attention.output.weight",
+    PIXEL + "transformer.encoder.layers.1.linear2.bias": "encoder.layers.1.ffn.linear2.bias",
+    PIXEL + "input_proj.2.0.weight": "encoder.projections.2.0.weight",
+    PIXEL + "adapter_1.weight": "encoder.lateral.0.weight",
+    PIXEL + "adapter_1.norm.bias": "encoder.lateral.1.bias",
+    PIXEL + "layer_1.weight": "seg_head.fuse.0.weight",
+    PIXEL + "layer_1.norm.weight": "seg_head.fuse.1.weight",
+    PIXEL + "mask_features.weight": "seg_head.embed.weight",
+    HEAD + "enc_output.weight": "transform.0.weight",
+    HEAD + "enc_output_norm.weight": "transform.1.weight",
+    HEAD + "class_embed.bias": "det_head.classifier.bias",
+    HEAD + "mask_embed.layers.1.weight": "seg_head.mask_mlp.layers.1.weight",
+    HEAD + "_bbox_embed.layers.1.weight": "det_head.box_mlp.layers.1.weight",
+    HEAD + "decoder.bbox_embed.2.layers.0.weight": "det_head.box_mlp.layers.0.weight",
+    HEAD + "decoder.norm.weight": "head_norm.weight",
+    HEAD + "decoder_norm.bias": "head_norm.bias",
+    HEAD + "label_enc.weight": "label_embed.weight",
+    HEAD + "_oldm_bbox_embed.layers.1.bias": "interactions.0.box_mlp.layers.1.bias",
+    HEAD + "oldm.bbox_embed.1.layers.1.weight": "interactions.0.box_mlp.layers.1.weight",
+    HEAD + "oldm.norm.weight": "interactions.0.norm.weight",
+    HEAD + "oldm.ref_point_head.layers.1.weight": "interactions.0.position.layers.1.weight",
+    HEAD + "oldm.layers.1.self_attn.in_proj_weight": "interactions.0.layers.1.attention.mha.in_proj_weight",
+    HEAD + "oldm.layers.1.norm1.weight": "interactions.0.layers.1.attention.norm.weight",
+    HEAD + "oldm.layers.1.norm2.weight": "interactions.0.layers.1.ffn.norm.weight",
+    HEAD + "decoder.ref_point_head.layers.1.weight": "position.layers.1.weight",
+    HEAD + "decoder.layers.0.norm1.weight": "residual.cross_attention.norm.weight",
+    HEAD + "decoder.layers.0.norm2.weight": "residual.self_attention.norm.weight",
+    HEAD + "decoder.layers.0.norm3.weight": "residual.ffn.norm.weight",
+    HEAD + "decoder.layers.3.norm1.bias": "decoder.2.cross_attention.norm.bias",
+    HEAD + "decoder.layers.3.norm2.bias": "decoder.2.self_attention.norm.bias",
+    HEAD + "decoder.layers.3.norm3.bias": "decoder.2.ffn.norm.bias",
+    HEAD + "decoder.layers.3.self_attn.out_proj.weight": "decoder.2.self_attention.mha.out_proj.weight",
+    HEAD + "decoder.layers.3.cross_attn.value_proj.weight": "decoder.2.cross_attention.value.weight",
+    HEAD + "decoder.layers.3.linear1.weight": "decoder.2.ffn.linear1.weight",
+    HEAD + "decoder.query_guide_feature_update.multihead_attn.in_proj_bias": "bato.attention.mha.in_proj_bias",
+    HEAD + "decoder.query_guide_feature_update.norm1.weight": "bato.attention.norm.weight",
+    HEAD + "query_guide_feature_update.norm2.weight": "bato.ffn.norm.weight",
+    HEAD + "query_guide_feature_update.linear2.weight": "bato.ffn.linear2.weight",
+    HEAD + "decoder.mask_output_conv.weight": "seg_head.update.0.weight",
+    HEAD + "decoder.mask_output_conv.norm.weight": "seg_head.update.1.weight",
+}
+
+
+def test_each_of_the_authors_tensors_goes_to_the_module_that_it_is_of():
+    with torch.device("meta"):
+        own = DIMaskDINO(Config.released()).state_dict()
+    for theirs, name in NAMES.items():
+        state, foreign = translate({"model": {theirs: torch.zeros(1)}})
+        assert foreign and [*state] == [name] and name in own
+
+
+WRAPPINGS = {
+    "DistributedDataParallel": ("module.", "model"),
+    "torch.compile": ("_orig_mod.", "model"),
+    "both": ("module._orig_mod.", None),
+    "Lightning": ("model.", "state_dict"),
+    "Lightning, compiled": ("model._orig_mod.", "state_dict"),
+    "AveragedModel": ("module.", "model_state_dict"),
+}
+
+
+@pytest.mark.parametrize("prefix, key", WRAPPINGS.values(), ids=WRAPPINGS)
+def test_weights_of_a_wrapped_model_load(prefix, key):
+    model, other = build(seed=0), build(seed=1)
+    wrapped = {prefix + name: x for name, x in model.state_dict().items()}
+    wrapped["n_averaged"] = torch.tensor(3)
+    assert load_weights(other, {key: wrapped, "epoch": 1} if key else wrapped) == []
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "preset, backbone", [("released", "resnet18"), ("released", "swin_l"), ("maskdino", "swin_b"), ("paper", "swin_t")]
+)
+def test_a_bare_state_dict_tells_its_model(preset, backbone):
+    config = dataclasses.replace(getattr(Config, preset)(), backbone=backbone, num_classes=7, decoder_layers=4)
+    with torch.device("meta"):
+        state = DIMaskDINO(config).state_dict()
+    assert config_of(state) == config
+
+
+def test_a_bare_state_dict_of_the_tiny_model_tells_its_sizes():
+    config = dataclasses.replace(Config.tiny(), dim=32, ffn=48, encoder_layers=2, bato=False, selection=(30,))
+    assert config_of({"module." + name: x for name, x in DIMaskDINO(config).state_dict().items()}) == config
+
+
+def test_where_nothing_fits_two_names_of_each_side_are_shown():
+    odd = {"a.weight": torch.zeros(7), "b.weight": torch.zeros(7), "c": torch.zeros(7)}
+    with pytest.raises(
+        ValueError, match="^no tensor .*: the file has a.weight and b.weight, the model backbone.* and "
+    ):
+        load_weights(build(), odd, partial=True)
+    with pytest.raises(
+        ValueError, match="^it holds no .*MaskDINO .* has a.weight and b.weight, .* --backbone-weights$"
+    ):
+        config_of(odd)
+    with pytest.raises(ValueError, match="^its backbone is none of resnet18, .*swin_l, tiny$"):
+        config_of(build().state_dict() | {"backbone.stages.0.0.weight": torch.zeros(64, 3, 4, 4)})
+
+
+def test_levels_of_the_authors_decoder_alone_are_turned():
     model, bias = build(), torch.arange(2 * 4 * 4 * 2.0)  # heads, levels, points, x and y
     decoder = "sem_seg_head.predictor.decoder.layers.0.cross_attn.sampling_offsets.bias"
     encoder = "sem_seg_head.pixel_decoder.transformer.encoder.layers.0.self_attn.sampling_offsets.bias"
@@ -145,22 +248,6 @@ def test_coarse_to_fine_turns_the_levels_of_each_head_and_nothing_else(each):
     assert torch.equal(coarse_to_fine(x, SMALL), x.view(2, 4, 4 * each, 3).flip(1).reshape(-1, 3))
 
 
-def test_a_file_without_a_model_is_told_where_a_backbone_goes():
-    with pytest.raises(ValueError, match="^it holds no .*MaskDINO model; a backbone's .* to --backbone-weights$"):
-        config_of({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}})
-
-
-def test_names_of_our_older_checkpoints_are_read():
-    model = build(pixel_tokens="T_bal")
-    former = {"N_mask.mlp": "mask_net", "N_box.mlp": "box_net", "seg_head.update": "pixel_update"}
-    state = model.state_dict()
-    for new, old in former.items():
-        state = {name.replace(new, old): x for name, x in state.items()}
-    other = build(seed=1, pixel_tokens="T_bal")
-    assert load_weights(other, state) == [] and any(name.startswith("pixel_update") for name in state)
-    assert all(torch.equal(x, model.state_dict()[name]) for name, x in other.state_dict().items())
-
-
 def test_what_has_no_part_in_the_model_is_no_odd_tensor():
     source, model = torchvision.models.resnet18(weights=None).state_dict(), build(backbone="resnet18")
     extra = {"head.bias": torch.ones(3), "criterion.empty_weight": torch.ones(81), "fc.bias": torch.ones(3)}
@@ -169,16 +256,20 @@ def test_what_has_no_part_in_the_model_is_no_odd_tensor():
         load_weights(model, model.state_dict() | {"other.bias": torch.ones(3)})
 
 
-def test_a_pretrained_backbones_norms_are_frozen_and_those_of_our_unfrozen_checkpoints_are_not():
-    model = build(backbone="resnet18")
-    load_weights(model, build(backbone="resnet18", seed=1).state_dict())
-    assert model.backbone.train().stages[0].bn1.weight.requires_grad and model.backbone.stages[0].bn1.training
+def test_norms_of_a_pretrained_backbone_are_frozen_and_stay_as_saved():
+    def changes_in_training(model):
+        with torch.no_grad():
+            norm, image = model.backbone.stages[0].bn1, torch.rand(2, 64, 5, 5)
+            return not torch.equal(norm.eval()(image), norm.train()(image))
+
+    model, again = build(backbone="resnet18"), build(backbone="resnet18")
+    load_weights(model, again.state_dict())
+    assert model.backbone.stages[0].bn1.weight.requires_grad and changes_in_training(model)
     load_weights(model, torchvision.models.resnet18(weights=None).state_dict())
-    norms = [m for m in model.train().backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and not any(m.weight.requires_grad or m.training for m in norms)
-    again = build(backbone="resnet18")
+    norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not any(m.weight.requires_grad for m in norms) and not changes_in_training(model)
     load_weights(again, model.state_dict())
-    assert not again.train().backbone.stages[0].bn1.training
+    assert not changes_in_training(again)
 
 
 @pytest.mark.parametrize("number, last", [(20, []), (21, ["  and 1 more"])])
@@ -191,66 +282,11 @@ def test_twenty_odd_tensors_are_listed_and_the_others_counted(number, last):
     assert str(error.value).splitlines() == [first, *listed, *last]
 
 
-def test_a_file_of_which_no_tensor_fits_is_refused_even_in_part():
-    with pytest.raises(ValueError, match="^no tensor of the file fits the model$"):
-        load_weights(build(), {"head_norm.weight": torch.zeros(7)}, partial=True)
-
-
 def test_a_missing_file_is_a_missing_file_and_a_folder_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="^there is no checkpoint .*nowhere.pth$"):
         read_checkpoint(tmp_path / "nowhere.pth")
     with pytest.raises(ValueError, match=f"^{tmp_path} is a folder, not a checkpoint such as {tmp_path}/best.pt$"):
         read_checkpoint(tmp_path)
-
-
-def loaded(path, model, **known):
-    torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config)} | known, path)
-    found = load_model(path)
-    assert not found.training
-    return found.named, found.classes, found.category_ids, found.test_size, found.trained_on, found.trained_files
-
-
-def test_a_loaded_model_knows_its_classes_its_test_size_and_its_data(tmp_path):
-    known = {"classes": list("abcde"), "category_ids": [9, 7, 5, 3, 1], "data": "shapes", "files": {"val_json": "a"}}
-    found = loaded(tmp_path / "whole.pt", build(), **known, recipe={"test_size": [64, 96]})
-    assert found == (True, list("abcde"), [9, 7, 5, 3, 1], (64, 96), "shapes", {"val_json": "a"})
-
-
-def test_a_model_of_which_nothing_else_is_known_numbers_its_classes_or_has_those_of_coco(tmp_path):
-    found = loaded(tmp_path / "bare.pt", build())
-    assert found == (False, [f"class {i}" for i in range(5)], [0, 1, 2, 3, 4], (800, 1333), None, {})
-    _, classes, ids, size, data, _ = loaded(tmp_path / "coco.pt", build(num_classes=80))
-    assert (classes[0], classes[79], ids[0], ids[79]) == ("person", "toothbrush", 1, 90)
-    assert (len(classes), len(ids), size, data) == (80, 80, (800, 1333), "coco")
-
-
-def test_a_loaded_model_is_on_the_device_that_is_asked_for(tmp_path):
-    torch.save({"model": build().state_dict(), "config": dataclasses.asdict(SMALL)}, tmp_path / "small.pt")
-    assert {x.device.type for x in load_model(tmp_path / "small.pt", "meta").parameters()} == {"meta"}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_said_to_be_missing(tmp_path):
-    with pytest.raises(ValueError, match="^torch finds no GPU here"):
-        load_model(tmp_path / "small.pt", "cuda")
-
-
-def test_a_file_that_holds_no_model_or_another_is_named_with_what_is_wrong(tmp_path):
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="^.*list.pt is no checkpoint: it holds a list$"):
-        load_model(tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="^.*list.pt: it holds no tensors by name but a list$"):
-        load_weights(build(), tmp_path / "list.pt")
-    torch.save({"model": [1, 2]}, tmp_path / "inside.pt")
-    with pytest.raises(ValueError, match="^.*inside.pt does not fit: it holds no tensors by name but a list$"):
-        load_model(tmp_path / "inside.pt")
-    torch.save(
-        {"model": build().state_dict(), "config": dataclasses.asdict(SMALL) | {"dim": 64}}, tmp_path / "other.pt"
-    )
-    with pytest.raises(
-        ValueError, match="^.*other.pt does not fit: these .* tensors do not fit, and nothing was loaded:"
-    ):
-        load_model(tmp_path / "other.pt")
 
 
 class Bomb:
@@ -281,11 +317,10 @@ def test_a_pickle_may_ask_for_what_makes_arrays_and_for_nothing_beside_it(tmp_pa
         read_checkpoint(tmp_path / "odd.pkl")
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_of_arrays_loads(tmp_path, protocol):
+def test_a_pickle_of_arrays_loads(tmp_path):
     source, model = torchvision.models.resnet18(weights=None), build(backbone="resnet18")
     arrays = {name: x.numpy() for name, x in detectron2_names(source.state_dict()).items()}
-    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}, protocol))
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}))
     assert load_weights(model, tmp_path / "R-18.pkl") == []
     assert torch.equal(model.backbone.stages[0].conv1.weight, source.conv1.weight)
 
@@ -299,15 +334,6 @@ def test_a_pickle_of_python_2_and_of_an_older_numpy_loads(tmp_path):
     assert read_checkpoint(tmp_path / "text.pkl") == "\xe9"
 
 
-def test_an_error_without_words_is_named_by_its_type(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise EOFError
-
-    monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(ValueError, match="a.pth cannot be read as weights .*: EOFError$"):
-        read_checkpoint(tmp_path / "a.pth")
-
-
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a checkpoint"])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "broken.pth").write_bytes(content)
@@ -315,11 +341,57 @@ def test_a_damaged_file_is_named(tmp_path, content):
         load_weights(build(), tmp_path / "broken.pth")
 
 
-def test_a_checkpoint_made_before_settings_of_training_left_the_config_still_loads():
-    config = dataclasses.asdict(SMALL) | {"detection_loss": 1.0, "denoising": 100, "mask_points": 12544}
-    assert config_of({"config": config}) == SMALL
-
-
 def test_a_field_of_a_checkpoints_config_that_nobody_knows_is_named():
     with pytest.raises(ValueError, match="^its config .* not know: colour, size$"):
         config_of({"config": {**dataclasses.asdict(SMALL), "size": 7, "colour": "red"}})
+
+
+# ---- What a checkpoint knows -----------------------------------------------------------------------------------------
+
+
+def saved(path, model, **known):
+    torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config)} | known, path)
+    return load_model(path)
+
+
+def facts(trained: Trained):
+    assert not trained.model.training
+    return trained.named, trained.classes, trained.category_ids, trained.test_size, trained.source
+
+
+def test_a_loaded_model_comes_with_its_classes_test_size_and_data(tmp_path):
+    source = Source("x", val_json="a")
+    known = {"classes": list("abcde"), "category_ids": [9, 7, 5, 3, 1], "source": dataclasses.asdict(source)}
+    found = facts(saved(tmp_path / "whole.pt", build(), **known, recipe={"test_size": [64, 96]}))
+    assert found == (True, list("abcde"), [9, 7, 5, 3, 1], (64, 96), source)
+
+
+def test_classes_without_names_are_numbered_and_80_are_cocos(tmp_path):
+    found = facts(saved(tmp_path / "bare.pt", build()))
+    assert found == (False, [f"class {i}" for i in range(5)], [0, 1, 2, 3, 4], (800, 1333), None)
+    _, classes, ids, size, source = facts(saved(tmp_path / "coco.pt", build(num_classes=80)))
+    assert (classes[0], classes[79], ids[0], ids[79]) == ("person", "toothbrush", 1, 90)
+    assert (len(classes), len(ids), size, source) == (80, 80, (800, 1333), Source("coco"))
+
+
+def test_a_loaded_model_is_on_the_device_that_is_asked_for(tmp_path):
+    saved(tmp_path / "small.pt", build())
+    assert {x.device.type for x in load_model(tmp_path / "small.pt", "meta").model.parameters()} == {"meta"}
+    for device, count in ("cuda", 0), ("cuda:1", 1):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=f"GPU here, not {device}: use the"):
+            patch.setattr(torch.cuda, "device_count", lambda count=count: count)
+            load_model(tmp_path / "small.pt", device)
+
+
+def test_a_file_that_holds_no_model_or_another_is_named(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="^.*list.pt is no checkpoint: it holds a list$"):
+        load_model(tmp_path / "list.pt")
+    torch.save({"model": [1, 2]}, tmp_path / "inside.pt")
+    with pytest.raises(ValueError, match="^.*inside.pt: it holds no tensors by name but a list$"):
+        load_weights(build(), tmp_path / "inside.pt")
+    with pytest.raises(ValueError, match="^.*a.pt does not fit: these .* tensors do not fit, and nothing was loaded:"):
+        saved(tmp_path / "a.pt", build(), config=dataclasses.asdict(SMALL) | {"dim": 64})
+    (tmp_path / "a.ckpt").write_bytes(b'\x20\0\0\0\0\0\0\0{"__metadata__":{}}')
+    with pytest.raises(ValueError, match="a.ckpt is in safetensors format: save its tensors with torch.save$"):
+        load_model(tmp_path / "a.ckpt")

@@ -6,6 +6,7 @@ imagenet         torchvision's weights of a backbone
 read_checkpoint  the content of a file, without running any code that it may hold
 """
 
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -128,7 +129,7 @@ def read_checkpoint(path):
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder, not a checkpoint such as {path}/best.pt") from None
     except Exception as error:  # the readers raise a dozen types on damaged input
-        with open(path, "rb") as file:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(10)[8:] == b'{"':
                 raise ValueError(f"{path} is in safetensors format: save its tensors with torch.save") from None
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
