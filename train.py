@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -702,7 +703,7 @@ def main(arguments=None):
     except torch.OutOfMemoryError as error:
         sys.exit(f"{error}\n--accumulate 2, --checkpoint-activations or a smaller --image-size take less memory")
     except RuntimeError as error:
-        if not dist.is_initialized() or "closed by peer" not in str(error):
+        if not dist.is_initialized() or not re.search("gloo|NCCL|peer", str(error)):
             raise
         sys.exit("another process of this run has died: --resume goes on from the last checkpoint")
     if dist.is_initialized():

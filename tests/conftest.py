@@ -21,7 +21,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A run sets handlers for signals: put back what pytest had."""
+    """A run sets handlers for signals: put back what pytest had. In the background a shell lets Ctrl-C be ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():

@@ -339,7 +339,7 @@ def test_pretrained_weights_on_disk_need_no_network_and_freeze_their_norms(folde
     model = start(flags_of(folder, "out", *RESNET18))
     assert (model.backbone.stages[2][0].conv1.weight == 0.25).all()
     norms = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    assert norms and not any(norm.training or norm.weight.requires_grad for norm in norms)
+    assert norms and all(norm.frozen and not norm.weight.requires_grad for norm in norms)
 
 
 def test_a_backbone_that_init_leaves_empty_gets_its_own_weights(folder, trained, tmp_path, monkeypatch):

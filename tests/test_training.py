@@ -175,7 +175,7 @@ def test_the_log_has_every_loss_the_rate_the_speed_and_ap(trained):
 def test_each_epoch_leaves_curves_predictions_and_pictures(trained):
     assert Image.open(trained / "curves.png").size[0] > 500
     assert len(json.loads((trained / "predictions.json").read_text())) == 5 * 18  # 6 queries of 3 classes
-    assert {path.name for path in (trained / "pictures").iterdir()} == {f"{i}.png" for i in range(1, 6)}
+    assert {path.name for path in (trained / "pictures").iterdir()} == {"all.png", *(f"{i}.png" for i in range(1, 6))}
 
 
 def test_resuming_drops_lines_never_saved_and_one_cut_short(tmp_path):
