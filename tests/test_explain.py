@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html
+import io
 import json
 import re
 import shutil
@@ -75,10 +76,8 @@ def test_objects_have_the_boxes_and_masks_of_every_layer(shown):
     assert len(data["objects"]) > 1
     for one in data["objects"]:
         for layer, prediction in zip(one["layers"], story.outputs["layers"], strict=True):
-            inside = np.arange(len(layer["mask"])) % 2 == 1
-            mask = np.repeat(inside, layer["mask"])
-            expected = story.masks_of(prediction, [one["query"]])[0].flatten().numpy()
-            assert np.array_equal(np.pad(mask, (0, len(expected) - len(mask))), expected)
+            mask = Image.open(io.BytesIO(base64.b64decode(layer["mask"].split(",")[1])))
+            assert np.array_equal(np.asarray(mask) > 0, story.masks_of(prediction, [one["query"]])[0].numpy())
             assert np.allclose(layer["box"], story.boxes_of(prediction, [one["query"]])[0], atol=0.06)
 
 
@@ -99,18 +98,23 @@ def test_attention_is_what_the_model_computed(shown):
 def test_eq4_is_shown_where_it_reads(shown):
     """The samples of a query, read from T_i by bilinear interpolation, give the cross-attention's output."""
     model, data, story = shown
-    query, seen = data["objects"][0]["query"], data["objects"][0]["residual"]
-    attention, (x, position, reference, memory, shapes) = model.residual.cross_attention, story.inputs[explain.RESIDUAL]
-    grid = 2 * torch.tensor(seen["points"]) / torch.tensor(data["padded"]) - 1  # [h L P 2]
+    query, samples = data["objects"][0]["query"], torch.tensor(data["objects"][0]["samples"])
+    x, y, level, weight = samples.unflatten(0, (SIZES["heads"], model.config.levels, -1)).unbind(-1)  # [h L P]
+    weight = weight * SIZES["heads"]
+    attention, (token, position, reference, memory, shapes) = (
+        model.residual.cross_attention,
+        story.inputs[explain.RESIDUAL],
+    )
+    grid = 2 * torch.stack([x, y], -1) / torch.tensor(data["padded"]) - 1  # [h L P 2]
     with torch.inference_mode():
         values = attention.value(memory)[0].T.unflatten(0, (SIZES["heads"], -1)).split([h * w for h, w in shapes], 2)
         read = sum(
             nnf.grid_sample(value.unflatten(2, shape), grid[:, i, None], align_corners=False)[:, :, 0]
-            @ torch.tensor(seen["weights"])[:, i, :, None]
+            @ weight[:, i, :, None]
             for i, (value, shape) in enumerate(zip(values, shapes, strict=True))
         )
-        output = attention(x, position, reference, memory, shapes)[0, query]
-        assert torch.allclose(attention.norm(x[0, query] + attention.output(read.flatten())), output, atol=0.01)
+        output = attention(token, position, reference, memory, shapes)[0, query]
+        assert torch.allclose(attention.norm(token[0, query] + attention.output(read.flatten())), output, atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -144,15 +148,15 @@ def test_a_browser_shows_eleven_steps_by_keyboard_without_a_jump(shown, tmp_path
         assert {(*step["tops"], step["wide"]) for step in steps} == {(*steps[0]["tops"], width)}
         assert steps[0]["chosen"].startswith("1 ") and all(step["chosen"] == f"2 {SCRIPT}" for step in steps[1:])
         n, own = len(data["objects"]), data["guides"]["object"].count(1)
-        points = np.size(data["objects"][1]["residual"]["weights"])
+        points = len(data["objects"][1]["samples"])
         assert [step["marks"] for step in steps] == [  # of each step, how many of MARKS
             [0, 0, 0, 0, 0, 4, 0, 0],  # T_i: the patches of one place
             [12, 0, 0, 0, 0, 0, 0, n],
-            [0, 0, 10, 0, 10, 0, 0, 1],
-            [6, 12, 0, 0, 0, 0, 0, n],  # a frame and a cross for each of six
+            [0, 0, 10, 0, 10, 0, 0, n],
+            [6, 6, 0, 0, 0, 0, 0, n],
             [0, 0, 0, 1, points, 0, 0, 1],
             [0, 0, 0, own, 0, 0, 1, 1],
-            [0, 0, 0, 0, 0, 0, 0, 0],
+            [0, 0, 0, 0, 0, own, 0, 0],
             [0, 0, 0, 0, 0, 0, 0, 1],
             [0, 0, 0, 2, 0, 0, 1, 1],
             [0, 0, 0, n, 0, 0, 0, 0],

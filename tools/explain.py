@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from PIL import Image
 from scipy import ndimage
 from torchvision.ops import box_iou, masks_to_boxes
@@ -46,9 +47,10 @@ class Story:
     """
 
     def __init__(self, trained, picture, test_size):
-        self.model, self.classes = trained.model.eval(), trained.classes
+        self.model = trained.model.eval()
         self.picture = shortest_side(*test_size)(None, *picture.size).image(picture)
-        self.modules, self.inputs = dict(self.model.named_modules()), {}
+        self.modules = dict(self.model.named_modules())
+        self.inputs = {}
         hooks = [
             self.modules[place].register_forward_pre_hook(lambda _, x, at=place: self.inputs.update({at: x}))
             for place in (INTERACTION, RESIDUAL, BATO)
@@ -59,22 +61,28 @@ class Story:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.trace, self.level_shapes = self.outputs["trace"], self.inputs[RESIDUAL][4]
-        self.index_1, self.index_2 = (self.trace[f"index_{i}"][0].numpy() for i in (1, 2))
+        self.trace = self.outputs["trace"]
+        self.level_shapes = self.inputs[RESIDUAL][4]
+        self.index_1 = self.trace["index_1"][0].numpy()
+        self.index_2 = self.trace["index_2"][0].numpy()
         self.size = self.picture.height, self.picture.width
         self.padded = np.array([side + -side % 32 for side in self.picture.size])  # of x, of y
         self.scores = self.outputs["logits"][0].float().sigmoid()
         self.objects = self.find_objects()
         x, y = (cell_centers(self.level_shapes, None).numpy() * self.padded).astype(int).T
-        padding = [(0, 0), *((0, padded - side) for padded, side in zip(self.padded[::-1], self.size, strict=True))]
-        masks = np.pad(self.masks_of(self.outputs, self.objects).numpy(), padding)
-        self.on = masks[:, y, x]  # [n N]: which tokens have their centre on which object
+        inside = (x < self.picture.width) & (y < self.picture.height)
+        masks = self.masks_of(self.outputs, self.objects).numpy()
+        self.on = np.zeros((len(masks), len(x)), bool)  # [n N]: which tokens have their centre on which object
+        self.on[:, inside] = masks[:, y[inside], x[inside]]
 
     def find_objects(self):
         best = self.scores.amax(-1)
-        order = best.argsort(descending=True)[: max(1, min(100, int((best >= SCORE).sum())))].tolist()
-        found, masks, token = [], [], np.prod(self.padded) / np.prod(self.level_shapes[0])
-        for query, mask in zip(order, self.masks_of(self.outputs, order), strict=True):
+        count = int((best >= SCORE).sum().clamp(1, 100))
+        order = best.topk(count).indices.tolist()
+        token = np.prod(self.padded) / np.prod(self.level_shapes[0])
+        found = []
+        masks = []
+        for query, mask in zip(order, self.masks_of(self.outputs, order)):
             if mask.sum() >= token and not any(overlap(mask[None], other[None]) >= SAME for other in masks):
                 found.append(query)
                 masks.append(mask)
@@ -88,15 +96,15 @@ class Story:
         """Boxes [n 4] of queries in a prediction of the model."""
         return full_size_boxes(prediction, 0, queries, self.size, self.size)
 
-    def layers_of(self, queries):
-        """Of each query, in each layer's prediction: its box, its mask as run lengths, and how well they fit."""
+    def layers_of(self, query):
+        """Eq. 9: in each layer, a query's box, its mask, and the IoU of the box and the one around the mask."""
         layers = []
         for prediction in self.outputs["layers"]:
-            masks, boxes = self.masks_of(prediction, queries), self.boxes_of(prediction, queries)
-            fits = [round(float(box_iou(box[None], around(mask))), 3) for box, mask in zip(boxes, masks, strict=True)]
-            shown = zip(rounded(boxes, 1), [runs(mask.numpy()) for mask in masks], fits, strict=True)
-            layers.append([{"box": box, "mask": mask, "fit": fit} for box, mask, fit in shown])
-        return [list(one) for one in zip(*layers, strict=True)]
+            mask = self.masks_of(prediction, [query])[0]
+            box = self.boxes_of(prediction, [query])
+            fit = float(box_iou(box, around(mask)))
+            layers.append({"box": rounded(box[0], 1), "mask": mask_png(mask), "fit": round(fit, 3)})
+        return layers
 
     def attention(self, place):
         """The weights [Q K] of an attention of the model, mean over its heads: it is called again on what it got."""
@@ -104,45 +112,50 @@ class Story:
         return self.modules[place].mha(query, key, value, need_weights=True)[1][0].float().numpy()
 
     def selection(self, index, tokens):
-        """Eq. 1, 3: selected tokens, the score and the label of each one's best class."""
+        """Eq. 1, 3: selected tokens, the score and the label of each one's best class, and the share on an object."""
         best = self.model.det_head.classifier(tokens[0].float()).sigmoid().max(-1)
-        return {"index": index.tolist(), "scores": rounded(best.values, 3), "labels": best.indices.tolist()}
-
-    def residual(self, query):
-        """Eq. 4: the points [h L P 2] where a query reads T_i, their weights [h L P], which sum to 1 for each head, and
-        the share of the weight on tokens that the selections dropped."""
-        attention, config = self.modules[RESIDUAL], self.model.config
-        x, position, reference = self.inputs[RESIDUAL][:3]
-        token, shape = (x + position)[0, query], (config.heads, config.levels, config.points)
-        offsets = attention.offsets(token).float().view(*shape, 2)
-        weights = attention.weights(token).float().view(config.heads, -1).softmax(-1).view(shape).numpy()
-        center, size = reference[0, query].float().chunk(2)
-        points, dropped, start = (center + offsets * size * (0.5 / config.points)).numpy(), 0, 0
-        for level, (height, width) in enumerate(self.level_shapes):
-            x, y = np.floor(points[:, level] * (width, height)).astype(int).transpose(2, 0, 1)
-            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            lost = inside & ~np.isin(start + y * width + x, self.index_2)
-            dropped += (weights[:, level] * lost).sum() / config.heads
-            start += height * width
         return {
-            "points": rounded(points * self.padded, 1),
-            "weights": rounded(weights, 4),
-            "dropped": rounded(dropped, 4),
+            "index": index.tolist(),
+            "scores": rounded(best.values, 3),
+            "labels": best.indices.tolist(),
+            "on": mean(self.on.any(0)[index]),
         }
 
+    def samples(self, query):
+        """Eq. 4: where a query reads T_i, as (x, y, level, weight) [h*L*P 4]. The weights sum to 1."""
+        attention = self.modules[RESIDUAL]
+        config = self.model.config
+        x, position, reference = self.inputs[RESIDUAL][:3]
+        token = (x + position)[0, query]
+        shape = config.heads, config.levels, config.points
+        offsets = attention.offsets(token).float().view(*shape, 2)
+        weights = attention.weights(token).float().view(config.heads, -1).softmax(-1).view(*shape, 1) / config.heads
+        center, size = reference[0, query].float().chunk(2)
+        points = (center + offsets * size * (0.5 / config.points)) * torch.from_numpy(self.padded)
+        level = torch.arange(config.levels)[:, None, None].expand(*shape, 1)
+        return rounded(torch.cat([points, level, weights], -1).flatten(0, 2), 5)
+
     def guides(self):
-        """Eq. 5 to 7: the object [G] that each guiding token's prediction shows, -1 for none, and its box [G 4]."""
-        config, layers = self.model.config, self.outputs["layers"]
+        """Eq. 5 to 7: the object that each guiding token's prediction shows [G], -1 for none, its box [G 4], and the
+        cosine of it and of each object's most alike guiding token [n G]."""
+        config = self.model.config
+        layers = self.outputs["layers"]
         prediction = {"Q_bal": layers[1], "T_s2": layers[0], "T_s1": self.outputs["selection"]}[config.guidance]
         queries = torch.arange(prediction["logits"].shape[1])
         if config.guiding_tokens:
             scores = self.model.det_head.classifier(self.trace[config.guidance][0].float()).amax(-1)
             queries = scores.topk(min(config.guiding_tokens, len(scores))).indices
-        alike = overlap(mask_logits(self.outputs, 0, self.objects) > 0, mask_logits(prediction, 0, queries) > 0)
-        owner = torch.where(alike.amax(0) >= SAME, alike.argmax(0), -1)
-        for i in reversed(range(len(self.objects))):  # the most alike one is its own
-            owner[alike[i].argmax()] = i
-        return owner.numpy(), self.boxes_of(prediction, queries)
+        fits = overlap(mask_logits(self.outputs, 0, self.objects) > 0, mask_logits(prediction, 0, queries) > 0)
+        own = fits.argmax(1)
+        owner = torch.where(fits.amax(0) >= SAME, fits.argmax(0), -1)
+        for i in reversed(range(len(own))):
+            owner[own[i]] = i
+        unit = nnf.normalize(self.trace["T_g"][0].float(), dim=1)
+        return {
+            "object": owner.tolist(),
+            "boxes": rounded(self.boxes_of(prediction, queries), 1),
+            "alike": rounded(unit[own] @ unit.T, 2),
+        }
 
 
 def around(mask):
@@ -161,21 +174,15 @@ def overlap(a, b):
     return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)
 
 
-# ---- What the page gets: numbers, run lengths, bytes -----------------------------------------------------------------
+# ---- What the page gets: numbers, bytes, images ----------------------------------------------------------------------
 
 
 def rounded(x, digits):
     return np.round(np.asarray(x, float), digits).tolist()
 
 
-def mean(values, digits=4):
-    return round(float(values.mean()), digits) if values.size else None
-
-
-def runs(mask):
-    """A mask [H W] as the lengths of its runs, row by row, the first outside of the mask."""
-    edges = np.flatnonzero(np.diff(np.pad(mask.reshape(-1).astype(np.int8), 1)))
-    return np.diff(edges, prepend=0).tolist()
+def mean(values):
+    return round(float(values.mean()), 4) if values.size else None
 
 
 def heat(values):
@@ -184,87 +191,83 @@ def heat(values):
     return {"top": top, "bytes": base64.b64encode((values / top * 255).round().astype(np.uint8).tobytes()).decode()}
 
 
-def png(pixels):
-    """An image [H W 3] as an address that holds it."""
+def attention_share(weights, keys, queries):
+    """How much of its attention [Q K] each query gives to some keys: as heat, the mean of some queries and of the rest,
+    and by chance. keys [K], queries [Q]: bool."""
+    share = weights[:, keys].sum(1)
+    return {"on": mean(share[queries]), "off": mean(share[~queries]), "chance": mean(keys)} | heat(share)
+
+
+def png(image, **options):
+    """An image as an address that holds it."""
     file = io.BytesIO()
-    Image.fromarray(np.asarray(pixels)).save(file, "PNG", optimize=True)
+    image.save(file, "PNG", optimize=True, **options)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def alike(tokens, owner, count):
-    """The mean cosine [n+1 n+1] of the guiding tokens [G C] of two objects, in the last row of none. No token is
-    compared with itself; None where there is nothing to compare."""
-    unit = tokens / (np.linalg.norm(tokens, axis=1, keepdims=True) + 1e-9)
-    cosine, others = unit @ unit.T, ~np.eye(len(unit), dtype=bool)
-    members = [owner == i for i in (*range(count), -1)]
-    return [[mean(cosine[np.outer(a, b) & others], 2) for b in members] for a in members]
+def mask_png(mask):
+    """A mask [H W], orange, transparent elsewhere."""
+    image = Image.fromarray(mask.numpy().astype(np.uint8))
+    image.putpalette((0, 0, 0, 224, 138, 0))
+    return png(image, transparency=0)
 
 
 def as_colours(story):
     """The finest level of T_i and of T_bal as images: the three directions in which they vary most are red, green and
     blue."""
     height, width = story.level_shapes[0]
-    maps = [story.trace[name][0, : height * width].float().numpy() for name in ("T_i", "T_bal")]
-    maps = [x - x.mean(0) for x in maps]
+    maps = np.stack([story.trace[name][0, : height * width].float().numpy() for name in ("T_i", "T_bal")])
+    maps -= maps.mean(1, keepdims=True)
     directions = np.linalg.svd(np.concatenate(maps), full_matrices=False)[2][:3].T
-    images = []
-    for x in maps:
-        low, high = np.percentile(x @ directions, (2, 98), 0)
-        levels = 255 * ((x @ directions - low) / (high - low + 1e-9)).clip(0, 1)
-        images.append(png(levels.round().astype(np.uint8).reshape(height, width, 3)))
-    return images
+    low, high = np.percentile(maps @ directions, (2, 98), 1, keepdims=True)
+    colours = ((maps @ directions - low) / (high - low + 1e-9)).clip(0, 1)
+    return [png(Image.fromarray(x.reshape(height, width, 3))) for x in (255 * colours).round().astype(np.uint8)]
 
 
 @torch.inference_mode()
 def page_data(trained, picture, against=None):
     """All that the page shows of a PIL image, as built-in types."""
     story = Story(trained, picture, trained.test_size)
-    model, trace, index_1, index_2 = story.model, story.trace, story.index_1, story.index_2
-    interacted = model.interactions[-1].norm(trace["T_s2"]) if model.interactions else trace["T_s2"]
+    model = story.model
+    T_s1, T_s2 = story.trace["T_s1"], story.trace["T_s2"]
     data = {
         "config": dataclasses.asdict(model.config),
-        "classes": story.classes,
+        "classes": trained.classes,
         "picture": png(story.picture),
-        "size": story.size[::-1],
+        "size": story.picture.size,
         "padded": story.padded.tolist(),
         "levels": story.level_shapes,
-        "shapes": {name: list(x.shape[1:]) for name, x in trace.items()},
-        "first": story.selection(index_1, trace["T_s1"]),
-        "second": story.selection(index_2, interacted),
-        "on": [mean(story.on.any(0)[index]) for index in (slice(None), index_1, index_2)],
+        "shapes": {name: list(x.shape[1:]) for name, x in story.trace.items()},
+        "first": story.selection(story.index_1, T_s1),
+        "second": story.selection(story.index_2, model.interactions[-1].norm(T_s2) if model.interactions else T_s2),
+        "on": mean(story.on.any(0)),
         "objects": [],
     }
-    for query, on, layers in zip(story.objects, story.on, story.layers_of(story.objects), strict=True):
+    for query in story.objects:
         best = story.scores[query].sort(descending=True)
         data["objects"].append({
             "query": query,
-            "classes": [*zip(best.indices[:5].tolist(), rounded(best.values[:5], 3), strict=True)],
-            "tokens": [int(on[index].sum()) for index in (slice(None), index_1, index_2)],
-            "layers": layers,
+            "classes": [*zip(best.indices[:5].tolist(), rounded(best.values[:5], 3))],
+            "layers": story.layers_of(query),
             "probability": heat(mask_logits(story.outputs, 0, [query])[0].float().sigmoid().numpy()),
-            "residual": story.residual(query),
+            "samples": story.samples(query),
         })  # fmt: skip
     if model.interactions:
-        weights, on = story.attention(INTERACTION), story.on[:, index_1]  # [k1 k1], [n k1]
+        weights = story.attention(INTERACTION)
         listened = (-weights).argsort(1, kind="stable")[:, :LISTENED]
         data["listens"] = {"to": listened.tolist(), "weights": rounded(np.take_along_axis(weights, listened, 1), 4)}
-        data["listens"]["shares"] = rounded(weights @ on.T, 4)  # [k1 n]: of a token's attention, on each object
-        data["listens"]["object"] = np.where(on.any(0), on.argmax(0), -1).tolist()
-        for one, here, shares in zip(data["objects"], on, on @ weights.T, strict=True):
-            one["listens"] = {"on": mean(shares[here]), "off": mean(shares[~here]), "chance": mean(here)}
+        for one, on in zip(data["objects"], story.on[:, story.index_1]):
+            one["listens"] = attention_share(weights, on, on)
     if model.config.bato:
-        owner, boxes = story.guides()
-        names, weights, count = ("T_g_mask", "T_g_box", "T_g"), story.attention(BATO), len(story.objects)
-        data["guides"] = {name: alike(trace[name][0].float().numpy(), owner, count) for name in names}
-        data["guides"] |= {"object": owner.tolist(), "boxes": rounded(boxes, 1)}
+        weights = story.attention(BATO)
+        data["guides"] = story.guides()
         data["colours"] = as_colours(story)
-        for i, (one, on) in enumerate(zip(data["objects"], story.on, strict=True)):
-            share = weights[:, owner == i].sum(1)  # [N]
-            one["attend"] = {"on": mean(share[on]), "off": mean(share[~on]), "chance": mean(owner == i)} | heat(share)
+        for i, (one, on) in enumerate(zip(data["objects"], story.on)):
+            one["attend"] = attention_share(weights, np.array(data["guides"]["object"]) == i, on)
     if against:
         other = Story(against, picture, trained.test_size)
         same = overlap(mask_logits(story.outputs, 0, story.objects) > 0, mask_logits(other.outputs, 0) > 0).argmax(1)
-        data["against"] = {"config": dataclasses.asdict(other.model.config), "layers": other.layers_of(same.tolist())}
+        data["against"] = [other.layers_of(query) for query in same.tolist()]
     return data
 
 
@@ -274,18 +277,13 @@ def page(trained, picture, against=None):
     return Path(__file__).with_suffix(".html").read_text().replace("/*DATA*/ null", data.replace("<", "\\u003c"))
 
 
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("image", type=user_path, help="any image file")
-    add("--ckpt", required=True, type=user_path, metavar="CKPT", help="a checkpoint of train.py, or the authors'")
-    add("--against", type=user_path, metavar="CKPT", help="another one, whose boxes and masks are shown beside")
-    add("--out", type=user_path, help="the page (explained.html, or a name that is free)")
-    return parser.parse_args(arguments)
-
-
 def main(arguments=None):
-    args = parse_arguments(arguments)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("image", type=user_path, help="any image file")
+    parser.add_argument("--ckpt", required=True, type=user_path, help="a checkpoint of train.py, or the authors'")
+    parser.add_argument("--against", type=user_path, metavar="CKPT", help="another one, shown beside it at Eq. 9")
+    parser.add_argument("--out", type=user_path, help="the page (explained.html, or a name that is free)")
+    args = parser.parse_args(arguments)
     try:
         out = args.out or unused(Path("explained.html"))
         try_output(out, is_folder=False)
