@@ -28,7 +28,7 @@ PICTURES = 8  # validation images drawn after each epoch, always the same ones
 
 
 def try_output(path: Path, is_folder: bool = True) -> None:
-    """Raises OSError, which names the path, unless a file, or files in a folder, can be written. Leaves nothing behind."""
+    """Raises OSError, which names the path, unless a file, or files in a folder, can be written."""
     place = path if is_folder else path.parent
     made = [p for p in (place, *place.parents) if not p.exists()]
     try:
