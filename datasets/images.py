@@ -151,7 +151,7 @@ class FileNames:
         self.listings = {}
 
     def __call__(self, name: str) -> str | None:
-        """The path in the folder of the file of that name, or else of the only one whose name looks the same (composed or
+        """The path in the folder of the file of that name, or of the only one whose name looks the same (composed or
         decomposed letters, capitals, %20). None if there is none."""
         name = self.inside(name)
         if (self.folder / name).is_file():
