@@ -16,7 +16,8 @@
                                              (10)       DetectionHead  (DIMaskDINO.det_head)
                                              (11)       SegmentationHead  (DIMaskDINO.seg_head), mask_logits
 
-Shapes: B images, L levels, N tokens, Q queries, C channels, K classes, G guiding tokens, h heads, P points, H W pixels.
+Shapes: B images, L levels, N tokens, Q queries, C channels, K classes, G guiding tokens, h heads, P points, H W pixels,
+l decoder layers, D denoising queries. Batch is first, but for l.
 Tokens run from the finest level (1/8) to the coarsest (1/64), row by row within a level.
 Boxes are (cx, cy, w, h) in [0, 1] of the network's input, that is of the image after padding to a multiple of 32. The
 position token of T_x is box_x, always beside its token. There are no padding masks: padding is part of the image.
@@ -85,7 +86,7 @@ class Config:
 
     @classmethod
     def released(cls):
-        """What the authors' code computes: their weights give their results with these four."""
+        """The model of the authors' code: with these four fields, their weights give their results."""
         return cls(box_guide="box", guiding_tokens=50, guide_value="T_g_mask", pixel_tokens="T_bal")
 
     @classmethod
@@ -184,7 +185,7 @@ class DeformableAttention(nn.Module):
         return self.norm(x + self.output(deform_attn(value, level_shapes, reference, offsets, logits)))
 
     def initialize(self):
-        """Each head samples in a direction of its own, its point i at a distance of i cells, all with equal weight."""
+        """Points each head in a direction of its own: point i lies i cells away, and all weights are equal."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = nnf.normalize(torch.stack((angle.cos(), angle.sin()), -1), torch.inf)
         distance = torch.arange(1, self.points + 1)[None, None, :, None]
@@ -196,13 +197,13 @@ class DeformableAttention(nn.Module):
 
 
 def wavelengths(channels, device=None):
-    """10000^(2i / channels), the wavelengths of a sine position embedding with so many channels: [channels / 2]"""
+    """Wavelengths 10000^(2i / channels) [channels / 2] of a sine position embedding."""
     return 10000 ** (torch.arange(0, channels, 2, device=device) / channels)
 
 
 def sine(positions, lengths):
-    """Sine position embedding of positions [...] in turns, at wavelengths [c]: sines on even, cosines on odd channels,
-    [... 2c]."""
+    """Sine position embedding [... 2c] of positions [...] in 0..1, at wavelengths [c]: sines on even channels, cosines
+    on odd ones."""
     angles = (positions * 2 * math.pi)[..., None] / lengths
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
 
@@ -230,7 +231,7 @@ def cell_centers(level_shapes, device):
 
 
 class BoxPosition(MLP):
-    """Position embedding of boxes, as attention reads it: box [B Q 4] -> [B Q C]."""
+    """Position embedding of boxes: [B Q 4] -> [B Q C]."""
 
     def __init__(self, dim):
         super().__init__(2 * dim, dim, dim, 2)
@@ -269,7 +270,7 @@ def normed_conv(inputs, outputs, kernel, stride=1, bias=False):
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch norm. A frozen one is a multiplication and an addition, which need not keep their input for the gradient.
+    """Batch norm. Once frozen, it is a multiplication and an addition, whose gradient does not need the input.
 
     In a state dict, a frozen norm is one without num_batches_tracked.
     """
@@ -405,11 +406,11 @@ def gather(tokens, index):
 
 
 def token_anchors(level_shapes, device):
-    """Anchors in logit space [N 4], the boxes around the tokens' cells that first predictions refine, and a mask of the
-    tokens that have one [N].
+    """Two-stage anchors [N 4] in logit space, boxes around the tokens' cells that the first predictions refine, and a
+    mask [N] of the tokens that have one.
 
-    released code: the size doubles from the coarsest level (0.05) to the finest, and a token whose anchor leaves
-    (0.01, 0.99), at the border of maps with sides of 50 cells or more, has none: its logit is infinite.
+    released code: the size doubles from the coarsest level (0.05) to the finest. A token whose anchor leaves
+    (0.01, 0.99), at the border of maps with sides of 50 cells or more, has none: its logits are infinite.
     """
     sizes = []
     for level, (height, width) in enumerate(level_shapes, 1):
@@ -421,9 +422,9 @@ def token_anchors(level_shapes, device):
 
 
 def mask_to_box(mask_logits):
-    """The boxes [B Q 4] around the pixels of masks [B Q H W] where their logit is positive.
+    """Boxes [B Q 4] around the positive pixels of mask logits [B Q H W].
 
-    released code: from the first to the last pixel's index, so a box is one pixel short; an empty mask gives a
+    released code: from the first to the last pixel's index, so a box is one pixel short. An empty mask gives a
     degenerate box at (1, 1).
     """
     inside = mask_logits > 0
@@ -560,7 +561,7 @@ class SegmentationHead(nn.Module):
         return self.embed(self.fuse(F_cnn + finest_level(T_i, level_shapes, F_cnn)).relu())
 
     def refreshed(self, pixels, T_bal, level_shapes):
-        """The pixel embedding [B C H/4 W/4] after Eq. 8: the same. released code: refreshed with T_bal."""
+        """The pixel embedding [B C H/4 W/4] for layers after Eq. 4: unchanged. released code: refreshed with T_bal."""
         if self.update is None:
             return pixels
         return self.update(pixels + finest_level(T_bal, level_shapes, pixels)).relu().to(pixels.dtype)
@@ -652,12 +653,15 @@ class DIMaskDINO(nn.Module):
             box_s1 = mask_to_box(mask_logits(selection))  # [B k1 4]
 
         T_s1_sa = box_s1_sa = None
-        T_s2, box_s2, scores_2, index_2 = T_s1, box_s1, scores_1, index_1  # with a single selection
+        T_s2 = T_s1  # with a single selection
+        box_s2 = box_s1
+        scores_2 = scores_1
+        index_2 = index_1
         interaction = []
         for interact, k2 in zip(self.interactions, config.selection[1:]):  # once; twice for a triple selection
             # Eq. 2  T_s1^sa = MHSA(T_s1)
             T_s1_sa, box_s1_sa, auxiliary = interact(T_s2, box_s2)  # [B k1 C]
-            interaction += [self.predict(*tokens_and_boxes) for tokens_and_boxes in auxiliary]
+            interaction += [self.predict(tokens, boxes) for tokens, boxes in auxiliary]
             # Eq. 3  T_s2 = S(T_s1^sa, k2); released code: scores are of normed tokens, and Eq. 4's losses train box_s2
             scores_2, kept = select(self.det_head.scores(interact.norm(T_s1_sa)), k2)
             T_s2 = gather(T_s1_sa, kept)  # [B k2 C]
@@ -694,14 +698,14 @@ class DIMaskDINO(nn.Module):
 
         # Eq. 9  Q_ref = N_de(Q_bal, T_bal), after each of the layers l, of which Eq. 4 is the first
         Q_ref, box_ref = self.N_de(Q_1, box_0, box_1, T_bal, level_shapes, attn_mask)  # [l B D+k2 C], [l B D+k2 4]
-        normed = self.head_norm(Q_ref)  # released code: N_de has normed Q_ref; classes and masks see the norm twice
+        normed = self.head_norm(Q_ref)  # released code: normed again, for classes and masks, after N_de has normed it
         # Eq. 10  {c, b} = N_det(Q_ref)
         c, b = self.det_head(normed, Q_ref, box_ref)  # [l B D+k2 K], [l B D+k2 4]
-        # Eq. 11  m = N_seg(Q_ref, T_i, F_cnn): the product of m_q and pixels, which mask_logits makes
+        # Eq. 11  m = N_seg(Q_ref, T_i, F_cnn): the product of m_q and pixels, left to mask_logits
         m_q = self.seg_head.mask_mlp(normed)  # [l B D+k2 C]
         refreshed = self.seg_head.refreshed(pixels, T_bal, level_shapes)  # released code: after Eq. 8
 
-        predictions = [self.predict(Q_0, box_0, pixels)]  # layer 0 is what the heads say of T_s2
+        predictions = [self.predict(Q_0, box_0, pixels)]  # layer 0 is the initial prediction, of T_s2
         for layer in range(config.decoder_layers):
             pixels_l = pixels if layer == 0 else refreshed
             predictions.append(
@@ -723,7 +727,7 @@ class DIMaskDINO(nn.Module):
         return outputs
 
     def normalize(self, images):
-        """RGB in 0..255 -> zero mean, unit deviation, padded with zeros at the right and bottom to a multiple of 32."""
+        """Normalises RGB in 0..255 with ImageNet's mean and deviation; pads right and bottom to a multiple of 32."""
         height, width = images.shape[-2:]
         return nnf.pad((images.float() - self.mean) / self.std, (0, -width % 32, 0, -height % 32))
 
@@ -731,7 +735,7 @@ class DIMaskDINO(nn.Module):
         """Puts D denoising queries (see losses.Denoising) in front of T_s2: queries, boxes, attention mask, D."""
         if denoising is None:
             return T_s2, box_s2, None, 0
-        used = denoising.labels >= 0  # a slot that an image with fewer objects leaves empty holds zeros
+        used = denoising.labels >= 0  # the empty slots of an image with fewer objects hold zeros
         content = self.label_embed(denoising.labels.clamp(min=0)) * used[..., None]
         Q = torch.cat((content, T_s2), 1)
         box = torch.cat((denoising.boxes_logit.sigmoid(), box_s2), 1)
@@ -760,11 +764,11 @@ class DIMaskDINO(nn.Module):
         return self.box_guide(Q_bal) if self.box_guide else self.position(box_bal.detach())
 
     def N_de(self, Q_1, box_0, box_1, T_bal, level_shapes, attn_mask):
-        """Eq. 9.  Q_ref = N_de(Q_bal, T_bal): the normed queries [l B Q C] that Eq. 4, the first layer, and each layer
-        after it made, and the boxes that their predictions refine [l B Q 4].
+        """Eq. 9.  Q_ref = N_de(Q_bal, T_bal): the normed queries [l B Q C] after each layer (Eq. 4 is the first),
+        and the boxes [l B Q 4] that each layer's prediction refines.
 
-        Q_1: queries after Eq. 4; box_0, box_1: boxes before and after it. released code: a layer is not trained through
-        the box that it starts from, but its prediction is.
+        Q_1: queries after Eq. 4; box_0, box_1: boxes before and after it. released code: the box that a layer starts
+        from is detached for the layer, but not for its prediction (look forward twice).
         """
         queries = [Q_1]
         boxes = [box_0]
@@ -787,7 +791,8 @@ class DIMaskDINO(nn.Module):
 
 
 def initialize(model):
-    """Start values. released code, but the class bias is the focal prior, 1 in 100, and the layers of Eq. 2 differ."""
+    """Initialises the weights. released code, but for the class bias, which is the focal prior (0.01), and for the
+    layers of Eq. 2, which are independent of one another."""
     for module in (model.encoder.layers, model.residual, model.decoder, model.position, model.bato):
         for parameter in module.parameters() if module else ():
             if parameter.ndim > 1:
@@ -813,7 +818,7 @@ def postprocess(outputs, image_sizes, output_sizes, top=100):
     """The best objects of every image.
 
     outputs: a prediction of the model (see DIMaskDINO).
-    image_sizes, output_sizes: (height, width) of each image as the model got it, and as the objects are wanted.
+    image_sizes, output_sizes: (height, width) of each image as given to the model, and of the masks to be made.
     Returns for each image a dict, best score first, of scores [n], labels [n], boxes [n 4] (x0, y0, x1, y1 in output
     pixels, not clipped), masks [n H W] (bool), n = min(top, Q K). A score is that of the class times the mean of the
     mask's probabilities inside the mask. The same query may appear under several classes.
@@ -851,7 +856,7 @@ def full_size_masks(logits, image_size, output_size):
     padded = [4 * side for side in logits.shape[-2:]]
     masks = []
     qualities = []
-    for few in logits.float().split(8):  # the output may be large
+    for few in logits.float().split(8):  # bounds the memory
         few = nnf.interpolate(few[None], padded, mode="bilinear", align_corners=False)[..., :height, :width]
         few = nnf.interpolate(few, tuple(output_size), mode="bilinear", align_corners=False)[0]
         inside = few > 0

@@ -60,8 +60,8 @@ from util.pictures import SCORE, draw, draw_dataset
 from util.weights import Trained, load_model
 
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PIXELS = 2**26  # of all masks that are made at a time
-MEASURING = ("layers", "per_class", "speed", "draw", "json")  # flags that mean nothing with --images
+PIXELS = 2**26  # of the full-size masks made at a time: bounds the memory
+MEASURING = ("layers", "per_class", "speed", "draw", "json")  # flags that --images excludes
 STATS = {"": 0, "_50": 1, "_S": 3, "_M": 4, "_L": 5}  # suffix of a metric -> index in COCOeval.stats
 
 
@@ -72,7 +72,7 @@ STATS = {"": 0, "_50": 1, "_S": 3, "_M": 4, "_L": 5}  # suffix of a metric -> in
 def predict(
     trained: Trained, image: str | Path | Image.Image | np.ndarray | Tensor, score: float = 0.0, amp: str | None = None
 ) -> dict:
-    """The objects in one image, best first: those, of the model's 100 best guesses, that reach a score.
+    """The objects in one image, best first: of the model's 100 best predictions, those that reach a score.
 
     trained: from `load_model`. image: a file, a PIL image, an array [H W 3] or a tensor [3 H W], the last two uint8 in
     RGB. It is resized to `trained.test_size` inside. amp: "off", "bf16" or "fp16"; None: what --amp has by default.
@@ -133,17 +133,22 @@ def autocast(device, amp):
 
 
 def objects_of(prediction: dict, image_size: tuple, size: tuple, form: Callable, score: float = 0.0) -> dict:
-    """The objects of one image that reach a score, as `postprocess` gives them, in a little memory.
+    """The objects of one image that reach a score, as `postprocess` gives them, but with bounded memory.
 
-    Masks of the original size (H, W) are made a few at a time, each once for all classes of its query, and only for
-    scores that may suffice. form(masks [n H W] bool) makes n things of them, which are listed under "masks".
+    Masks of the original size (H, W) are made a few at a time, once for all classes of a query, and only where the
+    class score suffices. form(masks [n H W] bool) turns them into a list of n masks, for example encoded ones.
     """
     class_scores, labels, queries = top_predictions(prediction, 0)
-    enough = class_scores >= score  # a mask's quality, at most 1, only lowers it
-    class_scores, labels, queries = class_scores[enough], labels[enough], queries[enough]
+    enough = class_scores >= score  # the mask's quality, at most 1, can only lower the score
+    class_scores = class_scores[enough]
+    labels = labels[enough]
+    queries = queries[enough]
     once, which = queries.unique(return_inverse=True)
-    masks, qualities = [], [class_scores.new_zeros(0)]
-    for few in once.split(max(1, PIXELS // (size[0] * size[1]))) if len(once) else ():
+    masks = []
+    qualities = [class_scores.new_zeros(0)]  # for an image without objects
+    step = max(1, PIXELS // (size[0] * size[1]))
+    for first in range(0, len(once), step):
+        few = once[first : first + step]
         full, quality = full_size_masks(mask_logits(prediction, 0, few), image_size, size)
         masks += form(full)
         qualities.append(quality)
@@ -172,8 +177,8 @@ def predict_dataset(
 ) -> Iterator[list[dict]] | None:
     """COCO results of the whole data set: one list, or with every_layer one for each prediction from layer 0 on.
 
-    The processes share out the images; process 0 gets an iterator, which makes each list when its turn comes, the
-    others None. The model is left in evaluation mode.
+    The images are shared out over the processes. Process 0 gets an iterator, which makes one list at a time; the others
+    get None. The model is left in evaluation mode.
     """
     model.eval()
     rank, world = rank_and_world()
@@ -213,7 +218,7 @@ def run_lengths(masks: Tensor) -> list[dict]:
 
 
 def compact(found: dict) -> dict:
-    """Objects with encoded masks as numbers on the CPU: those of ten layers of COCO's 5,000 images are many."""
+    """Objects with encoded masks as numpy arrays, to hold those of all layers of COCO's 5,000 images in memory."""
     return {name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in found.items()}
 
 
@@ -250,15 +255,15 @@ def evaluate(
 def average_precision(truth: dict, results: list[dict], per_class: bool = False) -> dict[str, float | None]:
     """AP_box and AP_mask, and each at IoU 0.5 (_50) and for objects of one size (_S, _M, _L), in percent.
 
-    truth: a COCO dict; results: COCO results. The numbers are pycocotools', which takes five times as long; None where
-    no object has that size. per_class: `classes` has AP_box and AP_mask by category_id, None where there is no object.
+    truth: a COCO dict; results: COCO results. The numbers equal those of pycocotools, in a fifth of the time; None
+    where no object has that size. per_class: `classes` has AP_box and AP_mask by category_id, None without objects.
     """
     quiet = {"print_function": lambda *_: None}
     metrics = {}
     classes = {category: {} for category in sorted(category["id"] for category in truth["categories"])}
     ground = COCO({**truth, "annotations": [dict(a) for a in truth["annotations"]]}, **quiet)
     for name, kind in (("AP_box", "bbox"), ("AP_mask", "segm")):
-        # Given a box beside the mask, masks would be sorted into S, M and L by the area of their boxes.
+        # With a bbox beside it, a mask would count as S, M or L by the area of the box.
         kept = [{k: v for k, v in r.items() if k != "bbox" or kind == "bbox"} for r in results]
         found = ground.loadRes(kept) if kept else COCO({**truth, "annotations": []}, **quiet)
         evaluation = COCOeval_faster(ground, found, kind, **quiet)
@@ -277,9 +282,9 @@ def average_precision(truth: dict, results: list[dict], per_class: bool = False)
 
 @torch.inference_mode()
 def speed(model, dataset, device, amp=None, warm_up=5, most=50):
-    """Images a second as the paper's tables count them: one at a time, without the time to load them, post-processed to
-    masks of the original size; and the same without post-processing, which multiplies the masks. The median over the
-    first `most` images. The mean GFLOP for one of these (see `flop_of`), and the number of parameters."""
+    """FPS as in the paper's tables: images one at a time, already loaded, post-processed to masks of their full size;
+    and FPS without post-processing, which includes the product of the masks. Medians over the first `most` images. Also
+    the mean GFLOP of an image (see `flop_of`), and the number of parameters."""
     model.eval()
     loaded = [dataset.image(index)[0] for index in range(min(most, len(dataset)))]
     seconds = {"FPS": [], "FPS_without_postprocessing": []}
@@ -309,11 +314,12 @@ def clock(device):
 
 
 def flop_of(model: nn.Module, images: Tensor) -> int:
-    """Floating point operations of the model for images [B 3 H W], with the masks of all queries at the last layer.
+    """Floating point operations of the model for images [B 3 H W], with the masks of all queries of the last layer.
 
-    A multiplication and an addition are two; elementwise operators are none, and so is deformable attention that is not
-    compiled. Inference mode would hide what operators consist of.
+    A multiplication and an addition count as two. Elementwise operators are not counted, nor is deformable attention
+    where it is not compiled.
     """
+    # Inference mode would hide the operators inside composite ones.
     with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counted:
         mask_logits(model(images))
     return counted.get_total_flops()
@@ -345,7 +351,7 @@ def parse_arguments(arguments):
 
 def main(arguments=None):
     print_anything()
-    Interruption()  # a signal ends this at once, as if by sys.exit
+    Interruption()  # a signal ends the program by sys.exit
     args = parse_arguments(arguments)
     try:
         device = join(args.device)
@@ -369,8 +375,8 @@ def main(arguments=None):
 
 
 def open_data(trained, args, split):
-    """The data set that the command line names, or that of the training, and its name. Classes that the checkpoint does
-    not name are called as the data set's. Raises ValueError where the classes do not fit."""
+    """Opens the data set of the command line, or else that of the training: (dataset, its name). A checkpoint without
+    class names gets those of the data set. Raises ValueError where the classes do not fit."""
     if args.data or args.val_json:
         source = source_of(args)
     elif trained.source:
@@ -396,8 +402,8 @@ def open_data(trained, args, split):
 
 @contextlib.contextmanager
 def output(args, what):
-    """Settle the folder for results and try all that will be written, before any work. A new one in which nothing was
-    written goes."""
+    """Chooses the folder for results and tries, before any work, whether all of them can be written. A new folder that
+    stays empty is removed."""
     if args.out and (args.out / "log.jsonl").exists():
         raise ValueError(f"{args.out} holds a run, whose predictions and pictures would be lost: choose another --out")
     new = not args.out and rank_and_world()[0] == 0
@@ -414,8 +420,8 @@ def output(args, what):
 
 
 def evaluate_images(trained, args):
-    """A picture of each of the user's own images, and predictions.json of all of them. Images that cannot be read are
-    named, and the exit code is then 2 in the end. What was found before a signal or a fault is kept."""
+    """--images: draws the objects in each of the user's images and writes predictions.json. Images that cannot be read
+    are named and skipped, with exit code 2 at the end. What was found before a signal or an error is kept."""
     if rank_and_world()[1] > 1:
         raise ValueError("--images works in one process: start it without torchrun")
     if measuring := [f"--{name.replace('_', '-')}" for name in MEASURING if vars(args)[name]]:
@@ -460,7 +466,7 @@ def evaluate_images(trained, args):
 
 
 def evaluate_dataset(trained, device, args):
-    """The table, and what else the command line asks for."""
+    """Prints the table of AP, and measures and draws what else the command line asks for."""
     dataset, name = open_data(trained, args, "test")
     with output(args, name):
         layers = predict_dataset(trained.model, dataset, device, args.workers, args.amp, args.layers)
@@ -491,7 +497,7 @@ def evaluate_dataset(trained, device, args):
 
 
 def report(dataset, rows, args):
-    """Print the table of (name, metrics) and return the metrics of the last, with what --json has beside them."""
+    """Prints the table of (name, metrics) rows; returns what --json writes: the metrics of the last row, and counts."""
     counts = {"images": len(dataset), "objects": dataset.objects}
     if not dataset.annotated:
         print(

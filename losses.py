@@ -5,12 +5,12 @@ targets: a list with one dict per image of
     boxes [n 4] (cx, cy, w, h) in [0, 1] of the network's input, that is of the image after padding to a multiple of 32,
     masks [n H W] bool, over the same padded input,
     image_id, for messages.
-Predictions are the dicts that DIMaskDINO returns at every stage: logits, boxes and mostly the two factors of the masks.
+Predictions are the dicts that DIMaskDINO returns at every stage: logits, boxes and, except for Eq. 2, factors of masks.
 Pairs are the matched queries and objects of one set of predictions: a list with (query indices, object indices), two
 arrays [m], for each image.
 
-The criterion goes through all sets of predictions at once. tests/test_losses.py holds the plain loop over the sets that
-it has to equal.
+The criterion computes the losses of all sets of predictions at once; tests/test_losses.py compares it with a plain loop
+over the sets.
 """
 
 import math
@@ -29,8 +29,8 @@ from dimaskdino import mask_logits
 # For the cost of matching and for the loss alike (released code).
 WEIGHTS = {"class": 4.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
 DETECTION = ("class", "box", "giou")
-MOST_PIXELS = 2**25  # of objects' masks that become float32 at a time, which bounds the memory of sampling
-MOST_LOGITS = 2**23  # sampled mask logits that matching compares at a time, which bounds its memory
+MOST_PIXELS = 2**25  # of the masks that become float32 at a time: bounds the memory of sampling
+MOST_LOGITS = 2**23  # sampled mask logits whose costs are computed at a time: bounds the memory of matching
 
 
 def to_device(array, device):
@@ -42,7 +42,7 @@ def to_device(array, device):
 
 
 class Denoising(NamedTuple):
-    """Groups of noised objects that the model restores. Slot j of each group holds object j of the image."""
+    """Denoising queries: groups of noised objects for the model to restore. Slot j of each group holds object j."""
 
     labels: Tensor  # [B D] int64, -1 in the empty slots of an image with fewer objects than another
     boxes_logit: Tensor  # [B D 4]
@@ -55,7 +55,7 @@ class Denoising(NamedTuple):
         return self._replace(labels=labels, boxes_logit=boxes_logit)
 
     def attention_mask(self, queries):
-        """[D+queries D+queries], True = masked: groups do not see each other, and the other queries see no group."""
+        """Attention mask [D+queries D+queries], True = masked: groups do not see each other, nor the others a group."""
         size = self.labels.shape[1] // max(self.groups, 1)
         group = torch.arange(self.groups, device=self.labels.device).repeat_interleave(size)
         group = torch.cat((group, group.new_full((queries,), -1)))
@@ -63,10 +63,10 @@ class Denoising(NamedTuple):
 
 
 def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_noise=0.4):
-    """As many groups of noised objects as fit into `queries`; none if an image has more objects, or no image has any.
+    """Makes as many groups of noised objects as fit into `queries`: none if an image has more, or no image has any.
 
-    label_noise: the share of labels replaced by a random one. box_noise: centres move by up to this share of half the
-    size, sizes change by up to this share.
+    label_noise: share of the labels that are replaced by random ones. box_noise: centres move by up to this share of
+    half the box, sizes change by up to this share.
     """
     counts = [len(target["labels"]) for target in targets]
     size = max(counts)
@@ -82,12 +82,13 @@ def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_no
     slot_labels = labels.new_full((len(targets), groups, size), -1)
     slot_boxes = boxes.new_zeros(len(targets), groups, size, 4)
     pairs = []
-    for b, (n, of_image) in enumerate(zip(counts, labels.view(groups, sum(counts)).split(counts, 1))):
-        slot_labels[b, :, :n] = of_image
+    labels = labels.view(groups, sum(counts)).split(counts, 1)  # of each image [groups n]
+    boxes = boxes.logit(1e-5).view(groups, sum(counts), 4).split(counts, 1)
+    for b, n in enumerate(counts):
+        slot_labels[b, :, :n] = labels[b]
+        slot_boxes[b, :, :n] = boxes[b]
         slots = np.arange(groups)[:, None] * size + np.arange(n)  # [groups n]
         pairs.append((slots.flatten(), np.tile(np.arange(n), groups)))
-    for b, (n, of_image) in enumerate(zip(counts, boxes.logit(1e-5).view(groups, sum(counts), 4).split(counts, 1))):
-        slot_boxes[b, :, :n] = of_image
     return Denoising(slot_labels.flatten(1), slot_boxes.flatten(1, 2), groups, pairs)
 
 
@@ -95,7 +96,7 @@ def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_no
 
 
 def random_points(*shape, device):
-    """Points [... 2] anywhere in [-1, 1]."""
+    """Points [... 2], uniform in [-1, 1]."""
     return torch.rand(*shape, 2, device=device).mul(2).sub_(1)
 
 
@@ -107,8 +108,8 @@ def sample(maps, points):
 def sample_objects(masks, objects, points):
     """Bilinear values [m P] of the masks [n H W] (bool) of some objects, an array [m], at points [m P 2].
 
-    In a set of predictions every object occurs equally often: once, or once in each denoising group. So each mask is
-    read once, at all of its points, and no more of them than MOST_PIXELS become float32 at a time.
+    Every object that occurs has to occur equally often, as in a set of predictions: once, or once in each denoising
+    group. Each mask is then read once, at all of its points.
     """
     order = np.argsort(objects, kind="stable")
     present = np.unique(objects)
@@ -126,7 +127,7 @@ def sample_objects(masks, objects, points):
 def giou(a, b):
     """Generalized IoU [...] of boxes (x0, y0, x1, y1) [... 4], pair by pair.
 
-    torchvision's picks the boxes that overlap by a mask, for which the host would wait. released code: + 1e-6.
+    torchvision's indexes with a boolean mask, which is a synchronisation. released code: + 1e-6.
     """
     a0, a1 = a.split(2, -1)
     b0, b1 = b.split(2, -1)
@@ -137,8 +138,8 @@ def giou(a, b):
 
 
 def class_and_box_costs(logits, boxes, labels, wanted):
-    """Matching cost [B Q n] of predictions, logits [B Q K] and boxes [B Q 4], with objects, labels [B n] and boxes
-    [B n 4]: focal class cost, L1 and GIoU of the boxes."""
+    """Matching cost [B Q n] of every prediction (logits [B Q K], boxes [B Q 4]) with every object (labels [B n], wanted
+    boxes [B n 4]): focal class cost, L1 and GIoU of the boxes."""
     p = logits.gather(2, labels[:, None].expand(-1, logits.shape[1], -1)).sigmoid()
     positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
     negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
@@ -148,8 +149,8 @@ def class_and_box_costs(logits, boxes, labels, wanted):
 
 
 def mask_costs(logits, inside):
-    """Matching cost [B Q n] of masks at P points, logits [B Q P], with objects, their masks at these points [B n P]:
-    binary cross-entropy and dice."""
+    """Matching cost [B Q n] of every predicted mask (logits at P points [B Q P]) with every object's mask (at these
+    points [B n P]): binary cross-entropy and dice."""
     p = logits.sigmoid()
     inside_T = inside.transpose(1, 2)
     bce = -(nnf.logsigmoid(-logits).sum(-1, keepdim=True) + logits @ inside_T) / logits.shape[2]
@@ -174,10 +175,12 @@ class Criterion(nn.Module):
         """outputs of DIMaskDINO, targets as above -> weighted losses {"class_selection": scalar, ..., "dice_6": ...}.
 
         The loss to minimise is their sum. num_objects: what they are divided by, the number of objects in the batch of
-        all processes over the number of processes; None: that of these targets. denoising: what the model was given, if
-        it was. Raises FloatingPointError where a prediction for an image with objects is not finite, with its name.
+        all processes over the number of processes; None: that of these targets. denoising: the denoising queries that
+        the model was given, if any. Raises FloatingPointError, which names the prediction, where one for an image with
+        objects is not finite.
         """
-        num_objects = max(sum(len(t["labels"]) for t in targets), 1) if num_objects is None else num_objects
+        if num_objects is None:
+            num_objects = max(sum(len(t["labels"]) for t in targets), 1)
         sets = {"selection": outputs["selection"]}
         sets |= {f"{layer}": prediction for layer, prediction in enumerate(outputs["layers"])}
         sets |= {f"interaction_{layer}": prediction for layer, prediction in enumerate(outputs["interaction"])}
@@ -209,8 +212,8 @@ class Criterion(nn.Module):
 
     @torch.no_grad()
     def match(self, sets, targets):
-        """Hungarian (bipartite) matching of sets of predictions {name: prediction}: the pairs of least cost of each,
-        {name: pairs}. A single synchronisation, however many sets there are."""
+        """Hungarian (bipartite) matching: for each set of predictions {name: prediction} the pairs of least total cost,
+        {name: pairs}. One synchronisation for all sets."""
         costs = self.costs(sets, targets).cpu().numpy()  # [B Q n], the queries of all sets one after another
         pairs = {}
         first = 0
@@ -260,7 +263,7 @@ class Criterion(nn.Module):
         return costs
 
     def class_and_box_losses(self, sets, targets, pairs):
-        """Sums over each set [sets]: the focal loss of all queries, L1 and GIoU losses of the matched boxes."""
+        """Sums [sets] of each set's losses: focal loss of all queries, L1 and GIoU of the matched boxes."""
         logits = torch.cat([x["logits"] for x in sets.values()], 1).float()  # [B Q K], the sets side by side
         boxes = torch.cat([x["boxes"] for x in sets.values()], 1).float()
         image, query, objects = self.indices(sets, targets, pairs)
@@ -277,8 +280,8 @@ class Criterion(nn.Module):
         return sums(focal, queries_of_sets), sums(l1, pairs_of_sets), sums(1 - overlap, pairs_of_sets)
 
     def indices(self, sets, targets, pairs):
-        """The pairs of all sets as three tensors of indices [M]: image, query (the sets side by side), and object (the
-        targets of all images one after another)."""
+        """The pairs of all sets as three tensors of indices [M]: image, query (all sets concatenated), object (all
+        images, concatenated)."""
         image = []
         query = []
         objects = []
@@ -295,8 +298,8 @@ class Criterion(nn.Module):
         return [to_device(np.concatenate(index), device) for index in (image, query, objects)]
 
     def mask_losses(self, sets, targets, pairs):
-        """Sums over each set [sets]: binary cross-entropy and dice losses of the matched masks, at points where
-        the prediction is uncertain. Points are drawn for one set at a time, as those of all would be large."""
+        """Sums [sets] of each set's losses: binary cross-entropy and dice of the matched masks, at points drawn by
+        importance sampling, one set at a time to bound the memory."""
         masks = torch.cat([target["masks"] for target in targets])  # [n H W]
         first_object = np.cumsum([0, *(len(target["masks"]) for target in targets)])
         predicted = matched_masks(sets, pairs)
@@ -328,8 +331,8 @@ class Criterion(nn.Module):
 
 
 def matched_masks(sets, pairs):
-    """Mask logits [m H/4 W/4] of the matched queries of each set, image by image: {name: logits}. Sets with the same
-    pixels share a product for each image; no other mask is made."""
+    """Mask logits [m H/4 W/4] of each set's matched queries, image by image: {name: logits}. Sets with the same pixels
+    share one product for each image."""
     together = {}
     for name, prediction in sets.items():
         together.setdefault(id(prediction["pixels"]), []).append(name)
@@ -349,13 +352,13 @@ def matched_masks(sets, pairs):
 
 
 def sums(values, sizes):
-    """The sums [len(sizes)] of consecutive parts of values, of the given sizes."""
+    """Sums [len(sizes)] of consecutive parts of values, of the given sizes."""
     part = np.repeat(np.arange(len(sizes)), sizes)
     return values.new_zeros(len(sizes)).index_add(0, to_device(part, values.device), values)
 
 
 def explain(name, b, prediction, target):
-    """Which prediction or target of an image makes its matching cost infinite or NaN."""
+    """Names the prediction or target of an image that makes its matching cost infinite or NaN."""
     found = [f"predicted {part}" for part in ("logits", "boxes") if not prediction[part][b].isfinite().all()]
     if "pixels" in prediction and not mask_logits(prediction, b).isfinite().all():
         found.append("predicted masks")

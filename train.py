@@ -5,9 +5,9 @@
     torchrun --nnodes 2 --nproc-per-node 8 ... train.py --data coco  on several machines
 
 The run's folder gets log.jsonl, curves.png, pictures, predictions.json, and the checkpoints last.pt and best.pt.
-A run that was stopped, in whatever way, goes on from its last checkpoint with --resume. On a CPU it then ends with the
-same bits as if it had never stopped, because random numbers depend on the seed, the step and the process alone (those
-that augment an image on the seed, the epoch and the image).
+--resume continues a stopped run from its last checkpoint. On a CPU the result is the same to the bit as without a stop,
+because random numbers depend on the seed, the step and the process alone (those of an augmentation on the seed, the
+epoch and the image).
 """
 
 import argparse
@@ -65,7 +65,7 @@ from util.weights import imagenet, load_weights, read_checkpoint
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 1000  # steps, beside the end of each epoch
-MOST_SKIPPED = 30  # steps in a row; fp16's scale then is a billionth of its first
+MOST_SKIPPED = 30  # steps in a row that fp16 may skip; its scale is then a billionth of the first
 NOT_FINITE = "last.pt is untouched; a lower --lr or --amp off may help"
 
 
@@ -74,7 +74,7 @@ NOT_FINITE = "last.pt is untouched; a lower --lr or --amp off may help"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. The defaults are the paper's for COCO; what it leaves open follows the released code."""
+    """Settings of training. The defaults are the paper's for COCO; what it leaves open follows the released code."""
 
     epochs: int = 50
     batch_size: int = 16  # over all processes and micro-batches
@@ -100,7 +100,7 @@ class Recipe:
 
     @classmethod
     def tiny(cls) -> "Recipe":
-        """For Config.tiny() on `shapes`: all of it learns from scratch, in few steps."""
+        """For Config.tiny() on `shapes`, from scratch in few steps."""
         return cls(
             epochs=12,
             batch_size=8,
@@ -131,7 +131,7 @@ class Recipe:
         return dataclasses.replace(self, test_size=tuple(round(side * zoom) for side in self.test_size), **changes)
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step, 0 <= step < steps, as a factor of lr."""
+        """Factor of the learning rate in a step, 0 <= step < steps."""
         warmup = min(1.0, (step + 1) / (self.warmup + 1))
         if self.schedule == "cosine":
             return warmup * (1 + math.cos(math.pi * step / steps)) / 2
@@ -147,7 +147,7 @@ SETTABLE = {name: kind for name, kind in SETTABLE.items() if name not in ("num_c
 
 
 def setting(text):
-    """(field, value) of FIELD=VALUE, as --set takes it."""
+    """Parses FIELD=VALUE of --set into (field, value)."""
     name, _, value = text.partition("=")
     if name not in SETTABLE:
         raise argparse.ArgumentTypeError(f"{name}: the fields are {', '.join(SETTABLE)}")
@@ -198,7 +198,7 @@ def choose_config(args, num_classes):
 
 
 def parse_training(arguments, description=""):
-    """The flags of train.py, with what follows from the data where a flag is not given."""
+    """Parses the flags of train.py; some defaults depend on the data."""
     positive = at_least(1)
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
@@ -213,7 +213,7 @@ def parse_training(arguments, description=""):
     add("--epochs", type=positive, help="(paper: 50; tiny: 12)")
     add("--gpus", type=positive, default=1, help="processes to start on this machine (%(default)s)")
     add("--batch-size", type=positive, help="of all processes together (paper: 16, Swin-L 4; tiny: 8)")
-    accumulate = "gradient accumulation: micro-batches to do each batch in, to save memory (%(default)s)"
+    accumulate = "gradient accumulation: micro-batches that make up each batch, to save memory (%(default)s)"
     add("--accumulate", type=positive, default=1, help=accumulate)
     add("--checkpoint-activations", action="store_true", help="recompute activations, to save memory")
     add("--lr", type=at_least(1e-12, float), help="learning rate (paper: 1e-4; tiny: 2e-3)")
@@ -302,8 +302,8 @@ def build_model(args, config, checkpoint=None):
 
 
 def recompute_activations(model):
-    """Keep of the backbone's stages and of the layers of encoder and decoder only what goes in. A backbone whose norms
-    are not frozen is left as it is, as they would count each batch twice."""
+    """Activation checkpointing of the backbone's stages and the layers of encoder and decoder, which the backward pass
+    computes again. A backbone whose norms are not frozen is left out, as they would count each batch twice."""
     frozen = all(norm.frozen for norm in model.backbone.modules() if isinstance(norm, Norm))
     stages = model.backbone.stages if frozen else ()
     for layer in (*stages, *model.encoder.layers, model.residual, *model.decoder):
@@ -311,8 +311,8 @@ def recompute_activations(model):
 
 
 def make_optimizer(model, recipe):
-    """AdamW with weight decay for all but norms, tables of embeddings and Swin's position biases, and a learning rate
-    of its own, `base_lr` of its groups, for the backbone."""
+    """AdamW, with no weight decay on norms, embeddings and Swin's position biases. Each group keeps its learning rate
+    before the schedule as `base_lr`; the backbone has its own."""
     groups = {}
     for prefix, module in model.named_modules():
         plain = not isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d | nn.Embedding)
@@ -335,9 +335,9 @@ def make_optimizer(model, recipe):
 
 
 def objects_per_process(micro_batches):
-    """What every process divides its losses by: the number of objects in the whole batch over that of processes.
+    """The divisor of the losses, the same in every process: objects of the whole batch over the number of processes.
 
-    Then any number of processes and micro-batches gives the gradient that one process gets from the whole batch.
+    With it, any number of processes and micro-batches gives the gradient of the whole batch in one process.
     """
     objects = torch.tensor(float(sum(len(target["labels"]) for _, targets in micro_batches for target in targets)))
     world = rank_and_world()[1]
@@ -352,10 +352,11 @@ def to_device(device, images, targets, noise):
 
 
 def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="off"):
-    """One step of the optimiser, on a batch in micro-batches: a list of (images [B 3 H W] uint8, targets).
+    """A step of the optimiser, with gradient accumulation over micro-batches.
 
+    micro_batches: a list of (images [B 3 H W] uint8, targets).
     model: a DIMaskDINO, or DistributedDataParallel around one. Returns this process's share of each loss {name: scalar}
-    and the norm of the gradient, both on the device, for which it waits once a micro-batch, in Hungarian matching. A
+    and the norm of the gradient, both on the device. Each micro-batch has one synchronisation, in Hungarian matching. A
     gradient that is not finite changes no weight. Raises FloatingPointError, in all processes, where a prediction is
     not finite.
     """
@@ -366,7 +367,7 @@ def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="
     for number, (images, targets) in enumerate(micro_batches, 1):
         noise = denoising_queries(targets, bare.config.num_classes, recipe.denoising, recipe.label_noise)
         images, targets, noise = to_device(device, images, targets, noise)
-        # Gradients add up in the parameters; the last backward averages them over the processes.
+        # Gradients accumulate in the parameters; the last backward averages them over the processes.
         averaged = number == len(micro_batches) or model is bare
         with contextlib.nullcontext() if averaged else model.no_sync():
             with autocast(device, amp):
@@ -384,8 +385,8 @@ def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="
 
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(bare.parameters(), recipe.clip)
-    if not scaler.is_enabled():  # fp16's scaler looks for itself, skips such a step and lowers its scale
-        optimizer.found_inf = (~norm.isfinite()).float()  # as the scaler would say it
+    if not scaler.is_enabled():  # an enabled scaler checks the gradient itself
+        optimizer.found_inf = (~norm.isfinite()).float()  # 1 makes AdamW skip the step, without a synchronisation
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -393,7 +394,7 @@ def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="
 
 
 class Totals:
-    """Sums of losses over steps. They stay on the device, so that nothing waits for it until `read`."""
+    """Sums of losses over steps, kept on the device: only `read` synchronises."""
 
     def __init__(self, device, fp16):
         self.fp16 = fp16  # whose scaler skips steps with a gradient that is not finite
@@ -413,8 +414,8 @@ class Totals:
         self.steps += 1
 
     def read(self):
-        """The means over these steps {name: float}, the steps before the first that was not finite, and the steps in a
-        row that fp16 has skipped. It waits for the device."""
+        """Means over these steps {name: float}, the number of steps before the first that was not finite, and that of
+        steps in a row that fp16 has skipped. A synchronisation."""
         means = (self.sums / self.steps).tolist()
         return dict(zip(self.names, means)), int(self.finite), int(self.skipped)
 
@@ -432,7 +433,8 @@ def mean_of_all(means):
 
 def last_checkpoint(args):
     """The checkpoint to go on from, or None for a new run. Raises ValueError if that would write over another run."""
-    last, best = args.out / "last.pt", args.out / "best.pt"
+    last = args.out / "last.pt"
+    best = args.out / "best.pt"
     if not args.resume and (last.exists() or best.exists()):
         raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or choose another --out")
     if not last.exists() and best.exists():
@@ -441,8 +443,8 @@ def last_checkpoint(args):
 
 
 def resumed_step(checkpoint, recipe, images):
-    """How many steps are done of a run that goes on; where the number of training images has changed, as many epochs
-    and steps of the current one as before."""
+    """The number of steps that a resumed run has done. Where the number of training images has changed, it keeps its
+    epoch and its steps within that epoch."""
     step = checkpoint["step"]
     if checkpoint["training_images"] != images:
         before = steps_of_an_epoch(checkpoint["training_images"], recipe)
@@ -456,7 +458,7 @@ def resumed_step(checkpoint, recipe, images):
 
 
 def settings_of(args, config, recipe, train_set):
-    """What a checkpoint says of its run; what must be the same for the run to go on comes first."""
+    """What a checkpoint stores of its run beside weights, states and progress."""
     return {
         "config": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),
@@ -470,26 +472,32 @@ def settings_of(args, config, recipe, train_set):
 
 
 def require_same_settings(path, then, now):
-    """Raises ValueError unless a checkpoint was made with these settings, but for the numbers of epochs and images."""
+    """Raises ValueError unless a checkpoint was made with these settings; epochs and images may differ."""
     needed = (*now, "model", "optimizer", "scaler", "epoch", "step", "best")
     if missing := [name for name in needed if name not in then]:
         raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}; --init takes weights")
     data.require_same_classes(then["classes"], now["classes"], str(path), "the data")
-    before, after = ({**x["config"], **x["recipe"], "seed": x["seed"]} for x in (then, now))
+    before = {**then["config"], **then["recipe"], "seed": then["seed"]}
+    after = {**now["config"], **now["recipe"], "seed": now["seed"]}
     changed = [name for name in after if name != "epochs" and before.get(name) != after[name]]
     if changed:
         told = "; ".join(f"{name} was {before.get(name)!r}, not {after[name]!r}" for name in changed)
         way_out = "Go on with those, or start a new run from its weights with --init and another --out"
         raise ValueError(f"{path} was made with other settings: {told}. {way_out}")
-    before, after = (dict.fromkeys(map(os.path.realpath, filter(None, x["source"].values()))) for x in (then, now))
-    if [*before] != [*after]:
-        names = [" ".join(dict.fromkeys(filter(None, x["source"].values()))) for x in (then, now)]
-        say(f"{path} was trained on {names[0]}: the run goes on with {names[1]}")
+    used = paths_of(then["source"])
+    given = paths_of(now["source"])
+    if [os.path.realpath(x) for x in used] != [os.path.realpath(x) for x in given]:
+        say(f"{path} was trained on {' '.join(used)}: the run goes on with {' '.join(given)}")
+
+
+def paths_of(source):
+    """The different paths and names in a checkpoint's source."""
+    return list(dict.fromkeys(filter(None, source.values())))
 
 
 def save(path, state):
-    """Write a checkpoint, in process 0, and return, in all, whether it is written. It replaces the one before it only
-    once it is whole; where the disk is full, that one stays, and a warning is printed."""
+    """Writes a checkpoint in process 0; returns in all processes whether it is written. It replaces the previous one
+    only once it is complete: where the disk is full, that one stays, and a warning is printed."""
     written = False
     if rank_and_world()[0] == 0:
         unfinished = path.with_name(f"{path.name}.tmp")
@@ -507,7 +515,7 @@ def save(path, state):
     return any_rank(written)
 
 
-# ---- The story -------------------------------------------------------------------------------------------------------
+# ---- A run -----------------------------------------------------------------------------------------------------------
 
 
 def train(args, device):
@@ -538,10 +546,10 @@ def train(args, device):
     if world > 1:
         parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
-    # how far it has come
+    # progress
     epoch = 0  # the current one
-    step = 0  # so many are done
-    logged = 0  # so many of the log's
+    step = 0  # steps done
+    logged = 0  # steps whose lines in the log stay
     best = -1.0  # the highest mean of AP_box and AP_mask
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -574,7 +582,8 @@ def train(args, device):
         model.train()
         train_set.epoch = epoch
         interruption.saved = False
-        begin, end = step, (epoch + 1) * steps_per_epoch
+        begin = step
+        end = (epoch + 1) * steps_per_epoch
         indices = micro_batches_of(len(train_set), recipe, epoch, args.seed, args.accumulate)[step - end :]
         loaded = batches_of(
             DataLoader(
@@ -585,10 +594,12 @@ def train(args, device):
                 pin_memory=device.type == "cuda",
             )
         )
-        stopping, problems = False, []
-        waited, since = 0.0, time.perf_counter()
+        stopping = False
+        problems = []
+        waited = 0.0
+        since = time.perf_counter()
         while step < end and not stopping:
-            # the next batch, in micro-batches
+            # the next batch
             asked = time.perf_counter()
             problem = ""
             try:
@@ -599,7 +610,7 @@ def train(args, device):
             if problems := problems_of_all(problem):
                 break
 
-            # forward, criterion, backward, clip, step: with random numbers of their own in each step and process
+            # forward, criterion, backward, clip, step, with random numbers of this step and process
             torch.manual_seed(np.random.SeedSequence((args.seed, step, rank)).generate_state(1).item())
             rate = recipe.rate(step, steps)
             for group in optimizer.param_groups:
@@ -631,7 +642,8 @@ def train(args, device):
                 means = mean_of_all({name: means[name] for name in losses})
                 log.training(step, means, lr, recipe.batch_size, seconds / totals.steps, waited / seconds)
                 totals.clear()
-                waited, since = 0.0, time.perf_counter()
+                waited = 0.0
+                since = time.perf_counter()
             if step % SAVE_EVERY == 0 and save_as("last.pt"):
                 saved_step = step
 
@@ -653,7 +665,7 @@ def train(args, device):
         score = ((metrics["AP_box"] or 0) + (metrics["AP_mask"] or 0)) / 2
         before = best
         best = max(score, best)
-        if score > before and not save_as("best.pt"):  # before last.pt, which has to be right about it
+        if score > before and not save_as("best.pt"):  # before last.pt, which stores the score of best.pt
             best = before
         saved = save_as("last.pt")
         saved_step = step
@@ -666,7 +678,7 @@ def train(args, device):
 
 
 def check_data(args):
-    """For --check: read every image."""
+    """--check: decodes every image."""
     if rank_and_world()[0] == 0:
         train_set, val_set = open_data(args, choose_recipe(args))
         say(f"{args.data} is sound: {len(train_set):,} training and {len(val_set):,} validation images")
@@ -678,7 +690,7 @@ def main(arguments=None):
     args = parse_training(arguments, __doc__.split("\n")[0])
     try:
         processes = launched_processes()
-        if args.gpus > 1 and not args.check:  # to read all files, one process is enough
+        if args.gpus > 1 and not args.check:  # one process is enough for --check
             if args.device != "cpu" and args.gpus > torch.cuda.device_count():
                 told = f"this machine has {torch.cuda.device_count()} GPUs, not {args.gpus}"
                 raise ValueError(f"{told}; --device cpu goes without")

@@ -1,9 +1,9 @@
-"""What is wrong with a COCO json, and the json without it.
+"""Checks and mends the records of a COCO json.
 
-    sound       a copy in which all is as training and pycocotools need it
+    sound       a copy as training and pycocotools need it
     Report      what was wrong with the original, and where
 
-Numbers that mean the same are the same without a word. Whatever else is mended or left out is reported.
+Whole numbers written as text or floats (3.0, "3") are converted silently. What else is mended or left out is reported.
 """
 
 import math
@@ -32,24 +32,24 @@ CROWD = (
 
 @dataclass
 class Report:
-    """What is wrong with a data set: for each kind of problem, every place where it was found."""
+    """What is wrong with a data set: for each kind of problem, the records that have it."""
 
-    fatal: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))  # must stop a run
+    fatal: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))  # stop a run
     warnings: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))  # mended or left out
 
     def __str__(self):
         lines = []
         for severity, problems in (("error", self.fatal), ("warning", self.warnings)):
-            for problem, places in problems.items():
-                lines.append(f"{severity}: {problem} ({len(places):,}): {shortened(places)}")
+            for problem, records in problems.items():
+                lines.append(f"{severity}: {problem} ({len(records):,}): {shortened(records)}")
         return "\n".join(lines)
 
 
 def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
-    """A copy of the COCO dict without what cannot be used, and the report on what was wrong. folder: of the images.
+    """A copy of the COCO dict without what cannot be used, and the report. folder: of the images.
 
-    In the copy ids are whole numbers, class names differ, each file is one image, and each annotation has a mask of
-    which something is seen, `iscrowd`, `area` and `bbox`.
+    In the copy ids are whole numbers, class names differ, no two images share a file, and each annotation has a mask
+    that is not empty, `iscrowd`, `area` and `bbox`.
     """
     report = Report()
     categories = _by_id(coco["categories"], "category", {"id": int, "name": str}, report)
@@ -64,7 +64,8 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
     if 0 in annotations:  # pycocotools takes a match with annotation 0 for no match
         annotations[0]["id"] = max(annotations) + 1
     known = shortened([str(category_id) for category_id in categories])
-    objects, boxes = [], []  # boxes: around the masks
+    objects = []
+    boxes = []  # around their masks
     for one in annotations.values():
         where = f"annotation {one['id']}"
         if one["category_id"] not in categories:
@@ -76,7 +77,8 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
         image = images[one["image_id"]]
         if image is None:
             continue
-        height, width = image["height"], image["width"]
+        height = image["height"]
+        width = image["width"]
         one["segmentation"], fault = _segmentation(one.get("segmentation"), height, width)
         if fault:
             report.warnings[fault].append(where)
@@ -130,7 +132,7 @@ def _by_id(records, kind, fields, report):
 
 
 def _whole(value):
-    """The whole number that 3.0, "3" or "3.0" means; anything else as it is."""
+    """Converts 3.0, "3" and "3.0" to 3; returns anything else unchanged."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"\d+(\.0*)?", value.strip()):
@@ -139,7 +141,7 @@ def _whole(value):
 
 
 def _tell_apart(categories, report):
-    """Give classes of one name names of their own."""
+    """Adds their ids to the names of classes that share one."""
     names = Counter(category["name"] for category in categories)
     for category in categories:
         if names[category["name"]] > 1:
@@ -148,7 +150,7 @@ def _tell_apart(categories, report):
 
 
 def _find_files(images, files, report):
-    """Give each image its file's own name, and replace those that cannot be used by None."""
+    """Gives each image the exact name of its file; replaces images that cannot be used by None."""
     for image_id, image in images.items():
         where = f"image {image_id} ({image['file_name']})"
         name = files.inside(image["file_name"])
@@ -163,14 +165,14 @@ def _find_files(images, files, report):
             image["file_name"] = Path(found).as_posix()  # a.png for ./a.png
             continue
         else:
-            places = report.fatal[f"files missing in {files.folder}"]
-            near = None if places else files.nearest(name)  # which compares all names
-            places.append(where + (f", the nearest is {near}" if near else ""))
+            missing = report.fatal[f"files missing in {files.folder}"]
+            near = None if missing else files.nearest(name)  # only for the first, as it compares all names
+            missing.append(f"{where}, the nearest is {near}" if near else where)
         images[image_id] = None
 
 
 def _merge(images, report):
-    """Let all ids of one file lead to the image with the first of them, as each lacks the others' objects."""
+    """Merges images of one file, each of which lacks the others' objects: all their ids lead to the first."""
     by_file = {}
     for image_id, image in images.items():
         if image:
@@ -184,7 +186,7 @@ def _merge(images, report):
 
 
 def compressed(segmentation, height: int, width: int) -> dict:
-    """Polygons or run lengths of either kind as pycocotools' compressed run-length encoding."""
+    """pycocotools' compressed run-length encoding of polygons, or of run lengths, compressed or not."""
     if isinstance(segmentation, list):
         parts = rle.frPyObjects(segmentation, height, width)
         return rle.merge(parts) if len(parts) > 1 else parts[0]
@@ -194,7 +196,7 @@ def compressed(segmentation, height: int, width: int) -> dict:
 
 
 def _segmentation(given, height, width):
-    """What is usable of a segmentation, or None, and what is wrong with it, or None."""
+    """(usable part of a segmentation or None, what is wrong with it or None)."""
     if not given or given == [[]] or isinstance(given, float):  # NaN in place of what is missing
         return None, NO_MASK
     if isinstance(given, dict):
@@ -231,8 +233,9 @@ def _is_polygon(polygon):
 
 
 def _runs(given, height, width):
-    """As _segmentation. Runs have to cover their image exactly: pycocotools reads beyond the end of others."""
-    size, counts = given.get("size"), given.get("counts")
+    """As _segmentation. Runs must cover their image exactly: with others, pycocotools reads beyond the end."""
+    size = given.get("size")
+    counts = given.get("counts")
     if size != [height, width]:  # 48.0 equals 48
         if size == [width, height]:
             return None, "run lengths whose size is [width, height], where [height, width] is expected"
@@ -252,8 +255,8 @@ def _runs(given, height, width):
 
 
 def _mend_boxes(objects, masks, images, report):
-    """Give every object a box: its own, or that of its mask (`masks`, n of 4) where it has none or one that does not
-    fit. Where more than a tenth do not fit, the form of all is in doubt, and all are taken from the masks."""
+    """Gives every object a box: its own, or that of its mask (`masks`, [n 4]) where its own is missing or does not fit.
+    Where more than a tenth do not fit, the format of all is in doubt, and all are taken from the masks."""
     given = np.array([one.get("bbox") is not None for one in objects], bool)
     own = [one["bbox"] if _is_box(one.get("bbox")) else (0, 0, 0, 0) for one in objects]
     own, masks = (np.array(boxes, float).reshape(-1, 4).T for boxes in (own, masks))
@@ -269,7 +272,7 @@ def _mend_boxes(objects, masks, images, report):
 
 
 def _form(boxes, masks, sides):
-    """What most boxes [4 n] look like in place of (x, y, w, h), from those of the masks and the images' sides."""
+    """The format of most boxes [4 n], if not (x, y, w, h): guessed from the masks' boxes and the images' sides."""
     x, y, w, h = boxes
     width, height = sides
     across, down = np.median(masks[2:] / boxes[2:], 1) if len(x) else (1, 1)

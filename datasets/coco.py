@@ -1,11 +1,11 @@
 """Data in COCO format: images with their masks, boxes and labels.
 
     open_dataset, CocoDataset       images and targets; `collate` makes a batch of them
-    require_sound                   what is wrong with a data set, before a training run finds out
+    require_sound                   raises or reports what is wrong with a data set
     seen_in_training                validation images that are training images
 
 Boxes of a target are (cx, cy, w, h) in [0, 1] of the network's input, which is the image padded on the right and at the
-bottom to a multiple of 32. What users can mend raises ValueError or FileNotFoundError with a message of one line.
+bottom to a multiple of 32. Users' errors raise ValueError or FileNotFoundError with a message of one line.
 """
 
 import math
@@ -26,7 +26,7 @@ from datasets.images import read_image, shortened
 from datasets.layouts import Source, find_data
 
 STRIDE = 32  # the network's input is padded to a multiple of this
-HELD_OUT = 10  # of a single json for both splits, one image of so many is for validation
+HELD_OUT = 10  # a single json for both splits gives every tenth image to validation
 
 
 # ---- Images and objects ----------------------------------------------------------------------------------------------
@@ -48,8 +48,12 @@ class CocoDataset(Dataset):
     """
 
     def __init__(self, coco: dict, report: Report, folder: Path, geometry: Callable, training: bool, seed: int = 0):
-        self.json, self.report, self.folder = coco, report, Path(folder)
-        self.geometry, self.seed, self.epoch = geometry, seed, 0
+        self.json = coco
+        self.report = report
+        self.folder = Path(folder)
+        self.geometry = geometry
+        self.seed = seed
+        self.epoch = 0
         categories = sorted(coco["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -72,7 +76,7 @@ class CocoDataset(Dataset):
         return len(self.image_ids)
 
     def image(self, index: int) -> tuple[torch.Tensor, Geometry]:
-        """An image as `dataset[index]` gives it, without the work of making its target, and what was done to it."""
+        """The image of `dataset[index]`, without the cost of its target, and the Geometry that made it."""
         record = self.images[self.image_ids[index]]
         rng = np.random.default_rng((self.seed, self.epoch, record["id"]))
         geometry = self.geometry(rng, record["width"], record["height"])
@@ -82,8 +86,10 @@ class CocoDataset(Dataset):
     def __getitem__(self, index):
         image_id = self.image_ids[index]
         pixels, geometry = self.image(index)
-        height, width = self.images[image_id]["height"], self.images[image_id]["width"]
-        labels, masks = [], []
+        height = self.images[image_id]["height"]
+        width = self.images[image_id]["width"]
+        labels = []
+        masks = []
         for annotation in self.annotations[image_id]:
             mask = _mask(annotation["segmentation"], geometry, height, width)
             if mask.any():
@@ -91,8 +97,9 @@ class CocoDataset(Dataset):
                 masks.append(mask)
         masks = np.stack(masks) if masks else np.zeros((0, *geometry.output), np.uint8)
         x0, y0, x1, y1 = _boxes(masks).T
-        padded = np.array([math.ceil(side / STRIDE) * STRIDE for side in geometry.output[::-1]] * 2, np.float32)
-        boxes = np.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), 1) / padded
+        height, width = (math.ceil(side / STRIDE) * STRIDE for side in geometry.output)  # padded
+        boxes = np.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), 1)
+        boxes /= np.array([width, height, width, height], np.float32)
         return pixels, {
             "labels": torch.tensor(labels, dtype=torch.int64),
             "boxes": torch.from_numpy(boxes),
@@ -105,7 +112,8 @@ def read_record(folder: Path, record: dict) -> Image.Image:
     """The image of a json's record as upright RGB. ValueError if it cannot be read or its size is not as recorded."""
     path = folder / record["file_name"]
     image = read_image(path)
-    width, height = record["width"], record["height"]
+    width = record["width"]
+    height = record["height"]
     if image.size == (width, height):
         return image
     said = (
@@ -135,7 +143,8 @@ class Images(Dataset):
     """The images of a data set at some indices, as the network gets them, without their targets."""
 
     def __init__(self, dataset: CocoDataset, indices: Sequence[int]):
-        self.dataset, self.indices = dataset, indices
+        self.dataset = dataset
+        self.indices = indices
 
     def __len__(self):
         return len(self.indices)
@@ -153,7 +162,7 @@ def collate(batch: list) -> tuple[torch.Tensor, list[dict]]:
 
 
 def evenly_spaced(count: int, length: int) -> list[int]:
-    """At most `count` indices at equal distances in range(length), always the same ones."""
+    """At most `count` evenly spaced indices of range(length)."""
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
 
 
@@ -161,9 +170,10 @@ def evenly_spaced(count: int, length: int) -> list[int]:
 
 
 def open_dataset(source: Source, split: str, geometry: Callable, training: bool, seed: int = 0) -> CocoDataset:
-    """The data set of a source. split: "train", "val" or "test", see find_data; the others: see CocoDataset.
+    """The data set of a source. split: "train", "val" or "test", see find_data; the other arguments: see CocoDataset.
 
-    FileNotFoundError says what layout is expected, ValueError what is wrong with the json; other faults: require_sound.
+    Raises FileNotFoundError with the layout that is expected, ValueError for a json that is none. What else is wrong
+    stands in the data set's report: see require_sound.
     """
     found = find_data(source, split)
     coco, report = sound(found.coco, found.images)
@@ -174,7 +184,7 @@ def open_dataset(source: Source, split: str, geometry: Callable, training: bool,
 
 
 def _share(coco, split):
-    """The images and annotations of a json for both splits that one takes: every tenth is held out for validation."""
+    """One split of a json that serves both: every tenth image is held out for validation."""
     images = coco["images"]
     if split == "train":
         images = [image for index, image in enumerate(images) if index % HELD_OUT] or images
@@ -185,9 +195,9 @@ def _share(coco, split):
 
 
 def require_sound(dataset: CocoDataset, name: str, decode: bool = False) -> str:
-    """What people should know of a data set before it is used. ValueError if a fault must stop a run.
+    """The warnings of a data set's report, "" if there are none. Raises ValueError with the report if a fault is fatal.
 
-    decode: read every image as well, on all cores, which takes a while.
+    decode: also decode every image, on all cores.
     """
     report = Report(dict(dataset.report.fatal), dataset.report.warnings)
     if decode:
@@ -208,7 +218,7 @@ def _reading_error(folder, record):
 
 
 def require_same_classes(ours: list[str], theirs: list[str], who: str, whose: str) -> None:
-    """ValueError, with those that differ, unless two lists of class names are equal."""
+    """Raises ValueError, which names the differences, unless two lists of class names are equal."""
     if ours == theirs:
         return
     differences = []
@@ -220,8 +230,9 @@ def require_same_classes(ours: list[str], theirs: list[str], who: str, whose: st
 
 
 def seen_in_training(train_set: CocoDataset, val_set: CocoDataset) -> str:
-    """What to say of validation images whose files, byte by byte, are those of training images; "" if none is."""
-    train, val = _files(train_set), _files(val_set)
+    """A warning that lists validation images whose files equal, byte by byte, those of training images; "" if none."""
+    train = _files(train_set)
+    val = _files(val_set)
     alike = {*train.values()} & {*val.values()}
     seen = {_digest(path) for path, key in train.items() if key in alike}
     names = [path.name for path, key in val.items() if key in alike and _digest(path) in seen]
@@ -229,7 +240,7 @@ def seen_in_training(train_set: CocoDataset, val_set: CocoDataset) -> str:
 
 
 def _files(dataset):
-    """For each image's file, what it has in common with equal ones."""
+    """{path: (width, height, bytes)} of every image: equal files have equal values."""
     files = {}
     for image_id in dataset.image_ids:
         record = dataset.images[image_id]

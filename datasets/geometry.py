@@ -1,11 +1,11 @@
-"""How an image and its objects become the network's input: resized for testing, augmented for training.
+"""Transforms of an image and its objects into the network's input: resizing for tests, augmentation for training.
 
     Geometry                    one description of resize, flips and crop, applied alike to pixels, polygons and masks
     shortest_side, identity     for evaluation
     AUGMENTATIONS               for training, by name
     run_lengths, decode         masks from COCO's compressed run-length encoding
 
-What chooses a Geometry is a function (rng, width, height) -> Geometry of the original image's size in pixels.
+Augmentations and `shortest_side` choose a Geometry from the size of the original: (rng, width, height) -> Geometry.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ GREY = 128  # fills a training image beyond its edges, as in the released code (
 
 
 class Geometry(NamedTuple):
-    """How an original image becomes the network's: transpose, flip, resize, crop, pad, in this order.
+    """Transform of an original image into the network's: transpose, flip, resize, crop, pad, in this order.
 
     size: (height, width) in pixels of the whole image once transposed and resized; offset: (y, x) where the crop starts
     in it; output: (height, width) of the crop. Where the crop reaches beyond the image, right or bottom, it is grey.
@@ -34,16 +34,19 @@ class Geometry(NamedTuple):
     vertical_flip: bool = False
 
     def image(self, image: Image.Image) -> Image.Image:
-        """Transform an RGB image. Only the pixels that the crop needs are resized."""
+        """Transforms an RGB image. Only the pixels that the crop needs are resized."""
         if self.transpose:
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if self.horizontal_flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.vertical_flip:
             image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        (top, left), (height, width) = self.offset, self._filled()
-        scale_y, scale_x = image.height / self.size[0], image.width / self.size[1]
-        right, bottom = min((left + width) * scale_x, image.width), min((top + height) * scale_y, image.height)
+        top, left = self.offset
+        height, width = self._filled()
+        scale_y = image.height / self.size[0]
+        scale_x = image.width / self.size[1]
+        right = min((left + width) * scale_x, image.width)
+        bottom = min((top + height) * scale_y, image.height)
         region = (left * scale_x, top * scale_y, right, bottom)
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=region)
         if (height, width) == self.output:
@@ -55,12 +58,13 @@ class Geometry(NamedTuple):
     def polygons(self, polygons: list[list[float]], height: int, width: int) -> np.ndarray:
         """The mask, uint8 [H W], of an object given by polygons [x0, y0, x1, y1, ...] in a height x width image.
 
-        Exactly the crop of what pycocotools rasterises in the resized image. It works in fifths of a pixel and rounds
-        toward zero, as C's cast does. So vertices are rounded that way before the crop moves them, and those that end
-        left of or above the crop are placed so that the cast does not round them again.
+        It equals the crop of what pycocotools rasterises in the whole resized image. pycocotools rounds vertices to
+        fifths of a pixel, toward zero, as C's cast does. So they are rounded that way before the crop moves them, and
+        vertices left of or above the crop are shifted so that the cast does not round them again.
         """
         whole = np.array((height, width) if self.transpose else (width, height), float)
-        scale, offset = np.array(self.size[::-1]) / whole, np.array(self.offset[::-1])
+        scale = np.array(self.size[::-1]) / whole
+        offset = np.array(self.offset[::-1])
         moved = []
         for polygon in polygons:
             points = np.asarray(polygon, float).reshape(-1, 2)
@@ -74,7 +78,7 @@ class Geometry(NamedTuple):
         return output
 
     def bitmask(self, mask: np.ndarray) -> np.ndarray:
-        """Transform a mask [h w] into one of uint8 [H W]: each pixel takes the value of the original at its centre."""
+        """Transforms a mask [h w] into uint8 [H W] by nearest neighbour at the pixels' centres."""
         if self.transpose:
             mask = mask.T
         height, width = self._filled()
@@ -82,14 +86,15 @@ class Geometry(NamedTuple):
         columns = ((np.arange(width) + self.offset[1] + 0.5) * (mask.shape[1] / self.size[1])).astype(int)
         rows = mask.shape[0] - 1 - rows if self.vertical_flip else rows
         columns = mask.shape[1] - 1 - columns if self.horizontal_flip else columns
-        y, x = np.flatnonzero(mask.any(1)[rows]), np.flatnonzero(mask.any(0)[columns])
+        y = np.flatnonzero(mask.any(1)[rows])
+        x = np.flatnonzero(mask.any(0)[columns])
         output = np.zeros(self.output, np.uint8)
         output[np.ix_(y, x)] = mask[np.ix_(rows[y], columns[x])]
         return output
 
     def _filled(self):
         """(height, width) of the part of the output that shows the image."""
-        return tuple(min(o, s - start) for o, s, start in zip(self.output, self.size, self.offset, strict=True))
+        return tuple(min(o, s - start) for o, s, start in zip(self.output, self.size, self.offset))
 
 
 # ---- For evaluation --------------------------------------------------------------------------------------------------
@@ -125,7 +130,9 @@ def large_scale_jitter(side: int, rng: np.random.Generator, width: int, height: 
 def flips_and_transposes(side: int, rng: np.random.Generator, width: int, height: int) -> Geometry:
     """The image flipped or turned in one of eight ways, at the size that just fits into a square of `side` px."""
     transpose, horizontal, vertical = (bool(coin) for coin in rng.random(3) < 0.5)
-    size = fit(side, rng, *((height, width) if transpose else (width, height))).size
+    if transpose:
+        width, height = height, width
+    size = fit(side, rng, width, height).size
     return Geometry(size, (side, side), (0, 0), transpose, horizontal, vertical)
 
 
@@ -147,7 +154,9 @@ def run_lengths(counts: str | bytes) -> list[int] | None:
     Each character holds five bits of a number, and a sixth that says whether more follow. From the fourth run on the
     number is the difference to the run two before. Source: COCO API, maskApi.c.
     """
-    runs, value, shift = [], 0, 0
+    runs = []
+    value = 0
+    shift = 0
     for character in counts.encode() if isinstance(counts, str) else counts:
         bits = character - 48
         if not 0 <= bits < 64:
@@ -157,15 +166,17 @@ def run_lengths(counts: str | bytes) -> list[int] | None:
         if bits < 32:
             value -= (bits & 16 > 0) << shift
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value, shift = 0, 0
+            value = 0
+            shift = 0
     return None if shift else runs
 
 
 def decode(encoded: dict) -> np.ndarray:
     """A compressed encoding {size, counts} as a mask, uint8 [h w]: what pycocotools decodes, only faster."""
-    (height, width), ends = encoded["size"], np.cumsum(run_lengths(encoded["counts"])).tolist()
+    height, width = encoded["size"]
+    ends = np.cumsum(run_lengths(encoded["counts"])).tolist()
     columns = np.zeros(height * width, np.uint8)
-    for start, end in zip(ends[::2], ends[1::2], strict=False):
+    for start, end in zip(ends[::2], ends[1::2]):  # every other run is of ones
         columns[start:end] = 1
     x, y, w, h = rle.toBbox(encoded).astype(int).tolist()
     mask = np.zeros((height, width), np.uint8)

@@ -1,4 +1,4 @@
-"""Any image file, or any PIL image, as upright RGB with 8 bits a channel; and which files of a folder are images.
+"""Reads images as upright RGB with 8 bits a channel, and finds the image files of folders.
 
     read_image, upright_rgb     one image
     find_images                 the image files among files and folders
@@ -40,7 +40,8 @@ def read_image(path: str | Path) -> Image.Image:
     """The image of a file as upright RGB, whatever its mode and EXIF orientation. ValueError if it cannot be read."""
     try:
         with Image.open(path) as image:
-            pixels, most = image.width * image.height, float(os.environ.get(LIMIT, MOST_PIXELS))
+            pixels = image.width * image.height
+            most = float(os.environ.get(LIMIT, MOST_PIXELS))
             if pixels > most:
                 raise ValueError(f"{pixels:,} pixels; set {LIMIT} in the environment to read more than {most:,.0f}")
             return upright_rgb(image)
@@ -72,16 +73,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 # ---- Images among files ----------------------------------------------------------------------------------------------
 
-DATA_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows their names alone
+DATA_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # that Pillow recognises but does not read
 
 
 def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
-    """The files among `paths`, and the images in the folders among them and in theirs, under names that differ.
+    """The image files of `paths`, files and folders (searched recursively), by unique names.
 
-    A file is called by its name, one of a folder by its path in it. Where two would be called alike, all go by
-    their paths from the folder that holds them all. Files of folders that are no images, by suffix and by content,
-    or left there by a system or a notebook, are passed over and told on stderr. The folder `beside`, where results
-    are written, is left out of folders that it lies in. Raises ValueError for a folder that holds no image.
+    The name of a file given outright is its own, that of one in a folder its path in the folder. Where two names would
+    be equal, all are paths from the common parent. In folders, files that are no images, by suffix and by content, or
+    that a system or a notebook left there, are skipped and listed on stderr. The folder `beside`, where results are
+    written, is not searched. Raises ValueError for a folder without images.
     """
     found = {}
     for path in paths:
@@ -107,7 +108,7 @@ def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
 
 
 def _is_image(path, folder):
-    """Whether Pillow reads a file, by its suffix or content, that no system or notebook has left there."""
+    """Whether Pillow reads a file, by its suffix or content, and no system or notebook has left it there."""
     parts = path.relative_to(folder).parts
     if not path.is_file() or any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in parts):
         return False
@@ -122,8 +123,9 @@ def _is_image(path, folder):
 
 
 def _files_in(folder):
-    """All files of a folder and of those in it, through links, in the order of their names."""
-    files, seen = [], set()
+    """All files in a folder, recursively and through links, sorted."""
+    files = []
+    seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(root) in seen:  # a link to a folder above
             folders.clear()
@@ -145,11 +147,12 @@ class FileNames:
     """The files of a folder by the names that a json gives them."""
 
     def __init__(self, folder: Path):
-        self.folder, self.listings = folder, {}
+        self.folder = folder
+        self.listings = {}
 
     def __call__(self, name: str) -> str | None:
-        """The path from the folder on of the file that is meant: the one of that name, or the only one whose name looks
-        the same (composed and decomposed letters, capitals, %20). None if there is none."""
+        """The path in the folder of the file of that name, or of the only one whose name looks the same (composed or
+        decomposed letters, capitals, %20). None if there is none."""
         name = self.inside(name)
         if (self.folder / name).is_file():
             return name
@@ -179,7 +182,7 @@ class FileNames:
         return listing[near[0]][0] if near else None
 
     def _listing(self, folder):
-        """The names in a folder by their look."""
+        """The names in a folder by their normalised form."""
         if folder not in self.listings:
             self.listings[folder] = {}
             for name in os.listdir(folder) if folder.is_dir() else ():

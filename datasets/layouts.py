@@ -1,9 +1,9 @@
-"""Where data sets keep their json and images: COCO, BDD100K, and the folders that labelling tools export.
+"""Finds the json and the images of a data set: COCO, BDD100K, and the folders that labelling tools export.
 
     Source          where a user's data lie
     find_data       the COCO dict of a split and the folder of its images
 
-What users can mend raises ValueError or FileNotFoundError with a message of one line.
+Users' errors raise ValueError or FileNotFoundError with a message of one line.
 """
 
 import json
@@ -35,7 +35,7 @@ SINGLE = ("annotations/instances_default.json", "result.json", "_annotations.coc
 
 @dataclass(frozen=True)
 class Source:
-    """Where the data of a run lie. Plain types alone, so that checkpoints can hold it (`dataclasses.asdict`)."""
+    """Where the data of a run lie, in plain types, as checkpoints store it (`dataclasses.asdict`)."""
 
     data: str  # "shapes", "coco", "bdd100k" or a folder
     root: str = "data"  # the folder of the named ones
@@ -58,7 +58,8 @@ def find_data(source: Source, split: str) -> Found:
 
     split: "train", "val", or "test", 1,000 images of shapes whose first 100 are val. Other data have val in its place.
     """
-    root, images = Path(source.root), source.image_folder and Path(source.image_folder)
+    root = Path(source.root)
+    images = source.image_folder and Path(source.image_folder)
     given = {"train": source.train_json, "val": source.val_json or source.train_json}
     if source.data == "shapes" and not given["val"]:
         make_shapes(root / "shapes", split)
@@ -136,12 +137,14 @@ def _image_folder(coco, path, folder):
     suffix = path.stem.removeprefix("instances_")
     names = [str(image.get("file_name")) for image in coco["images"] if isinstance(image, dict)]
     names = names[:: len(names) // 200 + 1]  # some of them, evenly spaced
-    most, best = -1, None
+    most = -1
+    best = None
     for place in (folder / suffix, path.parent, folder, folder / "images" / suffix, folder / "images"):
         find = FileNames(place)
         count = sum(find(name) is not None for name in names)
         if count > most:
-            most, best = count, place
+            most = count
+            best = place
         if count == len(names):
             break
     return best
@@ -165,7 +168,8 @@ BDD100K_IGNORED = {"other person": "pedestrian", "other vehicle": "car", "traile
 
 def _read_bdd100k(folder, split):
     """BDD100K's instance segmentation. Crowds and ignored objects become `iscrowd`, as BDD100K's documentation asks."""
-    images, path = folder / "images" / "10k" / split, folder / "labels" / "ins_seg" / "rles" / f"ins_seg_{split}.json"
+    images = folder / "images" / "10k" / split
+    path = folder / "labels" / "ins_seg" / "rles" / f"ins_seg_{split}.json"
     if not (images.is_dir() and path.is_file()):
         raise FileNotFoundError(f"no {split} data in {folder}: {BDD100K_LAYOUT}")
     frames = _read_json(path)
@@ -179,13 +183,14 @@ def _read_bdd100k(folder, split):
                 if found:
                     coco["annotations"].append({"id": len(coco["annotations"]) + 1, "image_id": image_id, **found})
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is no json of BDD100K's rles") from None
+        raise ValueError(f"{path} is not one of BDD100K's jsons of instance segmentation (rles)") from None
     return Found(coco, images)
 
 
 def _bdd100k_object(label):
     """The annotation of a label, without ids, or None for what instance segmentation does not count."""
-    name, attributes = label["category"], label.get("attributes") or {}
+    name = label["category"]
+    attributes = label.get("attributes") or {}
     crowd = name in BDD100K_IGNORED or attributes.get("crowd") or attributes.get("ignored")
     name = BDD100K_IGNORED.get(name) or BDD100K_ALIASES.get(name, name)
     if name not in BDD100K:

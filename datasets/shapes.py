@@ -28,9 +28,13 @@ SHAPE_IDS = (2, 3, 5, 7, 11, 13, 17, 19)  # category ids with gaps, like COCO's
 
 def _to_polygon(x, y, vertices):
     """Signed distance of points to a polygon, negative inside. Two vertices make a line, which has no inside."""
-    inside, nearest = np.zeros(x.shape, bool), np.full(x.shape, np.inf)
-    for (ax, ay), (bx, by) in zip(vertices, np.roll(vertices, -1, 0), strict=True):
-        dx, dy, px, py = bx - ax, by - ay, x - ax, y - ay
+    inside = np.zeros(x.shape, bool)
+    nearest = np.full(x.shape, np.inf)
+    for (ax, ay), (bx, by) in zip(vertices, np.roll(vertices, -1, 0)):
+        dx = bx - ax
+        dy = by - ay
+        px = x - ax
+        py = y - ay
         along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
         nearest = np.minimum(nearest, np.hypot(px - along * dx, py - along * dy))
         if dy:
@@ -52,7 +56,7 @@ OUTLINES = {  # signed distance to the outline of a shape of radius 1, in the or
     "disk": lambda x, y: np.hypot(x, y) - 1,
     "square": partial(_to_polygon, vertices=_wheel(1, 1, 1, 1)),
     "triangle": partial(_to_polygon, vertices=_wheel(1, 1, 1)),
-    "star": partial(_to_polygon, vertices=_wheel(*(1, 0.42) * 5)),
+    "star": partial(_to_polygon, vertices=_wheel(1, 0.42, 1, 0.42, 1, 0.42, 1, 0.42, 1, 0.42)),
     "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.25,
     "cross": partial(_to_polygon, vertices=CROSS / 10**0.5),
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.9 - np.hypot(x - 0.55, y)),
@@ -83,7 +87,7 @@ def make_shapes(folder: Path, split: str) -> None:
         coco = {
             "images": [record for record, _ in made],
             "annotations": [{"id": number, **one} for number, one in enumerate(objects, 1)],
-            "categories": [{"id": number, "name": name} for number, name in zip(SHAPE_IDS, OUTLINES, strict=True)],
+            "categories": [{"id": number, "name": name} for number, name in zip(SHAPE_IDS, OUTLINES)],
         }
         (Path(temporary) / file.name).write_text(json.dumps(coco))
         try:
@@ -117,8 +121,10 @@ def _draw(rng):
     colours = [rng.uniform(50, 206, 3)]
     canvas = colours[0] + TEXTURE * np.stack(waves, -1)  # [H W 3]
     owner = np.zeros((SIDE, SIDE), int)
-    places, category_ids = [], [None]  # thing 0 is the background
-    visible, demanded = np.array([owner.size]), np.zeros(1)  # pixels of each thing, and how many must stay visible
+    places = []  # centre and radius of each thing but the background
+    category_ids = [None]  # thing 0 is the background
+    visible = np.array([owner.size])  # pixels of each thing
+    demanded = np.zeros(1)  # pixels of each thing that must stay visible
     objects = 0 if rng.random() < 0.03 else rng.integers(1, MOST_OBJECTS + 1)
     clutter = rng.integers(MOST_OBJECTS)
     for is_object in rng.permutation([True] * objects + [False] * clutter).astype(bool):

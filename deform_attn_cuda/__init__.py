@@ -2,7 +2,7 @@
 
     output[b, q, head] = sum over levels and points of weight * bilinear(value[b, level, head], location)
 
-Weights are the softmax of logits, and locations lie around each query's reference, both computed inside.
+Weights are the softmax of logits, and locations lie around each query's reference point; both are computed inside.
 
 `deform_attn` picks the compiled operator where there is one for the device and type (`make build` makes it),
 else `deform_attn_pytorch`, its readable specification. One line at first use says which path runs and why.
@@ -33,7 +33,7 @@ def deform_attn(value, level_shapes, reference, offsets, logits):
 
     value         [B N h c]      tokens of all levels, each level row by row, N = sum of H * W; any float type
     level_shapes  [(H, W), ...]  integers, one pair for each of the L levels
-    reference     [Q 2]          where each query looks from: centres (x, y), and offsets are in cells of their level,
+    reference     [Q 2]          reference points: centres (x, y), and offsets are in cells of their level,
                   or [B Q 4]     boxes (cx, cy, w, h), and an offset of P reaches from the centre to the border.
                                  In units of the level: (0, 0) is the top left, (1, 1) the bottom right corner,
                                  (i + 0.5) / W the centre of cell i
@@ -52,7 +52,9 @@ def deform_attn(value, level_shapes, reference, offsets, logits):
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         value = value.to(torch.get_autocast_dtype(device.type))
     precise = torch.float64 if value.dtype == torch.float64 else torch.float32
-    reference, offsets, logits = reference.to(precise), offsets.to(precise), logits.to(precise)
+    reference = reference.to(precise)
+    offsets = offsets.to(precise)
+    logits = logits.to(precise)
     if _compiled(device, value.dtype):
         sizes = [size for shape in level_shapes for size in shape]
         return torch.ops.deform_attn.forward(value, sizes, reference, offsets, logits)
@@ -62,7 +64,9 @@ def deform_attn(value, level_shapes, reference, offsets, logits):
 def deform_attn_pytorch(value, level_shapes, reference, offsets, logits):
     """The specification of `deform_attn`; all but the value are already in the type of the sums."""
     B, _, h, c = value.shape
-    Q, L, P = offsets.shape[1], len(level_shapes), offsets.shape[4]
+    Q = offsets.shape[1]
+    L = len(level_shapes)
+    P = offsets.shape[4]
     locations = locate(level_shapes, reference, offsets).clamp(-1, 2)  # all of that is outside, infinity too
     levels = value.to(logits.dtype).split([H * W for H, W in level_shapes], 1)
     samples = []
@@ -76,7 +80,7 @@ def deform_attn_pytorch(value, level_shapes, reference, offsets, logits):
 
 
 def locate(level_shapes, reference, offsets):
-    """The locations [B Q h L P 2] that references and offsets mean."""
+    """The sampling locations [B Q h L P 2] of reference points and offsets."""
     if reference.shape[-1] == 2:
         sides = [offsets.new_full((1,), side) for H, W in level_shapes for side in (W, H)]  # no copy: graphs forbid it
         return reference[:, None, None, None] + offsets / torch.cat(sides).view(-1, 1, 2)
@@ -85,7 +89,7 @@ def locate(level_shapes, reference, offsets):
 
 
 def status(device=None, dtype=torch.float32):
-    """The one line that says which path runs for a device (the best one here if None) and type, and why."""
+    """The line that says which path runs for a device (None: a GPU if there is one) and type, and why."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reason = _why_not(device, dtype)
     return f"deform_attn: PyTorch fallback ({reason})" if reason else f"deform_attn: {device.type.upper()} kernel"
@@ -133,7 +137,7 @@ SAID = set()  # lines of `status` that need not be said again
 
 
 def sources_digest():
-    """Of all that the library is made from."""
+    """Hash of the library's source files."""
     sources = sorted(path for path in HERE.iterdir() if path.suffix in (".cpp", ".cu", ".h"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 

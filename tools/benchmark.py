@@ -1,4 +1,4 @@
-"""Time, memory, operators and waits of the model and of a training step on this machine: `python -m tools.benchmark`.
+"""Time, memory, operators and synchronisations of the model and of a training step: `python -m tools.benchmark`.
 
     seconds    the median of repeats, after two warm-ups
     peak GB    the most that PyTorch allocates on a GPU; on a CPU, that the process holds, with Python and its libraries

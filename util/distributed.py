@@ -1,6 +1,6 @@
-"""One process or many: starting and joining them, deciding together, holding a folder, signals, loading data.
+"""Several processes: launching and joining them, common decisions, the lock of a folder, signals, workers of a loader.
 
-Everything here also works in a single process that nobody launched: it is then number 0 of 1.
+Everything here also works in a single process that nobody launched, which is rank 0 of 1.
 """
 
 import atexit
@@ -30,27 +30,28 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-ROOM = 2**31  # bytes of shared memory with which a worker has enough for any batch
+ROOM = 2**31  # bytes of shared memory that suffice a worker for any batch
 
 # ---- Starting and joining --------------------------------------------------------------------------------------------
 
 
 def rank_and_world() -> tuple[int, int]:
-    """The number of this process, from 0 on, and how many processes there are."""
+    """The rank of this process, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def launch(program: str, arguments: list[str], processes: int) -> int:
-    """Run `python program arguments` in several processes on this machine, and return the first exit code but 0.
+    """Runs `python program arguments` in several processes on this machine; returns the first exit code that is not 0.
 
-    They get the signals that this process gets; a second Ctrl-C or SIGTERM kills them. Where one fails, the others are
-    ended. torchrun would add a traceback for each wrong flag, and end all when the terminal closes, nohup or not.
+    Signals are passed on; a second Ctrl-C or SIGTERM kills the processes. When one fails, the others are ended.
+    (torchrun would add a traceback for each wrong flag, and end when the terminal closes, even under nohup.)
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on any free port
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     sizes = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "TORCHELASTIC_RESTART_COUNT": 0}
     threads = {"OMP_NUM_THREADS": max(1, os.cpu_count() // processes)}
-    ranks, received = [], []
+    ranks = []
+    received = []
     for rank in range(processes):
         settings = {**threads, **os.environ, **meeting, **sizes, "RANK": rank, "LOCAL_RANK": rank}
         environment = {name: str(value) for name, value in settings.items()}
@@ -80,14 +81,14 @@ def launch(program: str, arguments: list[str], processes: int) -> int:
 
 
 def end_with_parent() -> None:
-    """Let this process get SIGTERM when the one that started it dies, in whatever way."""
+    """Asks the system to send this process SIGTERM when its parent dies."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def launched_processes() -> int:
-    """How many processes a launcher such as torchrun has started; 1 without one, or if it started just this."""
+    """The number of processes that a launcher such as torchrun has started; 1 without one."""
     try:
         return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
     except ValueError:
@@ -95,7 +96,7 @@ def launched_processes() -> int:
 
 
 def join(name: str | None) -> torch.device:
-    """Join the other processes, if a launcher such as torchrun started this one, and return this process's device.
+    """Joins the other processes, if a launcher such as torchrun started this one; returns this process's device.
 
     name: "cpu", "cuda", "cuda:1", or None for a GPU where there is one. Raises ValueError if there is no GPU for this
     process.
@@ -119,14 +120,16 @@ def join(name: str | None) -> torch.device:
     else:
         keep_memory()
     if processes > 1:
-        # gloo carries what lives on the CPU, so that small decisions never wait for the GPU.
+        # Tensors on the CPU go by gloo, so that small decisions need no synchronisation with the GPU.
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     return device
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed. It would give the memory of each step back to the system and ask for it again."""
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+    """Makes glibc keep freed memory, which it would give back to the system and ask for again in each step."""
+    M_TRIM_THRESHOLD = -1  # of malloc.h
+    M_TOP_PAD = -2
+    M_MMAP_THRESHOLD = -3
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**28)):
@@ -146,19 +149,19 @@ def gather(value: Any) -> list:
 
 def any_rank(flag: Any) -> bool:
     """Whether the flag is true in any process."""
-    flag = torch.tensor(bool(flag), dtype=torch.uint8)  # on the CPU, so that it waits for no GPU
+    flag = torch.tensor(bool(flag), dtype=torch.uint8)  # on the CPU: no synchronisation
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 
 def problems_of_all(problem: str) -> list[str]:
-    """What went wrong in any process, in all of them: an empty list where every problem is ""."""
+    """The problems of all processes, in all processes; "" is none."""
     return list(filter(None, gather(problem))) if any_rank(problem) else []
 
 
 def on_every_rank(action: Callable[[], Any]) -> Any:
-    """Call action() in every process and return its result: first in process 0, which may download or write files.
+    """Calls action() first in process 0, which may download or write files, then in the others; returns its result.
 
     If it raises ValueError or OSError in one process, all of them end with that message and exit code 2.
     """
@@ -176,7 +179,7 @@ def on_every_rank(action: Callable[[], Any]) -> Any:
 
 
 def stop(message: object, code: int) -> None:
-    """End all processes with one message on stderr. Every process must call this."""
+    """Ends all processes with one message on stderr. Every process must call this."""
     if rank_and_world()[0] == 0:
         print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
@@ -185,30 +188,30 @@ def stop(message: object, code: int) -> None:
 
 
 def say(message: str) -> None:
-    """Print a line for people: once, however many processes there are, and above the progress bar if there is one."""
+    """Prints a line in process 0, above the progress bar if there is one."""
     if rank_and_world()[0] == 0:
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
 
 
 def print_anything() -> None:
-    """Let stdout and stderr show names that the terminal has no letters for as \\u0000, rather than fail."""
+    """Makes stdout and stderr escape letters that the terminal lacks (\\u0000), rather than fail."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Give every process the batch statistics of process 0, which are those that a checkpoint holds."""
+    """Broadcasts the batch statistics of process 0, which are those of the checkpoint."""
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made, in process 0: a second program gets a ValueError that names the first.
+    """Makes a folder and locks it, in process 0: a second program gets a ValueError that names the first.
 
-    The lock ends with its process, in whatever way that ends. A folder that stays empty is removed.
+    The lock ends with its process, however that ends. A folder that stays empty is removed.
     """
     if rank_and_world()[0] != 0:
         yield
@@ -225,7 +228,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def lock(path: Path) -> TextIO:
-    """A file that no other process can lock while this one lives; workers do not inherit that. It names the process."""
+    """Opens and locks a file, which names this process, for as long as it lives; workers do not inherit the lock."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
@@ -240,7 +243,7 @@ def lock(path: Path) -> TextIO:
     except OSError:
         return file  # a file system without locks
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-        return lock(path)  # its process has just ended, and removed it
+        return lock(path)  # the process that held it has just removed it
     file.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file
@@ -250,18 +253,17 @@ def lock(path: Path) -> TextIO:
 
 
 def catch_signals(handler: Callable) -> None:
-    """Let a handler catch SIGNALS, but for those that are ignored on purpose: SIGHUP under nohup."""
+    """Sets the handler of SIGNALS, but for those that are ignored on purpose, as SIGHUP under nohup."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 class Interruption:
-    """Catches SIGTERM, Ctrl-C, SIGHUP and SIGUSR1, so that a training step that they interrupt is finished and saved.
+    """Catches SIGTERM, Ctrl-C, SIGHUP and SIGUSR1, so that a training step in progress is finished and saved.
 
-    number: that of the first signal that came, 0 if none did. saved: set it to False while something would be lost; at
-    other times a signal ends the program at once. So does a second SIGTERM or Ctrl-C at any time, whatever the program
-    waits for; closing a terminal sends SIGHUP more than once.
+    number: of the first signal, or 0. saved: while it is False, the first signal is only noted in `number`. Otherwise
+    it ends the program at once, as a second SIGTERM or Ctrl-C always does. Closing a terminal sends SIGHUP repeatedly.
     """
 
     def __init__(self):
@@ -287,7 +289,7 @@ class LoadingError(ValueError):
 
 
 def batches_of(loader: DataLoader) -> Iterator:
-    """What the loader yields, by as many of its workers as shared memory can serve. Raises LoadingError."""
+    """Yields the batches of a loader, with as many workers as shared memory has room for. Raises LoadingError."""
     problem = ""
     batches = None
     try:
@@ -297,7 +299,7 @@ def batches_of(loader: DataLoader) -> Iterator:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises wherever the program is just then
         yield from batches
     except (ValueError, OSError, MemoryError) as error:
-        # An error from a worker brings that worker's traceback with it; the message is its last line.
+        # An error in a worker arrives with its traceback as the message, whose last line is the worker's message.
         lines = str(error).strip().splitlines() or ["MemoryError"]
         problem = re.sub(r"^\w+Error: ", "", lines[-1])
         if problem == "MemoryError":
@@ -316,7 +318,7 @@ def batches_of(loader: DataLoader) -> Iterator:
 
 
 def workers_that_fit(loader: DataLoader) -> int:
-    """How many of a loader's workers find room in shared memory, through which they hand over batches."""
+    """The number of a loader's workers whose batches fit into shared memory."""
     asked = loader.num_workers
     if not asked or not os.path.isdir("/dev/shm"):
         return asked
@@ -326,13 +328,13 @@ def workers_that_fit(loader: DataLoader) -> int:
     loader.num_workers = 0
     tensors = [x for x in tree_leaves(next(iter(loader), ())) if isinstance(x, torch.Tensor)]
     size = sum(x.nbytes for x in tensors)
-    fit = min(asked, free // max(1, 4 * size))  # each prepares two batches, and others have more objects
+    fit = min(asked, free // max(1, 4 * size))  # a worker prepares two batches, which may have more objects
     if fit < asked:
         warn_of_shared_memory(asked, fit)
     return fit
 
 
-@functools.cache  # says it once
+@functools.cache  # once
 def warn_of_shared_memory(asked: int, fit: int) -> None:
     say(
         f"shared memory (/dev/shm) has room for {fit} of {asked} --workers, so {fit or 'none'} will load images; "
@@ -341,8 +343,8 @@ def warn_of_shared_memory(asked: int, fit: int) -> None:
 
 
 def prepare_worker(worker: int) -> None:
-    """Let a worker ignore signals, which reach it too: the step in progress needs its data. Let it end where a batch
-    cannot be handed over, for which the program would wait for ever."""
+    """Makes a worker ignore signals, as the step in progress needs its data, and exit where it cannot hand over a
+    batch, for which the program would wait for ever."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
@@ -354,7 +356,7 @@ def end_worker(error: Exception, batch: Any) -> None:
 
 
 def end_workers() -> None:
-    """Kill the workers that are left at exit: Python would send SIGTERM, which they ignore, and wait for ever."""
+    """Kills workers that are left at exit: Python would send SIGTERM, which they ignore, and wait for ever."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -363,19 +365,19 @@ def end_workers() -> None:
 
 
 def workers_for(device: torch.device) -> int:
-    """How many processes load images unless somebody says otherwise."""
+    """The default of --workers."""
     return 4 if device.type == "cuda" else 0
 
 
 def amp_for(device: torch.device, backbone: str) -> str:
-    """The type of autocast unless somebody says otherwise: bf16 where there are instructions for it, but on a CPU not
-    if the backbone is "tiny", whose products are too small to gain from them."""
+    """The default of --amp: bf16 where the device has instructions for it, but not for the tiny backbone on a CPU,
+    whose products are too small to gain from it."""
     return "off" if emulates(device, "bf16") or (device.type, backbone) == ("cpu", "tiny") else "bf16"
 
 
 def emulates(device: torch.device, amp: str) -> bool:
-    """Whether this device has no instructions for the type of autocast: it takes many times as long then. All GPUs have
-    them for fp16, and those since Ampere for bf16."""
+    """Whether the device lacks instructions for the type of autocast, which then takes many times as long. All GPUs
+    have them for fp16, those since Ampere for bf16."""
     if device.type == "cuda":
         return amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()
@@ -383,7 +385,7 @@ def emulates(device: torch.device, amp: str) -> bool:
 
 
 def warn_of_emulation(device: torch.device, amp: str) -> None:
-    """Say so where the type of autocast is emulated."""
+    """Warns where the type of autocast is emulated."""
     if emulates(device, amp):
-        kind, better = ("GPU", "--amp off or fp16") if device.type == "cuda" else ("CPU", "--amp off")
-        say(f"warning: this {kind} has no instructions for {amp} and emulates it, very slowly: {better} is faster")
+        better = "--amp off or fp16" if device.type == "cuda" else "--amp off"
+        say(f"warning: this device has no instructions for {amp} and emulates it, very slowly: {better} is faster")

@@ -11,19 +11,21 @@ AMP_HELP = "autocast (bf16 where there are instructions for it, but not for the 
 
 
 def at_least(least, kind=int):
-    """A type for argparse: numbers from `least` on, none above 64 bits, infinite or NaN."""
+    """A type for argparse: numbers from `least` up to 64 bits, neither infinite nor NaN."""
 
     def number(text):
         value = kind(text)
-        if not least <= value < 2**64:
-            raise argparse.ArgumentTypeError(f"{text} is {'too large' if value >= 2**64 else f'not at least {least}'}")
+        if value >= 2**64:
+            raise argparse.ArgumentTypeError(f"{text} is too large")
+        if not value >= least:  # NaN as well
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
         return value
 
     return number
 
 
 def user_path(text):
-    """A type for argparse: a path, with ~ for the home folder wherever the shell left it there (--out=~/x)."""
+    """A type for argparse: a path, with ~ expanded where the shell does not (--out=~/x)."""
     return Path(text).expanduser()
 
 
@@ -35,7 +37,7 @@ def device_name(text):
 
 
 def add_data_flags(add, **data_flag):
-    """The flags of both programs that say which data set."""
+    """Adds the flags of both programs that choose the data set."""
     add("--data", type=os.path.expanduser, **data_flag)
     add("--data-root", default="data", type=user_path, help="where the data sets lie (%(default)s)")
     add("--image-folder", type=user_path, metavar="DIR", help="where the json's file names are found (usual places)")
@@ -43,7 +45,7 @@ def add_data_flags(add, **data_flag):
 
 
 def add_device_flags(add):
-    """The flags of both programs that say what computes."""
+    """Adds the flags of both programs that choose device, autocast and workers."""
     add("--amp", choices=["bf16", "fp16", "off"], help=AMP_HELP)
     add("--device", type=device_name, metavar="cpu|cuda|cuda:N", help="(a GPU where there is one)")
     workers = "processes that load images, for each process that computes (4 for a GPU, 0 for a CPU)"

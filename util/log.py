@@ -1,4 +1,4 @@
-"""What people watch while a model trains: lines or a progress bar, log.jsonl, curves.png, pictures, TensorBoard.
+"""Output of a run: lines or a progress bar, log.jsonl, curves.png, pictures, TensorBoard; and files and tables for all.
 
 Only process 0 writes. If the disk is full, a warning is printed and the run goes on.
 """
@@ -21,7 +21,6 @@ from datasets.coco import evenly_spaced
 from util.distributed import rank_and_world, say
 from util.pictures import SCORE, draw_dataset
 
-FIGURES = (".png", ".svg", ".pdf")
 PICTURES = 8  # validation images drawn after each epoch, always the same ones
 
 
@@ -29,8 +28,7 @@ PICTURES = 8  # validation images drawn after each epoch, always the same ones
 
 
 def try_output(path: Path, is_folder: bool = True) -> None:
-    """Raises OSError, which names the path, unless files can be written into a folder (or into one file), which is made
-    for the trial. Nothing is left of that."""
+    """Raises OSError, which names the path, unless a file, or files in a folder, can be written."""
     place = path if is_folder else path.parent
     made = [p for p in (place, *place.parents) if not p.exists()]
     try:
@@ -55,12 +53,12 @@ def numbered(path: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def unused(path: Path) -> Path:
-    """The path of a file, or where that is taken, one with a number."""
+    """The path of a file or, where it is taken, the first free one with a number."""
     return next(free for free in numbered(path, path.suffix) if not free.exists())
 
 
 def new_folder(path: Path) -> Path:
-    """Makes a folder, where the path is taken one with a number. Nobody else can choose it at the same moment."""
+    """Makes a folder or, where the path is taken, one with a number; safe against others who do so at the same time."""
     for folder in numbered(path):
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -68,7 +66,7 @@ def new_folder(path: Path) -> Path:
 
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
-    """Writes a file that others never see in part."""
+    """Writes a file and moves it into place, so that it is never seen in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(json.dumps(value, indent=indent))
@@ -79,7 +77,7 @@ PAPER = [name + suffix for name in ("AP_box", "AP_mask") for suffix in ("", "_S"
 
 
 def table(rows: Iterable[tuple[str, dict]], columns: Sequence[str] = PAPER) -> str:
-    """(name, metrics) rows in Markdown, with the columns of the paper's tables."""
+    """Markdown table of (name, metrics) rows, with the columns of the paper's tables."""
     rows = list(rows)
     heads = [c if c in ("AP_box", "AP_mask") else c[-1] for c in columns]
     width = max(12, *(len(name) for name, _ in rows))
@@ -95,7 +93,7 @@ def table(rows: Iterable[tuple[str, dict]], columns: Sequence[str] = PAPER) -> s
 
 @contextlib.contextmanager
 def tolerant(path):
-    """Turns an error of the disk into a warning, so that the run goes on."""
+    """Turns an OSError into a warning, so that the run goes on."""
     try:
         yield
     except OSError as error:
@@ -107,8 +105,8 @@ class Log:
     curves.png, pictures and predictions.json."""
 
     def __init__(self, out, steps, steps_per_epoch, step=0, saved_step=0):
-        """step: so many of all `steps` are done; saved_step: lines of later ones are dropped, as a run that was killed
-        may have logged steps that it did not save, and logs them again."""
+        """step: the number of `steps` that are done. saved_step: lines of later steps are dropped, as a killed run may
+        have logged steps that it did not save, and does them again."""
         self.out = out
         self.steps = steps
         self.steps_per_epoch = steps_per_epoch
@@ -121,14 +119,15 @@ class Log:
             with tolerant(out / "log.jsonl"):
                 (out / "log.jsonl").write_text("".join(kept))
         if self.active:
-            with contextlib.suppress(Exception):  # of a TensorBoard that is not installed, too old, or broken
+            with contextlib.suppress(Exception):  # a TensorBoard that is not installed, too old, or broken
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tensorboard = SummaryWriter(out)
 
     def records(self):
         """The lines of log.jsonl, without one that was cut short."""
-        records, path = [], self.out / "log.jsonl"
+        records = []
+        path = self.out / "log.jsonl"
         for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
@@ -145,8 +144,7 @@ class Log:
                     self.tensorboard.add_scalar(name, value, step)
 
     def training(self, step, losses, lr, batch_size, seconds, waiting):
-        """After some steps. losses: the mean of each; seconds: for a step; waiting: the share of them spent on waiting
-        for data."""
+        """Logs some steps. losses: means over them; seconds: of a step; waiting: the share of it spent on loading."""
         if not self.active:
             return
         speed = {"images_per_second": batch_size / seconds, "waiting_for_data": waiting}
@@ -158,13 +156,14 @@ class Log:
         self.write(step, {"loss": loss, **losses, "lr": lr, **speed})
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable:
-            epoch, epochs = math.ceil(step / self.steps_per_epoch), self.steps // self.steps_per_epoch
+            epoch = math.ceil(step / self.steps_per_epoch)
+            epochs = self.steps // self.steps_per_epoch
             minutes = round(seconds * (self.steps - step) / 60)
             to_go = f"{minutes // 60}:{minutes % 60:02} h to go"
             say(f"epoch {epoch}/{epochs}, step {step}/{self.steps}: {text}, {to_go}")
 
     def evaluation(self, step, metrics, results, dataset):
-        """After an epoch. metrics: those of `average_precision`; results: COCO results of the dataset."""
+        """Logs an epoch. metrics: those of `average_precision`; results: COCO results of the dataset."""
         if not self.active:
             return
         self.write(step, metrics)
@@ -200,7 +199,7 @@ class Log:
 
 
 def describe(args, device, amp, model, train_set, val_set):
-    """Print what computes, with which kernel, on which data and which model."""
+    """Prints the device, the path of deformable attention, the data and the model."""
     world = rank_and_world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     kernel = deform_attn_cuda.status(device.type)

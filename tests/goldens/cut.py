@@ -1,4 +1,4 @@
-"""Cuts the arrays beside this file out of the whole ones: python -m goldens.cut [FOLDER]
+"""Cuts the arrays beside this file out of the whole ones: python -m goldens.cut FOLDER
 
 The name of an array that was cut ends in what was kept of it, "T_bal[:1:1,:1700:31,:256:5]": every 31st token and fifth
 channel. The steps are odd, so that sines and cosines, all heads and all columns of a map occur.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from goldens import HERE, WHOLE
+from goldens import HERE
 from goldens.numbers import image
 
 NUMBERS = 3000  # of one array, at most
@@ -29,7 +29,7 @@ def steps(shape):
     return steps
 
 
-def main(folder=WHOLE):
+def main(folder):
     for run, seeds in SEEDS.items():
         with np.load(Path(folder) / f"golden_{run}.npz") as whole:
             arrays = {name: whole[name] for name in whole.files if not any(part in name for part in UNREAD)}
