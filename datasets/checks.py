@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
+from operator import mul
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -65,7 +66,7 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
         annotations[0]["id"] = max(annotations) + 1
     known = shortened([str(category_id) for category_id in categories])
     objects = []
-    boxes = []  # around their masks
+    boxes = []  # around their outlines or masks
     for one in annotations.values():
         where = f"annotation {one['id']}"
         if one["category_id"] not in categories:
@@ -79,26 +80,25 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
             continue
         height = image["height"]
         width = image["width"]
+        one["image_id"] = image["id"]
         one["segmentation"], fault = _segmentation(one.get("segmentation"), height, width)
         if fault:
             report.warnings[fault].append(where)
         if one["segmentation"] is None:
             continue
-        mask = compressed(one["segmentation"], height, width)
-        area = int(rle.area(mask))
-        if not area:
+        box = _box_around(one["segmentation"], height, width) or _box_of_mask(one, image)
+        if not box[2]:
             report.warnings["objects of which nothing lies in the image"].append(where)
             continue
         if not (_is_number(one.get("area")) and 0 < one["area"] <= height * width):
             if one.get("area"):
                 report.warnings["areas that no object in the image can have, taken from the mask"].append(where)
-            one["area"] = area
-        one["image_id"] = image["id"]
+            one["area"] = int(rle.area(compressed(one["segmentation"], height, width)))
         one["iscrowd"] = int(str(one.get("iscrowd")).lower() in ("1", "1.0", "true"))
         if one["iscrowd"]:
             report.warnings[CROWD].append(where)
         objects.append(one)
-        boxes.append(rle.toBbox(mask).tolist())
+        boxes.append(box)
     _mend_boxes(objects, boxes, images, report)
     for image_id, count in Counter(one["image_id"] for one in objects if not one["iscrowd"]).items():
         if count > MOST_OBJECTS:
@@ -254,19 +254,42 @@ def _runs(given, height, width):
 # ---- Boxes -----------------------------------------------------------------------------------------------------------
 
 
-def _mend_boxes(objects, masks, images, report):
-    """Gives every object a box: its own, or that of its mask (`masks`, [n 4]) where its own is missing or does not fit.
-    Where more than a tenth do not fit, the format of all is in doubt, and all are taken from the masks."""
+def _box_around(polygons, height, width):
+    """The box (x, y, w, h) around polygons, which is near that of their mask and made much sooner. None where a part
+    leaves the image or none is so large that pixels are inside for sure, and for run lengths."""
+    if not isinstance(polygons, list):
+        return None
+    left, top, right, bottom = width, height, 0, 0
+    seen = False
+    for polygon in polygons:
+        x, y = polygon[::2], polygon[1::2]
+        x0, y0, x1, y1 = min(x), min(y), max(x), max(y)
+        left, top, right, bottom = min(left, x0), min(top, y0), max(right, x1), max(bottom, y1)
+        if not seen:
+            twice = sum(map(mul, x, y[1:] + y[:1])) - sum(map(mul, y, x[1:] + x[:1]))  # the area
+            seen = abs(twice) > 8 * (x1 - x0 + y1 - y0)
+    inside = left > -1 and top > -1 and right < width + 1 and bottom < height + 1
+    return (left, top, right - left, bottom - top) if seen and inside else None
+
+
+def _box_of_mask(one, image):
+    return rle.toBbox(compressed(one["segmentation"], image["height"], image["width"])).tolist()
+
+
+def _mend_boxes(objects, around, images, report):
+    """Give every object a box: its own, or that of its mask where it has none or one that does not fit what is around
+    the object (n of 4). Where more than a tenth do not fit, the form of all is in doubt, and all are taken from the
+    masks."""
     given = np.array([one.get("bbox") is not None for one in objects], bool)
     own = [one["bbox"] if _is_box(one.get("bbox")) else (0, 0, 0, 0) for one in objects]
-    own, masks = (np.array(boxes, float).reshape(-1, 4).T for boxes in (own, masks))
-    unfit = given & (_iou(own, masks) < 0.5)
+    own, around = (np.array(boxes, float).reshape(-1, 4).T for boxes in (own, around))
+    unfit = given & (_iou(own, around) < 0.5)
     doubtful = unfit.sum() > given.sum() / 10
     for index in np.flatnonzero(unfit | ~given | doubtful):
-        objects[index]["bbox"] = masks[:, index].tolist()
+        objects[index]["bbox"] = _box_of_mask(objects[index], images[objects[index]["image_id"]])
     if unfit.any():
         sides = [(images[one["image_id"]]["width"], images[one["image_id"]]["height"]) for one in objects]
-        form = _form(*(of[:, unfit & (own[2] > 0)] for of in (own, masks, np.array(sides).T)))
+        form = _form(*(of[:, unfit & (own[2] > 0)] for of in (own, around, np.array(sides).T)))
         problem = f"boxes that do not fit their masks and are taken from those; they look like {form}"
         report.warnings[problem] += [f"annotation {objects[index]['id']}" for index in np.flatnonzero(unfit)]
 
@@ -302,4 +325,4 @@ def _iou(a, b):
 
 
 def _is_number(x):
-    return isinstance(x, int | float) and abs(x) < 1e9  # neither NaN nor beyond any image
+    return isinstance(x, (int, float)) and abs(x) < 1e9  # neither NaN nor beyond any image

@@ -30,7 +30,7 @@ from small_models import law
 from small_runs import exit_code, log_of, same, write_images
 from util import pictures
 from util.distributed import amp_for, warn_of_emulation
-from util.log import new_folder
+from util.log import new_folder, write_json
 from util.pictures import draw, draw_dataset
 from util.weights import load_model, read_checkpoint
 
@@ -654,6 +654,13 @@ def test_no_command_takes_or_changes_what_was_there(folder, trained, tmp_path, c
     new = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} - {"pictures"}
     data_name = f"best_on_{folder.name}"
     assert new == {data_name, f"{data_name}_2", "best_on_images", "best_on_images_2"}
+
+
+def test_a_json_that_the_disk_has_no_room_for_is_named_and_none_is_left(tmp_path):
+    (tmp_path / "a.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"a\.json was not written: No space left"):
+        write_json(tmp_path / "a.json", [])
+    assert not any(tmp_path.iterdir())
 
 
 def test_nobody_else_can_choose_a_new_folder_at_the_same_moment(tmp_path, monkeypatch):

@@ -66,11 +66,16 @@ def new_folder(path: Path) -> Path:
 
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
-    """Writes a file and moves it into place, so that it is never seen in part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file and moves it into place, so that it is never seen in part. Raises OSError, which names the file."""
     unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(json.dumps(value, indent=indent))
-    os.replace(unfinished, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(value, indent=indent))
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(f"{path} was not written: {error.strerror}") from None
 
 
 PAPER = [name + suffix for name in ("AP_box", "AP_mask") for suffix in ("", "_S", "_M", "_L")]
