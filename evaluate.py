@@ -98,7 +98,10 @@ def as_picture(image) -> Image.Image:
     if isinstance(image, str | os.PathLike):
         return read_image(image)
     if isinstance(image, Image.Image) and image.width and image.height:
-        return upright_rgb(image)
+        try:
+            return upright_rgb(image)
+        except OSError as error:  # PIL reads a file only now
+            raise ValueError(f"the PIL image cannot be read: {error}") from None
     kind = f"a {type(image).__name__}"
     if isinstance(image, Tensor | np.ndarray):
         kind = f"{image.dtype}, {tuple(image.shape)}"

@@ -511,7 +511,7 @@ def save(path, state):
         except (OSError, RuntimeError) as error:  # torch.save reports some of the system's errors as RuntimeError
             unfinished.unlink(missing_ok=True)
             kept = ", the one before it stays" if path.exists() else ""
-            print(f"warning: {path} was not written{kept} ({error})", file=sys.stderr)
+            print(f"warning: {path} was not written{kept} ({error}): is the disk full?", file=sys.stderr)
     return any_rank(written)
 
 

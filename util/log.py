@@ -67,14 +67,17 @@ def new_folder(path: Path) -> Path:
 
 def write_json(path: Path, value: object, indent: int | None = None) -> None:
     """Writes a file and moves it into place, so that it is never seen in part. Raises OSError, which names the file."""
-    unfinished = path.with_name(f"{path.name}.tmp")
+    special = path.exists() and not path.is_file()  # /dev/stdout or a pipe: written to, never replaced
+    unfinished = path if special else path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(value, indent=indent))
-        os.replace(unfinished, path)
+        if not special:
+            os.replace(unfinished, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
+        if not special:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
         raise OSError(f"{path} was not written: {error.strerror}") from None
 
 
