@@ -259,12 +259,22 @@ def _box_around(polygons, height, width):
     leaves the image or none is so large that pixels are inside for sure, and for run lengths."""
     if not isinstance(polygons, list):
         return None
-    left, top, right, bottom = width, height, 0, 0
+    left = width
+    top = height
+    right = 0
+    bottom = 0
     seen = False
     for polygon in polygons:
-        x, y = polygon[::2], polygon[1::2]
-        x0, y0, x1, y1 = min(x), min(y), max(x), max(y)
-        left, top, right, bottom = min(left, x0), min(top, y0), max(right, x1), max(bottom, y1)
+        x = polygon[::2]
+        y = polygon[1::2]
+        x0 = min(x)
+        y0 = min(y)
+        x1 = max(x)
+        y1 = max(y)
+        left = min(left, x0)
+        top = min(top, y0)
+        right = max(right, x1)
+        bottom = max(bottom, y1)
         if not seen:
             twice = sum(map(mul, x, y[1:] + y[:1])) - sum(map(mul, y, x[1:] + x[:1]))  # the area
             seen = abs(twice) > 8 * (x1 - x0 + y1 - y0)

@@ -162,14 +162,17 @@ def _turned(centre, radius, angle):
     high = np.ceil(centre + radius + 1).astype(int)
     window = slice(low[1], min(high[1], SIDE)), slice(low[0], min(high[0], SIDE))
     y, x = np.mgrid[window]
-    x, y = (x + 0.5 - centre[0]) / radius, (y + 0.5 - centre[1]) / radius
+    x = (x + 0.5 - centre[0]) / radius
+    y = (y + 0.5 - centre[1]) / radius
     return window, x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
 
 def _texture(rng, x, y):
     """A tinted plain, wavy, striped or checked texture in -1..1, [h w 3]."""
     angle, phase, period = rng.uniform(0, 2 * np.pi, 2).tolist() + [np.exp(rng.uniform(np.log(6), np.log(40)))]
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    wave, other = np.cos(2 * np.pi * along / period + phase), np.cos(2 * np.pi * across / period)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    across = y * np.cos(angle) - x * np.sin(angle)
+    wave = np.cos(2 * np.pi * along / period + phase)
+    other = np.cos(2 * np.pi * across / period)
     pattern = (0 * wave, wave, np.sign(wave), np.sign(wave) * np.sign(other))[rng.integers(4)]
     return pattern[..., None] * rng.uniform(-1, 1, 3)

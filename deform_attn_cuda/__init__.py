@@ -195,7 +195,8 @@ def _load():
 def _check(value, level_shapes, reference, offsets, logits):
     if value.dim() != 4:
         raise ValueError(f"deform_attn: value must be [B N h c], not {list(value.shape)}")
-    (B, N, h, _), L = value.shape, len(level_shapes)
+    B, N, h, _ = value.shape
+    L = len(level_shapes)
     tokens = sum(H * W for H, W in level_shapes)
     if tokens != N:
         raise ValueError(f"deform_attn: level_shapes {level_shapes} hold {tokens} tokens, value has {N}")

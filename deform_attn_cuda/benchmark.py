@@ -16,7 +16,9 @@ import torch
 from . import KERNEL_TYPES, deform_attn, deform_attn_pytorch, status
 
 LEVELS = [(100, 152), (50, 76), (25, 38), (13, 19)]
-HEADS, CHANNELS, POINTS = 8, 32, 4
+HEADS = 8
+CHANNELS = 32
+POINTS = 4
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

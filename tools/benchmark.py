@@ -106,7 +106,8 @@ class Operators(TorchDispatchMode):
 
     def __init__(self, tensors):
         super().__init__()
-        self.operators, self.waits = Counter(), Counter()
+        self.operators = Counter()
+        self.waits = Counter()
         self.on_device = WeakSet(x.untyped_storage() for x in tensors)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -153,7 +154,8 @@ def peak_gigabytes(work, device):
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() / 1e9
-    forget, process = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    forget = Path("/proc/self/clear_refs")
+    process = Path("/proc/self/status")
     if not forget.exists():
         work()
         return math.nan

@@ -169,7 +169,8 @@ def around(mask):
 
 def overlap(a, b):
     """The IoU of masks [n H W] and [m H W]: [n m]"""
-    a, b = a.flatten(1).float(), b.flatten(1).float()
+    a = a.flatten(1).float()
+    b = b.flatten(1).float()
     both = a @ b.T
     return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)
 
@@ -229,7 +230,8 @@ def page_data(trained, picture, against=None):
     """All that the page shows of a PIL image, as built-in types."""
     story = Story(trained, picture, trained.test_size)
     model = story.model
-    T_s1, T_s2 = story.trace["T_s1"], story.trace["T_s2"]
+    T_s1 = story.trace["T_s1"]
+    T_s2 = story.trace["T_s2"]
     data = {
         "config": dataclasses.asdict(model.config),
         "classes": trained.classes,

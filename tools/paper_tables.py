@@ -42,7 +42,9 @@ from util.log import try_output, unused
 from util.pictures import SCORE, draw, sheet
 
 NINE = "selection=(300,) bato=False decoder_layers=9"  # MaskDINO: neither DI nor BATO
-THREE, LESS, RANDOM = "bato=False decoder_layers=3", " detection_loss=0.1", " position_token=random"  # table 3
+THREE = "bato=False decoder_layers=3"  # table 3
+LESS = " detection_loss=0.1"
+RANDOM = " position_token=random"
 METRICS = ("AP_box", "AP_mask")
 COLUMNS = ["", "AP_box", "AP_mask", "box, gain", "mask, gain", "BDD100K, paper", "gain", "COCO, paper", "gain"]
 
@@ -117,7 +119,8 @@ def rows_of(number, args):
 def own_size(name, value, base):
     """The value of a setting of the paper in the sizes of the model that the flags choose, `base`: see the top."""
     if name == "selection":
-        k1, k2 = base.selection[0], base.selection[-1]
+        k1 = base.selection[0]
+        k2 = base.selection[-1]
         return tuple(round(k2 + (k1 - k2) * (k - 300) / 300) for k in value)
     if name == "decoder_layers":
         return max(2, math.ceil(value * base.decoder_layers / 6))
@@ -129,7 +132,8 @@ def run_of(row, flags, seed):
     args = parse_training(flags)
     base = choose_config(args, 80)
     usual = dataclasses.asdict(base) | dataclasses.asdict(choose_recipe(args))
-    own, names = ["--seed", str(seed)], []
+    own = ["--seed", str(seed)]
+    names = []
     if args.data == "coco" and args.epochs is None:
         own += ["--epochs", str(row.epochs)]
         names.append(f"epochs={row.epochs}")
@@ -169,7 +173,8 @@ def run(program, *flags):
 def finish(flags, folder):
     """Train and evaluate a run as far as that is not done yet, and return its metrics."""
     args = parse_training(flags)
-    epochs, metrics = choose_recipe(args).epochs, folder / "metrics.json"
+    epochs = choose_recipe(args).epochs
+    metrics = folder / "metrics.json"
     if not finished(folder, epochs):
         print(f"\n{folder}", flush=True)
         run("train.py", *flags, "--out", folder, "--resume")
@@ -256,7 +261,9 @@ def figure1(args, flags):
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for axes, (config, runs) in zip(panels, models.items()):
         ap = np.array(runs, float)  # [runs layers 2]
-        mean, layers, lines = ap.mean(0), np.arange(ap.shape[1]), []
+        mean = ap.mean(0)
+        layers = np.arange(ap.shape[1])
+        lines = []
         error = ap.std(0, ddof=1) if len(runs) > 1 else 0 * mean
         for layer in layers:
             box, mask = ap[:, layer].T

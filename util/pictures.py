@@ -73,8 +73,10 @@ def _paint(picture, mask, rgb, zoom, line):
     """Tints a mask [H W] of 0 and 1 on a picture, with an outline that shows on every ground."""
     if not mask.any():
         return
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, left = rows[0], columns[0]
+    rows = np.flatnonzero(mask.any(1))
+    columns = np.flatnonzero(mask.any(0))
+    top = rows[0]
+    left = columns[0]
     part = mask[top : rows[-1] + 1, left : columns[-1] + 1]
     if zoom > 1:
         part = part.repeat(zoom, 0).repeat(zoom, 1)
@@ -114,7 +116,8 @@ def _label(pen, size, shown, colors, names, zoom):
         font = ImageFont.truetype(path, max(14, max(size) // 60))
         text += f" {one['score']:.2f}" if "score" in one else ""
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-        width, height = right - left + 6, bottom - top + 6
+        width = right - left + 6
+        height = bottom - top + 6
         x = min(max(zoom * one["bbox"][0], 0), max(size[0] - width, 0))
         y = min(max(zoom * one["bbox"][1], 0), max(size[1] - height, 0))
         rows = sorted((y + n * height for n in range(-20, 20)), key=lambda row: abs(row - y))
