@@ -408,12 +408,14 @@ def test_the_criterion_equals_the_plain_loop_over_the_sets(counts, pixel_tokens,
     assert ours.keys() == plain.keys()
     for name in ours:
         close(ours[name], torch.as_tensor(plain[name]), 1e-5)  # sums in another order
-    parameters = [*model.parameters()]
+    sets = [outputs["selection"], *outputs["layers"], *outputs["interaction"], *outputs["denoising"]]
+    predicted = [x for prediction in sets for x in prediction.values()]
     gradients = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(sum(x.values()), parameters, retain_graph=True)])
+        torch.autograd.grad(sum(x.values()), predicted, retain_graph=True, allow_unused=True, materialize_grads=True)
         for x in (ours, plain)
     ]
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+    for a, b in zip(*gradients):  # 3e-7 here
+        assert (a - b).norm() <= 2e-6 * b.norm()
 
 
 # ---- Denoising queries -----------------------------------------------------------------------------------------------
