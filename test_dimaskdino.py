@@ -684,6 +684,13 @@ def test_eq11_refreshed_pixels_keep_their_type_under_autocast():
     assert refreshed.dtype == torch.float32
 
 
+@torch.no_grad()
+def test_eq11_refreshed_pixels_serve_the_layers_after_eq4_alone():
+    first, of_eq4, *later = build(pixel_tokens="T_bal")(pictures(1, 3, 64, 64))["layers"]
+    assert torch.equal(first["pixels"], of_eq4["pixels"])
+    assert all((layer["pixels"] != first["pixels"]).any() for layer in later)
+
+
 def test_eq11_pixels_are_made_of_T_i_and_of_F_cnn():
     out = build()(pictures(1, 3, 64, 64), trace=True)
     pixels = out["pixels"].sin().sum()
@@ -911,6 +918,12 @@ def test_postprocess_maps_the_padded_input_to_the_output():
     expected = torch.arange(128).expand(96, -1) < 64
     assert torch.equal(found["masks"][0], expected)
     assert 0.85 < found["scores"].item() < torch.tensor(2.0).sigmoid()  # class score times the mask's certainty
+
+
+def test_boxes_are_scaled_by_the_padded_size_in_both_directions():
+    outputs = hand_made_outputs()  # of 64x64 after padding; query 1 ends in its middle, and at 48 of 64
+    (found,) = postprocess(outputs, [(40, 50)], [(80, 150)], top=1)
+    close(found["boxes"], torch.tensor([[0.0, 0.0, 32 * 150 / 50, 48 * 80 / 40]]))
 
 
 def test_a_mask_is_cropped_to_the_image_before_it_is_resized():
