@@ -227,14 +227,19 @@ def held(folder: Path) -> Iterator[None]:
                     folder.rmdir()
 
 
+def unwritable(path: Path, error: OSError) -> OSError:
+    """The error that names a path that nothing can be written to, and why."""
+    reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+    return OSError(f"nothing can be written to {path}: {reason}")
+
+
 def lock(path: Path) -> TextIO:
     """Opens and locks a file, which names this process, for as long as it lives; workers do not inherit the lock."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
     except OSError as error:
-        reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        raise OSError(f"nothing can be written to {path.parent}: {reason}") from None
+        raise unwritable(path.parent, error) from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import deform_attn_cuda
 from datasets.coco import evenly_spaced
-from util.distributed import rank_and_world, say
+from util.distributed import rank_and_world, say, unwritable
 from util.pictures import SCORE, draw_dataset
 
 PICTURES = 8  # validation images drawn after each epoch, always the same ones
@@ -37,8 +37,7 @@ def try_output(path: Path, is_folder: bool = True) -> None:
         if not is_folder and path.exists():
             path.open("a").close()
     except OSError as error:
-        reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        raise OSError(f"nothing can be written to {path}: {reason}") from None
+        raise unwritable(path, error) from None
     finally:
         for folder in made:
             if folder.is_dir():
@@ -177,7 +176,7 @@ class Log:
         self.write(step, metrics)
         say(table([(f"epoch {step // self.steps_per_epoch}", metrics)]))
         with tolerant(self.out):
-            (self.out / "predictions.json").write_text(json.dumps(results))
+            write_json(self.out / "predictions.json", results)
             indices = evenly_spaced(PICTURES, len(dataset))
             score = draw_dataset(dataset, results, indices, self.out / "pictures")
             if score < SCORE:
