@@ -729,7 +729,9 @@ class DIMaskDINO(nn.Module):
     def normalize(self, images):
         """Normalises RGB in 0..255 with ImageNet's mean and deviation; pads right and bottom to a multiple of 32."""
         height, width = images.shape[-2:]
-        return nnf.pad((images.float() - self.mean) / self.std, (0, -width % 32, 0, -height % 32))
+        right = (width + 31) // 32 * 32 - width  # not -width % 32: sizes then stay simple for a compiler
+        bottom = (height + 31) // 32 * 32 - height
+        return nnf.pad((images.float() - self.mean) / self.std, (0, right, 0, bottom))
 
     def with_denoising(self, denoising, T_s2, box_s2):
         """Puts D denoising queries (see losses.Denoising) in front of T_s2: queries, boxes, attention mask, D."""

@@ -43,6 +43,7 @@ from datasets.coco import Images, evenly_spaced, require_same_classes, require_s
 from datasets.geometry import shortest_side
 from datasets.images import find_images, read_image, upright_rgb
 from dimaskdino import full_size_boxes, full_size_masks, mask_logits, postprocess, top_predictions
+from util.compiled import compile_in_place
 from util.distributed import (
     Interruption,
     amp_for,
@@ -323,7 +324,8 @@ def flop_of(model: nn.Module, images: Tensor) -> int:
     where it is not compiled.
     """
     # Inference mode would hide the operators inside composite ones.
-    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counted:
+    uncompiled = torch.compiler.set_stance("force_eager")  # it counts operators
+    with uncompiled, torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counted:
         mask_logits(model(images))
     return counted.get_total_flops()
 
@@ -364,6 +366,8 @@ def main(arguments=None):
         args.amp = args.amp or amp_for(device, trained.model.config.backbone)
         warn_of_emulation(device, args.amp)
         trained.test_size = args.test_size or trained.test_size
+        if args.compile:
+            compile_in_place(trained.model)
         if args.images:
             evaluate_images(trained, args)
         else:

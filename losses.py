@@ -56,10 +56,10 @@ class Denoising(NamedTuple):
 
     def attention_mask(self, queries):
         """Attention mask [D+queries D+queries], True = masked: groups do not see each other, nor the others a group."""
-        size = self.labels.shape[1] // max(self.groups, 1)
-        group = torch.arange(self.groups, device=self.labels.device).repeat_interleave(size)
-        group = torch.cat((group, group.new_full((queries,), -1)))
-        return (group[:, None] != group) & (group >= 0)
+        D = self.labels.shape[1]
+        place = torch.arange(D + queries, device=self.labels.device)
+        group = place * self.groups // max(D, 1)  # that of a query which is not a denoising one is none of theirs
+        return (group[:, None] != group) & (place < D)
 
 
 def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_noise=0.4):

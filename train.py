@@ -39,6 +39,7 @@ from datasets.geometry import AUGMENTATIONS, shortest_side
 from dimaskdino import Config, DIMaskDINO, Norm
 from evaluate import autocast, evaluate
 from losses import Criterion, denoising_queries
+from util.compiled import compile_in_place
 from util.distributed import (
     Interruption,
     LoadingError,
@@ -538,6 +539,8 @@ def train(args, device):
     model = on_every_rank(partial(build_model, args, config, checkpoint)).to(device)
     if args.checkpoint_activations:
         recompute_activations(model)
+    if args.compile:
+        on_every_rank(partial(compile_in_place, model))
     amp = args.amp or amp_for(device, config.backbone)
     criterion = Criterion(recipe)
     optimizer = make_optimizer(model, recipe)

@@ -39,6 +39,7 @@ from dimaskdino import Config, DIMaskDINO
 from evaluate import autocast
 from losses import Criterion
 from train import Recipe, make_optimizer, recompute_activations, train_step
+from util.compiled import compile_in_place
 from util.distributed import emulates
 from util.flags import at_least
 
@@ -169,6 +170,17 @@ def measured(model, work, device, repeats):
     """The figures of a row: median seconds, peak GB, operators, waits."""
     peak = peak_gigabytes(work, device)
     operators, waits = count(model, work)
+    return f"{median_seconds(work, device, repeats):9.3f}{peak:9.2f}{operators.total():11,}{waits.total():7}"
+
+
+def measured_compiled(work, device, repeats):
+    """The figures of a row of the compiled model, whose operators are no longer those of PyTorch."""
+    work()
+    peak = peak_gigabytes(work, device)
+    return f"{median_seconds(work, device, repeats):9.3f}{peak:9.2f}"
+
+
+def median_seconds(work, device, repeats):
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -176,7 +188,7 @@ def measured(model, work, device, repeats):
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return f"{statistics.median(times):9.3f}{peak:9.2f}{operators.total():11,}{waits.total():7}"
+    return statistics.median(times)
 
 
 def main(arguments=None):
@@ -187,6 +199,7 @@ def main(arguments=None):
     add("--image-size", type=at_least(32), default=512, help="side of training images in px (%(default)s)")
     add("--batch-size", type=at_least(1), default=2, help="training images (%(default)s)")
     add("--checkpoint-activations", action="store_true", help="recompute activations, as train.py does with this flag")
+    add("--compile", action="store_true", help="each also compiled, as train.py does with this flag")
     add("--repeats", type=at_least(1), default=3, help="the median of so many is printed (%(default)s)")
     add(
         "--device",
@@ -218,6 +231,10 @@ def main(arguments=None):
             shape = f"{images}x{size[0]}x{size[1]}"
             figures = measured(model, work, device, args.repeats)
             print(f"{name:15}{shape:12}{'fp32' if amp == 'off' else amp:5}{figures}", flush=True)
+            if args.compile:
+                compile_in_place(model)
+                figures = measured_compiled(work, device, args.repeats)
+                print(f"{'  compiled':15}{shape:12}{'fp32' if amp == 'off' else amp:5}{figures}", flush=True)
 
 
 if __name__ == "__main__":

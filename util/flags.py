@@ -47,6 +47,7 @@ def add_data_flags(add, **data_flag):
 def add_device_flags(add):
     """Adds the flags of both programs that choose device, autocast and workers."""
     add("--amp", choices=["bf16", "fp16", "off"], help=AMP_HELP)
+    add("--compile", action="store_true", help="torch.compile the model: minutes at the start, faster after that")
     add("--device", type=device_name, metavar="cpu|cuda|cuda:N", help="(a GPU where there is one)")
     workers = "processes that load images, for each process that computes (4 for a GPU, 0 for a CPU)"
     add("--workers", type=at_least(0), help=workers)
