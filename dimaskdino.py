@@ -581,9 +581,12 @@ def mask_logits(prediction, image=slice(None), queries=slice(None)):
     return torch.einsum("...qc,...chw->...qhw", embedding, prediction["pixels"][image])
 
 
-def part(prediction, queries):
-    """The prediction of some queries (a slice)."""
-    return {name: x if name == "pixels" else x[:, queries] for name, x in prediction.items()}
+def part(prediction, first, last):
+    """The prediction of the queries from first up to last."""
+    some = {}
+    for name, x in prediction.items():
+        some[name] = x if name == "pixels" else x[:, first:last]  # with a slice object, D were a constant of the graph
+    return some
 
 
 # ---- The model (3.2) -------------------------------------------------------------------------------------------------
@@ -711,10 +714,10 @@ class DIMaskDINO(nn.Module):
             predictions.append(
                 {"logits": c[layer], "boxes": b[layer], "mask_embedding": m_q[layer], "pixels": pixels_l}
             )
-        layers = [part(prediction, slice(D, None)) for prediction in predictions]
+        layers = [part(prediction, D, None) for prediction in predictions]
         outputs = {**layers[-1], "layers": layers, "selection": selection, "interaction": interaction, "denoising": []}
         if denoising is not None:
-            outputs["denoising"] = [part(prediction, slice(D)) for prediction in predictions]
+            outputs["denoising"] = [part(prediction, 0, D) for prediction in predictions]
         if trace:
             symbols = {
                 "F_cnn": F_cnn, "T_i": T_i, "T_s1": T_s1, "box_s1": box_s1, "scores_1": scores_1, "index_1": index_1,
