@@ -108,10 +108,8 @@ def _by_id(records, kind, report):
             if wanted is int and not isinstance(value, int):
                 value = record[name] = _whole(value)
             if not isinstance(value, wanted):
-                said = "is missing" if value is None else f"is {str(value)[:30]!r}"
-                said += ", not a whole number" if wanted is int else ", not text"
-                problem = f"{kind} without a usable {name}"
-                report.fatal[problem].append(f"{kind} at position {position} ({name} {said})")
+                problem = f"{kind} whose {name} is not {'text' if wanted is str else 'a whole number'}"
+                report.fatal[problem].append(f"{kind} at position {position} ({str(value)[:30]})")
                 break
         else:
             if record["id"] in found:
