@@ -155,7 +155,7 @@ def test_an_unreadable_image_is_named_and_no_other_is_affected(tmp_path, content
         (lambda path: Image.fromarray(np.array([[0, 1e6]], np.int32)).save(path, "TIFF"), "32 bits"),
         (lambda path: path.write_text("P6 15000 13000 255 "), "truncated"),  # Pillow's own limit is 178 million
         (lambda path: path.write_text("P6 35000 30000 255 "), "1050000000 pixels"),
-        (lambda path: path.mkdir(), "(?i)is a directory"),
+        (lambda path: path.mkdir(), "Is a directory"),
         (lambda path: None, "No such file"),
     ],
 )
@@ -212,16 +212,16 @@ def test_a_folder_of_images_is_what_a_person_sees_in_it(tmp_path, capsys):
     assert "passed over 5" in (text := capsys.readouterr().err) and "e.heic" in text and "\n" not in text.strip()
 
 
-def test_files_are_taken_as_named_and_those_named_alike_by_their_paths(tmp_path):
+def test_images_are_called_by_their_paths_from_what_they_have_in_common(tmp_path):
     for name in ("x/a.png", "y/a.png"):
         save(tmp_path / name)
-    (tmp_path / "broken.jpg").write_text("")
-    files = [tmp_path / "x" / "a.png", tmp_path / "broken.jpg"]
-    assert list(find_images(files, tmp_path / "out")) == ["a.png", "broken.jpg"]
-    assert list(find_images([tmp_path / "x", tmp_path / "y"], tmp_path / "out")) == ["x/a.png", "y/a.png"]
+    (tmp_path / "x" / "broken.jpg").write_text("")
+    out = tmp_path / "out"
+    assert list(find_images([tmp_path / "x" / "broken.jpg", tmp_path / "x" / "a.png"], out)) == ["broken.jpg", "a.png"]
+    assert list(find_images([tmp_path / "x" / "a.png", tmp_path / "y"], out)) == ["x/a.png", "y/a.png"]
     (tmp_path / "z").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
-        find_images([tmp_path / "z"], tmp_path / "out")
+        find_images([tmp_path / "z"], out)
 
 
 # ---- Targets ---------------------------------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ NAMES = {  # in the json, on the disk
 def test_names_that_mean_a_file_lead_to_it_and_are_told_if_they_look_other(tmp_path, name):
     listed, stored = NAMES[name]
     folder = write(tmp_path, [{}], **image(file_name=listed.format(folder=tmp_path)))
-    save(folder / "val" / stored)
+    (folder / "val" / stored).parent.mkdir(exist_ok=True)
     (folder / "val" / "a.png").replace(folder / "val" / stored)
     dataset = opened(folder)
     text, stops = said(dataset)
