@@ -86,7 +86,7 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
     if len(report.warnings.get(WRONG_BOXES, ())) > len(objects) / 10:  # the format of all is in doubt
         for one in objects:
             image = images[one["image_id"]]
-            one["bbox"] = rle.toBbox(compressed(one["segmentation"], image["height"], image["width"])).tolist()
+            one["bbox"] = _box_of_mask(one, image["height"], image["width"])
     for image_id, count in Counter(one["image_id"] for one in objects if not one["iscrowd"]).items():
         if count > MOST_OBJECTS:
             problem = f"images with more than {MOST_OBJECTS} objects, which is as many as AP counts"
@@ -165,28 +165,27 @@ def _mend(one, height, width, warnings):
         warnings[fault].append(where)
     if not one["segmentation"]:
         return False
-    own = one.get("bbox")
+    box = _around(one["segmentation"], height, width) or _box_of_mask(one, height, width)
+    if not box[2]:
+        warnings["objects of which nothing lies in the image"].append(where)
+        return False
     area = one.get("area")
-    has_area = _is_number(area) and 0 < area <= height * width
-    around = _around(one["segmentation"], height, width)
-    if not around or not has_area or not _fits(own, around):
-        mask = compressed(one["segmentation"], height, width)
-        around = rle.toBbox(mask).tolist()
-        if not around[2]:
-            warnings["objects of which nothing lies in the image"].append(where)
-            return False
-        if not has_area:
-            one["area"] = int(rle.area(mask))
-            if area:
-                warnings["areas that no object in the image can have, taken from the mask"].append(where)
-        if not _fits(own, around):
-            one["bbox"] = around
-            if own is not None:
-                warnings[WRONG_BOXES].append(where)
+    if not (_is_number(area) and 0 < area <= height * width):
+        one["area"] = int(rle.area(compressed(one["segmentation"], height, width)))
+        if area:
+            warnings["areas that no object in the image can have, taken from the mask"].append(where)
+    if not _fits(one.get("bbox"), box):
+        if one.get("bbox") is not None:
+            warnings[WRONG_BOXES].append(where)
+        one["bbox"] = _box_of_mask(one, height, width)
     one["iscrowd"] = int(str(one.get("iscrowd")).lower() in ("1", "1.0", "true"))
     if one["iscrowd"]:
         warnings[CROWD].append(where)
     return True
+
+
+def _box_of_mask(one, height, width):
+    return rle.toBbox(compressed(one["segmentation"], height, width)).tolist()
 
 
 def _around(polygons, height, width):
