@@ -57,31 +57,26 @@ class Geometry(NamedTuple):
     def polygons(self, polygons: list[list[float]], height: int, width: int) -> np.ndarray:
         """The mask, uint8 [H W], of an object given by polygons [x0, y0, x1, y1, ...] in a height x width image.
 
-        It equals the crop of what pycocotools rasterises in the whole resized image, but only the window around the
-        object is rasterised. pycocotools rounds vertices to fifths of a pixel, toward zero, as C's cast does. So they
-        are rounded that way before they move into the window, and vertices left of or above it are shifted so that the
-        cast does not round them again.
+        It equals the crop of what pycocotools rasterises in the whole resized image. pycocotools rounds vertices to
+        fifths of a pixel, toward zero, as C's cast does. So they are rounded that way before the crop moves them, and
+        vertices left of or above the crop are shifted so that the cast does not round them again.
         """
         whole = np.array((height, width) if self.transpose else (width, height), float)
         scale = np.array(self.size[::-1]) / whole
-        rounded = []  # in fifths of a pixel of the resized image
+        offset = np.array(self.offset[::-1])
+        moved = []
         for polygon in polygons:
             points = np.asarray(polygon, float).reshape(-1, 2)
             points = points[:, ::-1] if self.transpose else points
             points = np.where((self.horizontal_flip, self.vertical_flip), whole - points, points)
-            rounded.append(np.trunc(5 * (points * scale) + 0.5))
-        vertices = np.concatenate(rounded) / 5
-        crop = np.array(self.offset[::-1])
-        low = np.maximum(np.floor(vertices.min(0)), crop).astype(int)
-        high = np.minimum(np.ceil(vertices.max(0)) + 1, crop + self._filled()[::-1]).astype(int)
+            fifths = np.trunc(5 * (points * scale) + 0.5) - 5 * offset
+            moved.append((fifths - (fifths < 0)) / 5)
+        ends = np.ceil(np.concatenate(moved).max(0)) + 1  # nothing lies beyond
+        width, height = np.clip(ends, 1, self._filled()[::-1]).astype(int).tolist()
+        encoded = rle.merge(rle.frPyObjects([points.ravel().tolist() for points in moved], height, width))
+        x, y, w, h = rle.toBbox(encoded).astype(int)
         output = np.zeros(self.output, np.uint8)
-        if (low >= high).any():
-            return output
-        moved = [points - 5 * low for points in rounded]
-        moved = [((points - (points < 0)) / 5).ravel().tolist() for points in moved]
-        window = rle.decode(rle.merge(rle.frPyObjects(moved, *(high - low)[::-1].tolist())))
-        left, top = low - crop
-        output[top : top + window.shape[0], left : left + window.shape[1]] = window
+        output[y : y + h, x : x + w] = rle.decode(encoded)[y : y + h, x : x + w]
         return output
 
     def bitmask(self, encoded: dict) -> np.ndarray:
