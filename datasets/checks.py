@@ -147,7 +147,8 @@ def _find_files(images, files, merge, report):
             if not name.replace("\\", "/").endswith(found):
                 report.warnings["files whose names only look as in the json"].append(f"{where}: {found}")
             image["file_name"] = found
-            first = images[image_id] = by_file.setdefault(found, image) if merge else image
+            first = by_file.setdefault(found, image) if merge else image
+            images[image_id] = first
             if first is not image:
                 problem = "files with several ids, taken as one image with the objects of all"
                 report.warnings[problem].append(f"{found} ({first['id']} and {image_id})")

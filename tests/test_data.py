@@ -273,12 +273,6 @@ def test_what_a_crop_leaves_of_an_object_is_its_mask_and_its_box(tmp_path):
     assert torch.allclose(target["boxes"], torch.tensor([[7.5, 7.5, 15, 15]]) / 32)
 
 
-def test_objects_of_no_area_or_outside_the_image_are_in_no_target(tmp_path):
-    segmentations = [[10, 10, 20, 10, 30, 10]], [[200, 200, 220, 200, 220, 220]], compressed(0 * MASK)
-    dataset = opened(write(tmp_path, [{"segmentation": s} for s in segmentations] + [{}, {}]))
-    assert len(dataset[0][1]["labels"]) == 2  # two objects in one place are two objects
-
-
 def test_ground_truth_is_complete_for_evaluation(tmp_path):
     dataset = opened(write(tmp_path, [{"id": 0}, {"id": 5, "area": 1.5, "bbox": [11, 22, 18, 17]}]))
     first, second = dataset.json["annotations"]
@@ -718,12 +712,12 @@ def test_a_file_that_is_no_json_of_bdd100k_is_named(tmp_path, content):
     write_bdd100k(tmp_path)
     (tmp_path / "labels" / "ins_seg" / "rles" / "ins_seg_val.json").write_text(content)
     with pytest.raises(ValueError, match="ins_seg_val.json"):
-        open_dataset(Source("bdd100k", str(tmp_path)), "val", identity, training=False)
+        opened(tmp_path, source=Source("bdd100k", str(tmp_path)))
 
 
 def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path):
     write_bdd100k(tmp_path / "bdd100k")
-    dataset = open_dataset(Source("bdd100k", str(tmp_path)), "val", identity, training=False)
+    dataset = opened(tmp_path, source=Source("bdd100k", str(tmp_path)))
     assert not said(dataset, decode=True)[1] and len(dataset) == 2
     assert dataset.classes == ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
     assert sorted((a["category_id"], a["iscrowd"]) for a in dataset.json["annotations"]) == sorted(
@@ -739,41 +733,46 @@ def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path):
 # ---- Shapes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def few(monkeypatch):
-    monkeypatch.setattr(shapes, "IMAGES", {"train": 6, "val": 4, "test": 20})
-
-
 def made(root, split="test"):
     shapes.IMAGES.update(train=6, val=4, test=20)  # in another process too
-    return open_dataset(Source("shapes", str(root)), split, identity, training=False)
+    return opened(root, split=split, source=Source("shapes", str(root)))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """The root of a few synthetic images of each split."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "IMAGES", {})
+        root = tmp_path_factory.mktemp("few")
+        for split in ("test", "train", "val"):
+            made(root, split)
+        yield root
 
 
 def test_shapes_are_the_same_in_any_order_and_number_of_workers(tmp_path, few):
-    made(tmp_path, "test")
-    made(tmp_path, "train")
     (tmp_path / "test").mkdir()
     for image_id in (17, 3):  # alone, in this process
         shapes._make_image(tmp_path / "test", image_id)
         name = f"test/{image_id:06}.jpg"
-        assert (tmp_path / name).read_bytes() == (tmp_path / "shapes" / name).read_bytes()
-    assert (tmp_path / "test/000003.jpg").read_bytes() != (tmp_path / "shapes/train/000003.jpg").read_bytes()
+        assert (tmp_path / name).read_bytes() == (few / "shapes" / name).read_bytes()
+    assert (tmp_path / "test/000003.jpg").read_bytes() != (few / "shapes/train/000003.jpg").read_bytes()
 
 
-def test_the_test_split_begins_with_the_images_of_val(tmp_path, few):
-    test, val = made(tmp_path, "test"), made(tmp_path, "val")
-    assert (len(test), len(val)) == (20, 4) and not (tmp_path / "shapes" / "train").exists()
+def test_the_test_split_begins_with_the_images_of_val(few):
+    test = made(few, "test")
+    val = made(few, "val")
+    assert (len(test), len(val)) == (20, 4)
     for (image, target), (other, truth) in zip(test, val, strict=False):
         assert torch.equal(image, other) and torch.equal(target["masks"], truth["masks"])
 
 
 def test_other_data_have_their_validation_images_for_a_test_split(tmp_path):
-    dataset = open_dataset(Source(str(write(tmp_path, [{}]))), "test", identity, training=False)
-    assert dataset.image_ids == opened(tmp_path).image_ids
+    write(tmp_path, [{}])
+    assert opened(tmp_path, split="test").image_ids == opened(tmp_path).image_ids
 
 
-def test_masks_of_shapes_are_what_can_be_seen_and_nothing_is_wrong(tmp_path, few):
-    dataset = made(tmp_path)
+def test_masks_of_shapes_are_what_can_be_seen_and_nothing_is_wrong(few):
+    dataset = made(few)
     assert said(dataset, decode=True) == ("", False)
     for pixels, target in dataset:
         assert pixels.shape == (3, 128, 128) and len(target["labels"]) <= 4
@@ -783,12 +782,11 @@ def test_masks_of_shapes_are_what_can_be_seen_and_nothing_is_wrong(tmp_path, few
 
 
 def test_shapes_are_made_once_and_an_interrupted_split_leaves_nothing(tmp_path, few, monkeypatch):
-    made(tmp_path / "whole")
     monkeypatch.setattr(shapes, "_make_image", fails_in_the_end)
     with pytest.raises(RuntimeError, match="interrupted"):
-        made(tmp_path / "broken")
-    assert not list((tmp_path / "broken").rglob("*.jpg")) + list((tmp_path / "broken").rglob("*.json"))
-    assert len(made(tmp_path / "whole")) == 20
+        made(tmp_path)
+    assert not list(tmp_path.rglob("*.jpg")) + list(tmp_path.rglob("*.json"))
+    assert len(made(few)) == 20
 
 
 def fails_in_the_end(folder, image_id):
@@ -804,8 +802,8 @@ def test_processes_that_make_one_split_at_a_time_end_with_a_whole_one(tmp_path, 
     assert said(made(tmp_path), decode=True) == ("", False)
 
 
-def test_the_first_held_out_images_are_those_that_earlier_curves_are_of(tmp_path, few):
-    dataset = made(tmp_path, "val")
+def test_the_first_held_out_images_are_those_that_earlier_curves_are_of(few):
+    dataset = made(few, "val")
     objects = [(a["image_id"], a["category_id"]) for a in dataset.json["annotations"]]
     assert objects[:4] == [(1, 2), (2, 17), (2, 19), (3, 5)]
     areas = [a["area"] for a in dataset.json["annotations"]]
