@@ -140,6 +140,8 @@ def _image_folder(coco, path, folder):
     for place in (folder / suffix, path.parent, folder, folder / "images" / suffix, folder / "images"):
         files = FileNames(place)
         counts[place] = sum(files.find(name) is not None for name in names)
+        if counts[place] == len(names):
+            break
     return max(counts, key=counts.get)
 
 
