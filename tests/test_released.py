@@ -324,11 +324,17 @@ def recorded_targets(g, prefix):
     ]
 
 
+def record_randomness(monkeypatch):
+    """Points and noise are those with which the arrays were recorded: random numbers of a shape are always the same."""
+    monkeypatch.setattr("losses.MOST_CANDIDATES", 2**40)  # the points of a set of predictions are drawn at once
+    monkeypatch.setattr("losses.random_points", lambda number, points, _: numbers.rand(number, points, 2) * 2 - 1)
+    for name in ("rand_like", "randint_like"):
+        monkeypatch.setattr(torch, name, getattr(numbers, name))
+
+
 @pytest.fixture
 def recorded_randomness(monkeypatch):
-    """torch.rand and its kin give what they gave when the arrays were recorded."""
-    for name in ("rand", "rand_like", "randint_like"):
-        monkeypatch.setattr(torch, name, getattr(numbers, name))
+    record_randomness(monkeypatch)
 
 
 CASES = [("full", "dn"), ("full", "nodn"), ("half", "dn"), ("half", "nodn"), ("none", "nodn")]
@@ -429,8 +435,7 @@ def step():
     images = torch.stack([torch.from_numpy(numbers.image(256, 320, seed)) for seed in (200, 201)])
     targets = [recorded_objects(g, image) for image in (0, 1)]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("rand", "rand_like", "randint_like"):
-            patch.setattr(torch, name, getattr(numbers, name))
+        record_randomness(patch)
         denoising = denoising_queries(targets, 80, Recipe().denoising, Recipe().label_noise)
         outputs = model(images, denoising)
         losses = Criterion(Recipe())(outputs, targets, denoising=denoising)
