@@ -162,6 +162,18 @@ class Attention(nn.Module):
         return self.norm(x + self.mha(query, key, value, attn_mask=attn_mask, need_weights=False)[0])
 
 
+class AttentionLayer(nn.Module):
+    """Attention and a feed-forward network."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config.dim, config.heads)
+        self.ffn = FeedForward(config.dim, config.ffn)
+
+    def forward(self, x, query, key, value):
+        return self.ffn(self.attention(x, query, key, value))
+
+
 class DeformableAttention(nn.Module):
     """x = norm(x + D), where D is the deformable attention of the query x + position to a memory of L levels."""
 
@@ -195,25 +207,19 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(zero)
 
 
-def wavelengths(channels, device=None):
-    """Wavelengths 10000^(2i / channels) [channels / 2] of a sine position embedding."""
-    return 10000 ** (torch.arange(0, channels, 2, device=device) / channels)
-
-
-def sine(positions, lengths):
-    """Sine position embedding [... 2c] of positions [...] in 0..1, at wavelengths [c]: sines on even channels, cosines
-    on odd ones."""
-    angles = (positions * 2 * math.pi)[..., None] / lengths
+def sine(positions, channels):
+    """Sine position embedding [... C] of positions [...] in 0..1: sines on even channels, cosines on odd ones."""
+    wavelengths = 10000 ** (torch.arange(0, channels, 2, device=positions.device) / channels)
+    angles = (positions * 2 * math.pi)[..., None] / wavelengths
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
 
 
 def sine_of_grid(level_shapes, dim, device):
     """Sine position embedding of every token [N C]: half of the channels for y, half for x, both counted from 1."""
-    lengths = wavelengths(dim // 2, device)
     positions = []
     for height, width in level_shapes:
-        y = sine(torch.arange(1, height + 1, device=device) / (height + 1e-6), lengths)  # [H C/2]
-        x = sine(torch.arange(1, width + 1, device=device) / (width + 1e-6), lengths)  # [W C/2]
+        y = sine(torch.arange(1, height + 1, device=device) / (height + 1e-6), dim // 2)  # [H C/2]
+        x = sine(torch.arange(1, width + 1, device=device) / (width + 1e-6), dim // 2)  # [W C/2]
         grid = torch.cat((y[:, None].expand(-1, width, -1), x.expand(height, -1, -1)), -1)  # [H W C]
         positions.append(grid.flatten(0, 1))
     return torch.cat(positions)
@@ -234,11 +240,11 @@ class BoxPosition(MLP):
 
     def __init__(self, dim):
         super().__init__(2 * dim, dim, dim, 2)
-        self.register_buffer("wavelengths", wavelengths(dim // 2), persistent=False)
 
     def forward(self, box):
         cx, cy, w, h = box.float().unbind(-1)
-        return super().forward(sine(torch.stack((cy, cx, w, h), -1), self.wavelengths).flatten(-2))
+        channels = self.layers[-1].out_features // 2  # of each of the four
+        return super().forward(sine(torch.stack((cy, cx, w, h), -1), channels).flatten(-2))
 
 
 class BoxMLP(MLP):
@@ -269,10 +275,7 @@ def normed_conv(inputs, outputs, kernel, stride=1, bias=False):
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch norm. Once frozen, it is part of the convolution before it, so that no map is kept for its gradient.
-
-    In a state dict, a frozen norm is one without num_batches_tracked.
-    """
+    """Batch norm. Once frozen (in a state dict: without num_batches_tracked), it is part of the convolution before."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -383,8 +386,8 @@ class FeatureTokens(nn.Module):
         level_shapes = [tuple(x.shape[-2:]) for x in maps]
         T_i = torch.cat([rearrange(x, "B C H W -> B (H W) C") for x in maps], 1)  # [B N C]
         grid = sine_of_grid(level_shapes, T_i.shape[-1], T_i.device)  # [N C]
-        level = torch.cat([embed.expand(h * w, -1) for embed, (h, w) in zip(self.level_embed, level_shapes)])  # [N C]
-        position = grid + level
+        level = [embed.expand(height * width, -1) for embed, (height, width) in zip(self.level_embed, level_shapes)]
+        position = grid + torch.cat(level)  # [N C]
         centers = cell_centers(level_shapes, T_i.device)  # [N 2]
         for layer in self.layers:
             T_i = layer(T_i, position, centers, level_shapes)
@@ -397,8 +400,8 @@ class FeatureTokens(nn.Module):
 def select(scores, k, *tokens):
     """Eq. 1 and 3.  S(., k): in each image, the k tokens with the highest class score, best first.
 
-    scores [B N]: best class logit of each token. Returns the k scores [B k], their indices [B k], and of each of the
-    `tokens` [B N ...] those [B k ...]. An image with fewer than k tokens keeps all.
+    scores [B N]: best class logit of each token. Returns the k scores, their indices [B k], and those of each of
+    `tokens` [B N ...] as [B k ...]. An image with fewer than k tokens keeps all.
     """
     best, index = scores.topk(min(k, scores.shape[1]))
     image = torch.arange(len(index), device=index.device)[:, None]
@@ -440,19 +443,6 @@ def mask_to_box(mask_logits):
     return torch.where(columns.any(-1)[..., None], box, empty).clamp(1e-5, 1 - 1e-5)
 
 
-class TokenInteractionLayer(nn.Module):
-    """Self-attention and a feed-forward network."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.attention = Attention(config.dim, config.heads)
-        self.ffn = FeedForward(config.dim, config.ffn)
-
-    def forward(self, x, position):
-        placed = x + position
-        return self.ffn(self.attention(x, placed, placed, x))
-
-
 class TokenInteraction(nn.Module):
     """Eq. 2.  T_s1^sa = MHSA(T_s1): the selected tokens of an object tell each other where and what it is.
 
@@ -462,7 +452,7 @@ class TokenInteraction(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.layers = nn.ModuleList(TokenInteractionLayer(config) for _ in range(config.interaction_layers))
+        self.layers = nn.ModuleList(AttentionLayer(config) for _ in range(config.interaction_layers))
         self.position = BoxPosition(config.dim)
         self.box_mlp = BoxMLP(config.dim)  # shared by the layers
         self.norm = nn.LayerNorm(config.dim)
@@ -474,7 +464,8 @@ class TokenInteraction(nn.Module):
         auxiliary = []
         for layer in self.layers:
             box = box_s1_sa.detach()  # released code: a layer is not trained through the box that it starts from
-            T_s1_sa = layer(T_s1_sa, self.position(box))
+            placed = T_s1_sa + self.position(box)
+            T_s1_sa = layer(T_s1_sa, placed, placed, T_s1_sa)
             box_s1_sa = refine(self.box_mlp(T_s1_sa), box)
             normed = self.norm(T_s1_sa)
             auxiliary.append((normed, refine(self.box_mlp(normed), box_s1_sa)))
@@ -500,7 +491,7 @@ class DecoderLayer(nn.Module):
 # ---- Balance-Aware Tokens Optimization (3.2.3, Eq. 5-8) --------------------------------------------------------------
 
 
-class BalanceAwareTokens(nn.Module):
+class BalanceAwareTokens(AttentionLayer):
     """Eq. 8.  T_bal = MHCA(T_i, T_g): every token moves towards the guiding tokens of its object.
 
     released code: a token's query has its position in the grid, and a feed-forward network follows;
@@ -508,15 +499,13 @@ class BalanceAwareTokens(nn.Module):
     """
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         self.value = config.guide_value
-        self.attention = Attention(config.dim, config.heads)
-        self.ffn = FeedForward(config.dim, config.ffn)
 
     def forward(self, T_i, position, T_g, T_g_mask):
         """T_i [B N C], its position in the grid [N C], T_g and T_g_mask [B G C] -> T_bal [B N C]"""
         value = T_g if self.value == "T_g" else T_g_mask
-        return self.ffn(self.attention(T_i, T_i + position, T_g, value))
+        return super().forward(T_i, T_i + position, T_g, value)
 
 
 # ---- Heads (3.2.4, Eq. 10-11) ----------------------------------------------------------------------------------------
@@ -627,14 +616,13 @@ class DIMaskDINO(nn.Module):
         self.det_head = DetectionHead(config)
         self.seg_head = SegmentationHead(config)
         self.label_embed = nn.Embedding(config.num_classes, dim)
-        if config.position_token == "random":
-            self.register_buffer("random_box", torch.rand(config.selection[-1], 4))
+        random = config.position_token == "random"
+        self.register_buffer("random_box", torch.rand(config.selection[-1], 4) if random else None)
         initialize(self)
         self.to(memory_format=torch.channels_last)  # maps and convolutions
 
     def forward(self, images, denoising=None, trace=False):
         config = self.config
-        random_box = config.position_token == "random"  # table 3
 
         # Feature Tokens Extractor
         T_i, grid, level_shapes, F_cnn = self.encoder(self.backbone(self.normalize(images)))  # [B N C], [B C H/4 W/4]
@@ -662,13 +650,13 @@ class DIMaskDINO(nn.Module):
             # Eq. 3  T_s2 = S(T_s1^sa, k2); released code: scores are of normed tokens, and Eq. 4's losses train box_s2
             scores = self.det_head.scores(interact.norm(T_s1_sa))
             scores_2, _, T_s2, box_s2, index_2 = select(scores, k2, T_s1_sa, box_s1_sa, index_2)  # T_s2 [B k2 C]
-        if random_box and not self.interactions:
+        if self.random_box is not None and not self.interactions:  # table 3
             box_s2 = self.random_box[: box_s2.shape[1]].expand_as(box_s2)
 
         # Eq. 4  Q_bal = MHCA(T_s2, T_i); in training, D denoising queries go along in front, from here to the heads
         Q_0, box_0, attn_mask, D = self.with_denoising(denoising, T_s2, box_s2)
         Q_1, box_1 = self.decode(self.residual, Q_0, box_0, T_i, level_shapes, attn_mask)
-        if random_box and self.interactions:
+        if self.random_box is not None and self.interactions:
             box_1 = torch.cat((box_1[:, :D], self.random_box[: box_s2.shape[1]].expand_as(box_s2)), 1)
         Q_bal = Q_1[:, D:]  # [B k2 C]
         box_bal = box_1[:, D:]  # [B k2 4]
@@ -750,10 +738,9 @@ class DIMaskDINO(nn.Module):
         """Eq. 6.  T_g^box = N_box(Q_bal): where each query's object is, by a three-layer MLP, [B G C] -> [B G C].
 
         released code, box_guide="box": the position embedding of box_bal [B G 4], which does not train the boxes.
-        Table 6, without guiding tokens: nothing.
         """
         if not self.config.gtg:
-            return torch.zeros_like(Q_bal)
+            return torch.zeros_like(Q_bal)  # table 6
         return self.box_guide(Q_bal) if self.box_guide else self.position(box_bal.detach())
 
     def N_de(self, Q_1, box_0, box_1, T_bal, level_shapes, attn_mask):
