@@ -83,8 +83,6 @@ def two_processes(rank, threads, folder, out):
     seen["metrics"], seen["results"] = evaluate.evaluate(steps.model, val_set, torch.device("cpu"))
     steps.parallel.train()(micro_batches["shared"][0][0])
     seen["own statistics"] = torch.cat([buffer.flatten() for buffer in steps.model.buffers()])
-    distributed.share_statistics(steps.model)
-    seen["shared statistics"] = torch.cat([buffer.flatten() for buffer in steps.model.buffers()])
 
     # a run, whose criterion gives NaN in process 1 at the third step
     seeds, step, criterion = [], train.train_step, train.Criterion.forward
@@ -137,12 +135,6 @@ def test_evaluation_by_two_processes_equals_that_of_one_to_the_digit(sets, pair)
     assert pair[0]["metrics"] == pair[1]["metrics"] == metrics
     assert pair[0]["results"] == results and pair[1]["results"] is None
     assert len(results) == 5 * 18
-
-
-def test_all_processes_evaluate_with_the_statistics_of_the_checkpoint(pair):
-    assert not torch.equal(pair[0]["own statistics"], pair[1]["own statistics"])
-    for seen in pair:
-        assert torch.equal(seen["shared statistics"], pair[0]["own statistics"])
 
 
 def test_each_process_and_step_draws_noise_of_its_own(pair):
@@ -368,7 +360,7 @@ def test_a_damaged_first_image_is_told_where_shared_memory_is_short(monkeypatch)
 @pytest.mark.parametrize("free, workers", [(2**40, 4), (900_000, 2), (500_000, 1), (64_000, 0), (0, 0)])
 def test_as_many_workers_start_as_shared_memory_has_room_for(monkeypatch, capsys, free, workers):
     monkeypatch.setattr(distributed.shutil, "disk_usage", lambda path: USAGE(free))
-    distributed.warn_of_shared_memory.cache_clear()
+    distributed.say_once.cache_clear()
     assert loaded(Numbers(), 4) == ([*range(8)], workers)
     said = capsys.readouterr().out
     assert said.count("\n") == (workers < 4) and ("room for" in said) == (workers < 4)

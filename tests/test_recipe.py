@@ -108,6 +108,7 @@ def test_an_unknown_schedule_is_refused_with_those_that_there_are():
     "override, value",
     [
         ("selection=(300,)", (300,)),
+        ("selection=600,300", (600, 300)),
         ("bato=False", False),
         ("detection_loss=0.1", 0.1),
         ("detection_loss=2", 2),
@@ -131,7 +132,7 @@ def test_set_changes_one_field_of_the_model_or_of_its_training(override, value):
         ("test_size=(800,)", "tuple[int, int]"),
         ("betas=(0.9,0.9,0.9)", "tuple[float, float]"),
         ("selection=(300,1.5)", "tuple[int, ...]"),
-        ("selection=300", "tuple[int, ...]"),
+        ("selection=wide", "tuple[int, ...]"),
         ("guiding_tokens=many", "int | None"),
         ("bato=1", "bool"),
         ("dim=True", "int"),
