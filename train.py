@@ -55,7 +55,6 @@ from util.distributed import (
     say,
     stop,
     together,
-    warn_of_emulation,
     workers_for,
 )
 from util.flags import add_data_flags, add_device_flags, at_least, source_of, user_path
@@ -245,12 +244,8 @@ def open_data(args, recipe):
     if seen := data.seen_in_training(train_set, val_set):
         say(seen)
     queries = choose_config(args, len(train_set.classes)).selection[-1]
-    crowded = sum(len(objects) > queries for objects in train_set.annotations.values())
-    if crowded:
-        say(
-            f"{crowded:,} training images have more objects than the model has queries ({queries}), so it cannot find "
-            "all: the last number of --set selection=(...) changes that"
-        )
+    if crowded := sum(len(objects) > queries for objects in train_set.annotations.values()):
+        say(f"{crowded:,} training images have more objects than the model has queries, {queries}: see --set selection")
     return train_set, val_set
 
 
@@ -323,11 +318,10 @@ def make_optimizer(model, recipe):
 def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="off"):
     """A step of the optimiser, with gradient accumulation over micro-batches.
 
-    micro_batches: a list of (images [B 3 H W] uint8, targets).
-    model: a DIMaskDINO, or DistributedDataParallel around one. Returns this process's share of each loss {name: scalar}
-    and the norm of the gradient, both on the device. Each micro-batch has one synchronisation, in Hungarian matching. A
-    gradient that is not finite changes no weight. Raises FloatingPointError, in all processes, where a prediction is
-    not finite.
+    model: a DIMaskDINO, or DistributedDataParallel around one. micro_batches: a list of (images [B 3 H W] uint8,
+    targets). Returns this process's share of each loss {name: scalar} and the norm of the gradient, both on the device.
+    Each micro-batch has one synchronisation, in Hungarian matching. A gradient that is not finite changes no weight.
+    Raises FloatingPointError, in all processes, where a prediction is not finite.
     """
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     device = next(bare.parameters()).device
@@ -422,7 +416,7 @@ def save(path, state):
 
 
 def set_up(args):
-    """What a user's fault can stop: the checkpoint to go on from, settings, data and model."""
+    """The checkpoint to go on from, the settings, the data and the model: all that a user's fault can stop."""
     checkpoint = last_checkpoint(args)
     recipe = choose_recipe(args)
     train_set, val_set = open_data(args, recipe)
@@ -502,7 +496,6 @@ def train(args, device):
         f"training: {recipe.epochs} x {steps_per_epoch} steps of {recipe.batch_size} images, lr {recipe.lr:.1e}, "
         f"into {args.out}; {step:,} steps are done"
     )
-    warn_of_emulation(device, amp)
     log = Log(args.out, steps, steps_per_epoch, step, checkpoint["step"] if checkpoint else 0)
     skipped = 0  # steps in a row that fp16 has skipped
 
@@ -606,15 +599,14 @@ def main(arguments=None):
     try:
         processes = launched_processes()
         if args.gpus > 1 and not args.check:  # one process is enough for --check
-            if args.device != "cpu" and args.gpus > torch.cuda.device_count():
-                told = f"this machine has {torch.cuda.device_count()} GPUs, not {args.gpus}"
-                raise ValueError(f"{told}; --device cpu goes without")
+            devices = torch.cuda.device_count()
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
+            if args.device != "cpu" and args.gpus > devices:
+                raise ValueError(f"this machine has {devices} GPUs, not {args.gpus}; --device cpu goes without")
             if processes == 1:
                 sys.exit(launch(__file__, arguments, args.gpus))
-            here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
             if here != args.gpus:
-                told = f"a launcher has started {here} processes here (RANK, WORLD_SIZE), not {args.gpus}"
-                raise ValueError(f"{told}: leave out --gpus")
+                raise ValueError(f"a launcher has started {here} processes here (RANK, WORLD_SIZE): leave out --gpus")
         device = join(args.device)
     except ValueError as error:
         stop(error, 2)

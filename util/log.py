@@ -21,7 +21,7 @@ from tqdm import tqdm
 import deform_attn_cuda
 from datasets.coco import evenly_spaced
 from datasets.images import shortened
-from util.distributed import rank_and_world, say, unwritable
+from util.distributed import rank_and_world, say, unwritable, warn_of_emulation
 from util.pictures import SCORE, draw_dataset
 
 PICTURES = 8  # validation images drawn after each epoch, always the same ones
@@ -128,29 +128,25 @@ class Log:
         self.tensorboard = None
         terminal = self.active and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
+        self.records = []  # the lines of log.jsonl
+        path = out / "log.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # a line that was cut short
+                self.records.append(json.loads(line))
+        self.records = [record for record in self.records if record["step"] <= saved_step]
         if self.active:
-            kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= saved_step]
-            with tolerant("log.jsonl"), replaced(out / "log.jsonl") as file:
-                file.write("".join(kept).encode())
+            with tolerant("log.jsonl"), replaced(path) as file:
+                file.write("".join(json.dumps(record) + "\n" for record in self.records).encode())
             with contextlib.suppress(Exception):  # a TensorBoard that is not installed, too old, or broken
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tensorboard = SummaryWriter(out)
 
-    def records(self):
-        """The lines of log.jsonl, without one that was cut short."""
-        records = []
-        path = self.out / "log.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return records
-
     def write(self, step, values):
         values = {k: v if v is None else float(f"{v:.6g}") for k, v in values.items()}
-        record = {"epoch": round(step / self.steps_per_epoch, 4), "step": step, **values}
+        self.records.append({"epoch": round(step / self.steps_per_epoch, 4), "step": step, **values})
         with tolerant("log.jsonl"), open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(self.records[-1]) + "\n")
         with tolerant("TensorBoard"):
             for name, value in values.items() if self.tensorboard else ():
                 if value is not None:
@@ -190,15 +186,14 @@ class Log:
     def draw_curves(self):
         from matplotlib.figure import Figure
 
-        records = self.records()
         figure = Figure((11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        training = [record for record in records if "loss" in record]
+        training = [record for record in self.records if "loss" in record]
         for kind in ("loss", "class", "box", "giou", "mask", "dice"):  # the sum of class_0, class_1, ...
             values = [sum(v for name, v in record.items() if name.split("_")[0] == kind) for record in training]
             left.plot([record["epoch"] for record in training], values, label=kind)
         left.set(xlabel="epoch", title="losses", yscale="log")
-        evaluated = [record for record in records if "AP_box" in record]
+        evaluated = [record for record in self.records if "AP_box" in record]
         for name in ("AP_box", "AP_mask"):
             values = [math.nan if record[name] is None else record[name] for record in evaluated]
             right.plot([record["epoch"] for record in evaluated], values, "o-", label=name)
@@ -218,6 +213,7 @@ def describe(args, device, amp, model, train_set, val_set):
     classes = f"{len(train_set.classes)} classes ({shortened(train_set.classes)})"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"device: {name} x {rank_and_world()[1]}, autocast {amp}")
+    warn_of_emulation(device, amp)
     say(kernel)
     say(f"data: {args.data}, {images}, {classes}")
     say(f"model: {args.preset}, backbone {model.config.backbone}, {parameters:.1f} M parameters")
