@@ -408,7 +408,7 @@ def save(path, state):
                 torch.save(state, file)
             written = True
         except OSError as error:
-            print(f"warning: {error}; what it held before stays", file=sys.stderr)
+            print(f"warning: {error}; an older one stays as it is", file=sys.stderr)
     return any_rank(written)
 
 

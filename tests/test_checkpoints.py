@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -252,7 +251,7 @@ def test_a_write_that_fails_midway_warns_and_leaves_the_old_checkpoint(tmp_path,
     (tmp_path / "last.pt.tmp").symlink_to("/dev/full")  # a device on which every write finds the disk full
     assert not train.save(path, {"step": 7})
     assert read_checkpoint(path)["step"] == 0
-    assert "last.pt was not written: No space left on device; what it held before stays" in capsys.readouterr().err
+    assert "last.pt was not written: No space left on device; an older one stays" in capsys.readouterr().err
     assert train.save(path, {"step": 7})  # there is room again
     assert read_checkpoint(path)["step"] == 7
 
@@ -275,37 +274,24 @@ def full_disk(state, file):
 # ---- Files that are read ---------------------------------------------------------------------------------------------
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.system, ("touch exploded",)
-
-
 def spoil(checkpoint, path, how):
     """A file that is no checkpoint of this run, in one of the ways that occur."""
     if how == "truncated":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "foreign":
-        path.write_text("<html>404</html>")
-    elif how == "code":
-        torch.save({**checkpoint, "extra": Bomb()}, path)
     elif how == "list":
         torch.save([1, 2], path)
     else:
         torch.save({name: value for name, value in checkpoint.items() if name != how}, path)
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "foreign", "code", "list", "optimizer", "model"])
-def test_a_file_that_is_no_checkpoint_is_named_and_never_runs_code(folder, trained, tmp_path, monkeypatch, capsys, how):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("how", ["truncated", "list", "optimizer", "model"])
+def test_a_file_that_is_no_checkpoint_is_named_and_stays(folder, trained, tmp_path, capsys, how):
     path = tmp_path / "last.pt"
     path.write_bytes((trained / "last.pt").read_bytes())
     spoil(read_checkpoint(path), path, how)
     broken = path.read_bytes()
     assert train_in(folder, tmp_path, "--resume") == 2
-    assert "last.pt" in capsys.readouterr().err
-    assert path.read_bytes() == broken and not Path("exploded").exists()
+    assert "last.pt" in capsys.readouterr().err and path.read_bytes() == broken
 
 
 def test_init_takes_every_tensor_that_fits_and_names_the_others(folder, trained, capsys):
@@ -317,56 +303,23 @@ def test_init_takes_every_tensor_that_fits_and_names_the_others(folder, trained,
     assert same({k: v for k, v in model.items() if k not in odd}, {k: v for k, v in given.items() if k not in odd})
 
 
-RESNET18 = ("--preset", "released", "--set", "backbone=resnet18")
-
-
-def test_pretrained_weights_on_disk_need_no_network_and_freeze_their_norms(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(socket, "socket", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    net = torchvision.models.resnet18()
-    torch.nn.init.constant_(net.layer2[0].conv1.weight, 0.25)
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(net.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
-    model = start(flags_of(folder, "out", *RESNET18))
-    assert (model.backbone.stages[2][0].conv1.weight == 0.25).all()
-    norms = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    assert norms and all(norm.frozen and not norm.weight.requires_grad for norm in norms)
-
-
 def test_a_backbone_that_init_leaves_empty_gets_its_own_weights(folder, trained, tmp_path, monkeypatch):
     net = torchvision.models.resnet18()
     monkeypatch.setattr(train, "imagenet", lambda backbone: {"resnet18": net.state_dict()}[backbone])
-    flags = flags_of(folder, "out", "--init", trained / "last.pt")
-    resnet = [*flags, "--set", "backbone=resnet18"]
-    model = start(resnet)
+    resnet = [*flags_of(folder, "out"), "--set", "backbone=resnet18"]
+    fresh = start(resnet)
+    assert torch.equal(fresh.backbone.stages[2][0].conv1.weight, net.layer2[0].conv1.weight)
+    init = ["--init", str(trained / "last.pt")]
+    model = start([*resnet, *init])
     assert torch.equal(model.backbone.stages[2][0].conv1.weight, net.layer2[0].conv1.weight)
     assert torch.equal(model.label_embed.weight, weights(trained)["label_embed.weight"])
     torch.nn.init.constant_(net.layer2[0].conv1.weight, 0.25)
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    model = start([*resnet, "--backbone-weights", str(tmp_path / "net.pt")])
+    model = start([*resnet, *init, "--backbone-weights", str(tmp_path / "net.pt")])
     assert (model.backbone.stages[2][0].conv1.weight == 0.25).all()
     monkeypatch.setattr(train, "imagenet", None)  # not asked where --init fills the backbone, or nobody wants weights
-    start(flags)
-    start([*resnet, "--backbone-weights", "none"])
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 cut"])
-def test_a_damaged_download_is_named_with_what_to_do(folder, tmp_path, monkeypatch, capsys, content):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(content)
-    assert train_in(folder, tmp_path / "out", *RESNET18) == 2
-    message = capsys.readouterr().err
-    assert str(file) in message and "delete it" in message and "Traceback" not in message
-
-
-@pytest.mark.parametrize("backbone, named", [("resnet18", "https://download"), ("swin_l", "Swin-Transformer")])
-def test_weights_that_cannot_be_had_are_named_with_the_way_out(folder, tmp_path, monkeypatch, backbone, named):
-    monkeypatch.setenv("https_proxy", "http://localhost:9")  # where nobody answers
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=f"{named}.*--backbone-weights"):
-        train.imagenet(backbone)
+    start([*flags_of(folder, "out"), *init])
+    start([*resnet, *init, "--backbone-weights", "none"])
 
 
 # ---- Numbers that are not finite -------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_an_unknown_schedule_is_refused_with_those_that_there_are():
     "override, value",
     [
         ("selection=(300,)", (300,)),
-        ("selection=600,300", (600, 300)),
+        ("selection=400,300", (400, 300)),
         ("bato=False", False),
         ("detection_loss=0.1", 0.1),
         ("detection_loss=2", 2),
