@@ -131,10 +131,7 @@ def evaluate_dataset(trained, device, args):
             metrics["layers"] = rows
     else:
         print("the json has no annotations, so there is no AP")
-    print(
-        f"over {len(dataset):,} images with {dataset.objects:,} objects, autocast {args.amp}; "
-        f"{out} has all that was found"
-    )
+    print(f"over {len(dataset):,} images with {dataset.objects:,} objects, autocast {args.amp}; results in {out}")
     try:
         if args.draw:
             indices = evenly_spaced(args.draw, len(dataset))
@@ -386,8 +383,8 @@ def coco_results(found, image_id, category_ids):
 def evaluate(model, dataset: CocoDataset, device, workers=0, amp=None) -> tuple[dict, list[dict] | None]:
     """The metrics of `average_precision` in every process, and the COCO results in process 0 (None in the others)."""
     layers = predict_dataset(model, dataset, device, workers, amp)
-    results = layers and layers[0]
-    metrics = [layers and average_precision(dataset.json, results)]
+    results = None if layers is None else layers[0]
+    metrics = [None if layers is None else average_precision(dataset.json, results)]
     if dist.is_initialized():
         dist.broadcast_object_list(metrics)
     return metrics[0], results
