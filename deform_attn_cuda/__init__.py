@@ -44,8 +44,8 @@ def deform_attn(value, level_shapes, reference, offsets, logits):
 
     Sums are kept in float32 (float64 for float64), to which all but `value` are cast. Under autocast `value` is cast
     to autocast's type. ValueError names the argument whose shape, type or device is wrong. On a GPU, call it once
-    before a graph is captured, as PyTorch asks of all that is captured: the first call checks the kernel. The CUDA
-    kernel takes up to 64 levels and 65,535 images and heads, and says so beyond.
+    before a graph is captured, as PyTorch asks of all that is captured: the first call checks the kernel. Kernels take
+    up to 64 levels, the CUDA kernel up to 65,535 images and heads, and say so beyond.
     """
     _check(value, level_shapes, reference, offsets, logits)
     device = value.device
@@ -91,15 +91,11 @@ def locate(level_shapes, reference, offsets):
 def status(device=None, dtype=torch.float32):
     """The line that says which path runs for a device (None: a GPU if there is one) and type, and why."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    reason = _why_not(device, dtype)
-    return f"deform_attn: PyTorch fallback ({reason})" if reason else f"deform_attn: {device.type.upper()} kernel"
-
-
-def _why_not(device, dtype):
-    """Why the compiled operator cannot be used, or an empty string."""
-    if dtype not in KERNEL_TYPES.get(device.type, ()):
-        return f"no kernel for {dtype} on {device.type}"
-    return _missing[device.type] or _self_check(device)
+    if dtype in KERNEL_TYPES.get(device.type, ()):
+        problem = _missing[device.type] or _self_check(device)
+    else:
+        problem = f"no kernel for {dtype} on {device.type}"
+    return f"deform_attn: PyTorch fallback ({problem})" if problem else f"deform_attn: {device.type.upper()} kernel"
 
 
 @functools.cache
@@ -124,15 +120,15 @@ def _self_check(device):
 def _compiled(device, dtype):
     """Whether the compiled operator is used. Prints `status` at the first call."""
     if (device, dtype) not in _paths:
-        _paths[device, dtype] = not _why_not(device, dtype)
         line = status(device, dtype)
+        _paths[device, dtype] = line.endswith("kernel")
         if line not in SAID:
             SAID.add(line)
             print(line, file=sys.stderr)
     return _paths[device, dtype]
 
 
-_paths = {}
+_paths = {}  # whether the compiled operator is used, by device and type
 SAID = set()  # lines of `status` that need not be said again
 
 
@@ -207,12 +203,12 @@ def _register():
 
 def _check(value, level_shapes, reference, offsets, logits):
     """Raise ValueError if an argument's shape, type or device is wrong."""
+    B, N, h, _ = value.shape if value.dim() == 4 else (0, -1, 0, 0)
+    Q, P = offsets.shape[1:5:3] if offsets.dim() == 6 else (0, 0)
     L = len(level_shapes)
     tokens = sum(H * W for H, W in level_shapes)
-    if value.dim() != 4 or value.shape[1] != tokens:
+    if tokens != N:
         raise ValueError(f"deform_attn: value must be [B {tokens} h c], not {list(value.shape)}")
-    B, _, h, _ = value.shape
-    Q, P = offsets.shape[1:5:3] if offsets.dim() == 6 else (0, 0)
     if offsets.shape != (B, Q, h, L, P, 2):
         raise ValueError(f"deform_attn: offsets must be [{B} Q {h} {L} P 2], not {list(offsets.shape)}")
     if logits.shape != (B, Q, h, L, P):
