@@ -1,6 +1,5 @@
 """What tools/explain.py and the page that it makes promise."""
 
-import dataclasses
 import html
 import json
 import re
@@ -14,15 +13,14 @@ import torch.nn.functional as nnf
 from matplotlib.path import Path as Polygon
 from PIL import Image
 
-from dimaskdino import Config, DIMaskDINO, full_size_boxes, full_size_masks, mask_logits
+from dimaskdino import full_size_boxes, full_size_masks, mask_logits
+from small_models import SMALL, build
 from small_runs import exit_code
 from tools import explain
 from util.weights import Trained
 
-SIZES = {"dim": 32, "heads": 2, "ffn": 48, "decoder_layers": 3, "selection": (12, 6)}
 SCRIPT = "<script>1</script>"  # a class's name
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
 MARKS = ("cell", "gone", "ray", "boxed", "near", "frame", "guide", "under", "mask")
 
 # Two pages of different widths, which keys step through: what each shows, as JSON.
@@ -46,9 +44,7 @@ BROWSER = """<iframe width=1280 height=800 src=page.html></iframe><iframe width=
 
 
 def trained(**changes):
-    torch.manual_seed(0)
-    config = dataclasses.replace(Config.tiny(), **{**SIZES, **changes})
-    return Trained(DIMaskDINO(config).eval(), [SCRIPT] * config.num_classes, [*range(8)], (64, 96), None, True)
+    return Trained(build(**changes), [SCRIPT] * 5, [*range(5)], (64, 96), None, True)
 
 
 def picture(width=64, height=56):
@@ -58,16 +54,16 @@ def picture(width=64, height=56):
 @pytest.fixture(scope="module")
 def shown():
     """A model, what the page shows of it, its outputs, and what goes into its modules. Every query is an object."""
+    model = trained()
     seen = {}
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(explain, "SCORE", 0)
         patch.setattr(explain, "SAME", 2)
-        model = trained()
         data = explain.page_data(model, picture())
         for name, module in model.model.named_modules():
             module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs}))
         outputs, _, _ = explain.run(model, picture(), model.test_size)
-        return model.model, data, outputs, seen
+    return model.model, data, outputs, seen
 
 
 def filled(path, height, width):
@@ -80,28 +76,24 @@ def filled(path, height, width):
     return mask.reshape(height, width)
 
 
-def test_tokens_and_their_scores_are_those_of_the_trace(shown):
+def test_tokens_objects_boxes_and_masks_are_those_of_the_trace(shown):
     _, data, outputs, _ = shown
     for name, i in (("first", 1), ("second", 2)):
         assert data[name]["index"] == outputs["trace"][f"index_{i}"][0].tolist()
         assert np.allclose(data[name]["scores"], outputs["trace"][f"scores_{i}"][0].sigmoid(), atol=1e-5)
-
-
-def test_objects_have_the_boxes_and_masks_of_every_layer(shown):
-    _, data, outputs, _ = shown
-    height, width = size = data["size"][::-1]
-    assert len(data["queries"]) == 6
+    size = data["size"][::-1]
     for query, layers in zip(data["queries"], data["layers"], strict=True):
         for layer, prediction in zip(layers, outputs["layers"], strict=True):
             mask = full_size_masks(mask_logits(prediction, 0, [query]), size, size)[0][0]
-            assert np.array_equal(filled(layer["mask"], height, width), mask)
+            assert np.array_equal(filled(layer["mask"], *size), mask)
             assert np.allclose(layer["box"], full_size_boxes(prediction, 0, [query], size, size)[0], atol=1e-3)
 
 
+@torch.inference_mode()
 def test_attention_is_what_the_model_computed(shown):
     model, data, _, seen = shown
     talk, move = (
-        model.get_submodule(name)(*seen[name][:3], need_weights=True)[1][0].detach()
+        model.get_submodule(name)(*seen[name][:3], need_weights=True)[1][0]
         for name in ("interactions.0.layers.0.attention.mha", "bato.attention.mha")
     )
     assert np.allclose(data["weights"], talk.gather(1, torch.tensor(data["to"])), atol=1e-5)
@@ -114,15 +106,15 @@ def test_eq4_is_shown_where_it_reads(shown):
     """The samples of a query, read from T_i by bilinear interpolation, give the cross-attention's output."""
     model, data, _, seen = shown
     query, samples = data["queries"][0], torch.tensor(data["samples"][0])
-    x, y, level, weight = samples.unflatten(0, (SIZES["heads"], model.config.levels, -1)).unbind(-1)  # [h L P]
+    x, y, level, weight = samples.unflatten(0, (SMALL.heads, model.config.levels, -1)).unbind(-1)  # [h L P]
     attention = model.residual.cross_attention
     token, position, reference, memory, shapes = seen["residual.cross_attention"]
     grid = 2 * torch.stack([x, y], -1) / torch.tensor(data["padded"]) - 1  # [h L P 2]
     with torch.inference_mode():
-        values = attention.value(memory)[0].T.unflatten(0, (SIZES["heads"], -1)).split([h * w for h, w in shapes], 2)
+        values = attention.value(memory)[0].T.unflatten(0, (SMALL.heads, -1)).split([h * w for h, w in shapes], 2)
         read = sum(
             nnf.grid_sample(value.unflatten(2, shape), grid[:, i, None], align_corners=False)[:, :, 0]
-            @ (SIZES["heads"] * weight[:, i, :, None])
+            @ (SMALL.heads * weight[:, i, :, None])
             for i, (value, shape) in enumerate(zip(values, shapes, strict=True))
         )
         output = attention(token, position, reference, memory, shapes)[0, query]
