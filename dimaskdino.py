@@ -26,7 +26,9 @@ Where this code follows the authors' code against or beyond the paper's text, a 
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -160,14 +162,24 @@ class Attention(nn.Module):
         return self.norm(x + self.mha(query, key, value, attn_mask=attn_mask, need_weights=False)[0])
 
 
+class AttentionLayer(nn.Module):
+    """Attention and a feed-forward network."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config.dim, config.heads)
+        self.ffn = FeedForward(config.dim, config.ffn)
+
+    def forward(self, x, query, key, value):
+        return self.ffn(self.attention(x, query, key, value))
+
+
 class DeformableAttention(nn.Module):
     """x = norm(x + D), where D is the deformable attention of the query x + position to a memory of L levels."""
 
     def __init__(self, config):
         super().__init__()
-        self.heads = config.heads
-        self.levels = config.levels
-        self.points = config.points
+        self.split = {"h": config.heads, "L": config.levels, "P": config.points}
         samples = config.heads * config.levels * config.points
         self.offsets = nn.Linear(config.dim, samples * 2)
         self.weights = nn.Linear(config.dim, samples)
@@ -178,43 +190,36 @@ class DeformableAttention(nn.Module):
     def forward(self, x, position, reference, memory, level_shapes):
         """x, position [B Q C]; memory [B N C]; reference points: centres [Q 2], or boxes [B Q 4] (see `deform_attn`)"""
         query = x + position
-        split = {"h": self.heads, "L": self.levels, "P": self.points}
-        value = rearrange(self.value(memory), "B N (h c) -> B N h c", h=self.heads)
-        offsets = rearrange(self.offsets(query), "B Q (h L P xy) -> B Q h L P xy", xy=2, **split)
-        logits = rearrange(self.weights(query), "B Q (h L P) -> B Q h L P", **split)
+        value = rearrange(self.value(memory), "B N (h c) -> B N h c", h=self.split["h"])
+        offsets = rearrange(self.offsets(query), "B Q (h L P xy) -> B Q h L P xy", xy=2, **self.split)
+        logits = rearrange(self.weights(query), "B Q (h L P) -> B Q h L P", **self.split)
         return self.norm(x + self.output(deform_attn(value, level_shapes, reference, offsets, logits)))
 
     def initialize(self):
         """Points each head in a direction of its own: point i lies i cells away, and all weights are equal."""
-        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        heads, levels, points = self.split.values()
+        angle = torch.arange(heads) * (2 * math.pi / heads)
         direction = nnf.normalize(torch.stack((angle.cos(), angle.sin()), -1), torch.inf)
-        distance = torch.arange(1, self.points + 1)[None, None, :, None]
-        with torch.no_grad():
-            offsets = (direction[:, None, None] * distance).expand(-1, self.levels, -1, -1)
-            self.offsets.bias.copy_(offsets.flatten())
+        distance = torch.arange(1, points + 1)[:, None]
+        offsets = (direction[:, None, None] * distance).expand(-1, levels, -1, -1)  # [h L P 2]
+        self.offsets.bias.data.copy_(offsets.flatten())
         for zero in (self.offsets.weight, *self.weights.parameters(), self.value.bias, self.output.bias):
             nn.init.zeros_(zero)
 
 
-def wavelengths(channels, device=None):
-    """Wavelengths 10000^(2i / channels) [channels / 2] of a sine position embedding."""
-    return 10000 ** (torch.arange(0, channels, 2, device=device) / channels)
-
-
-def sine(positions, lengths):
-    """Sine position embedding [... 2c] of positions [...] in 0..1, at wavelengths [c]: sines on even channels, cosines
-    on odd ones."""
-    angles = (positions * 2 * math.pi)[..., None] / lengths
+def sine(positions, channels):
+    """Sine position embedding [... C] of positions [...] in 0..1: sines on even channels, cosines on odd ones."""
+    wavelengths = 10000 ** (torch.arange(0, channels, 2, device=positions.device) / channels)
+    angles = (positions * 2 * math.pi)[..., None] / wavelengths
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
 
 
 def sine_of_grid(level_shapes, dim, device):
     """Sine position embedding of every token [N C]: half of the channels for y, half for x, both counted from 1."""
-    lengths = wavelengths(dim // 2, device)
     positions = []
     for height, width in level_shapes:
-        y = sine(torch.arange(1, height + 1, device=device) / (height + 1e-6), lengths)  # [H C/2]
-        x = sine(torch.arange(1, width + 1, device=device) / (width + 1e-6), lengths)  # [W C/2]
+        y = sine(torch.arange(1, height + 1, device=device) / (height + 1e-6), dim // 2)  # [H C/2]
+        x = sine(torch.arange(1, width + 1, device=device) / (width + 1e-6), dim // 2)  # [W C/2]
         grid = torch.cat((y[:, None].expand(-1, width, -1), x.expand(height, -1, -1)), -1)  # [H W C]
         positions.append(grid.flatten(0, 1))
     return torch.cat(positions)
@@ -226,7 +231,7 @@ def cell_centers(level_shapes, device):
     for height, width in level_shapes:
         y = (torch.arange(height, device=device) + 0.5) / height
         x = (torch.arange(width, device=device) + 0.5) / width
-        centers.append(torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1).flatten(0, 1))
+        centers.append(torch.cartesian_prod(y, x).flip(-1))
     return torch.cat(centers)
 
 
@@ -235,11 +240,11 @@ class BoxPosition(MLP):
 
     def __init__(self, dim):
         super().__init__(2 * dim, dim, dim, 2)
-        self.register_buffer("wavelengths", wavelengths(dim // 2), persistent=False)
 
     def forward(self, box):
         cx, cy, w, h = box.float().unbind(-1)
-        return super().forward(sine(torch.stack((cy, cx, w, h), -1), self.wavelengths).flatten(-2))
+        channels = self.layers[-1].out_features // 2  # of each of the four
+        return super().forward(sine(torch.stack((cy, cx, w, h), -1), channels).flatten(-2))
 
 
 class BoxMLP(MLP):
@@ -270,10 +275,7 @@ def normed_conv(inputs, outputs, kernel, stride=1, bias=False):
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch norm. Once frozen, it is a multiplication and an addition, whose gradient does not need the input.
-
-    In a state dict, a frozen norm is one without num_batches_tracked.
-    """
+    """Batch norm. Once frozen (in a state dict: without num_batches_tracked), it is part of the convolution before."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -287,13 +289,16 @@ class Norm(nn.BatchNorm2d):
         self.num_batches_tracked = None
         self.requires_grad_(False)
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        self.register_buffer("scale", scale[:, None, None], persistent=False)
-        self.register_buffer("shift", (self.bias - self.running_mean * scale)[:, None, None], persistent=False)
+        self.register_buffer("scale", scale[:, None, None, None], persistent=False)
+        self.register_buffer("shift", self.bias - self.running_mean * scale, persistent=False)
+
+    def convolve(self, conv, x):
+        """The convolution before this norm, with the norm in it once that is frozen."""
+        weight, bias = (conv.weight * self.scale, self.shift) if self.frozen else (conv.weight, conv.bias)
+        return conv._conv_forward(x, weight, bias)
 
     def forward(self, x):
-        if not self.frozen:
-            return super().forward(x)
-        return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
+        return x if self.frozen else super().forward(x)
 
 
 class Backbone(nn.Module):
@@ -305,9 +310,7 @@ class Backbone(nn.Module):
         if name in RESNETS:
             self.channels = RESNETS[name]
             net = getattr(torchvision.models, name)(weights=None, norm_layer=Norm)
-            stem = nn.Sequential()
-            for part in ("conv1", "bn1", "relu", "maxpool"):
-                stem.add_module(part, getattr(net, part))
+            stem = nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool))
             self.stages = nn.ModuleList([stem, net.layer1, net.layer2, net.layer3, net.layer4])
         elif name in SWINS:
             width, depths, heads, window, drop = SWINS[name]
@@ -325,6 +328,10 @@ class Backbone(nn.Module):
             for inputs, outputs in pairwise(self.channels):
                 shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), Norm(outputs))
                 self.stages.append(BasicBlock(inputs, outputs, 2, shortcut, norm_layer=Norm))
+        for module in self.modules():
+            for conv, norm in pairwise(module.children()):
+                if isinstance(norm, Norm):
+                    conv.forward = partial(norm.convolve, conv)
 
     def forward(self, x):
         features = []
@@ -377,10 +384,10 @@ class FeatureTokens(nn.Module):
             x = project(x)
             maps.append(x)
         level_shapes = [tuple(x.shape[-2:]) for x in maps]
-        T_i = torch.cat([x.flatten(2) for x in maps], 2).transpose(1, 2)  # [B N C]
+        T_i = torch.cat([rearrange(x, "B C H W -> B (H W) C") for x in maps], 1)  # [B N C]
         grid = sine_of_grid(level_shapes, T_i.shape[-1], T_i.device)  # [N C]
-        level = torch.cat([embed.expand(h * w, -1) for embed, (h, w) in zip(self.level_embed, level_shapes)])  # [N C]
-        position = grid + level
+        level = [embed.expand(height * width, -1) for embed, (height, width) in zip(self.level_embed, level_shapes)]
+        position = grid + torch.cat(level)  # [N C]
         centers = cell_centers(level_shapes, T_i.device)  # [N 2]
         for layer in self.layers:
             T_i = layer(T_i, position, centers, level_shapes)
@@ -390,19 +397,15 @@ class FeatureTokens(nn.Module):
 # ---- De-Imbalance (3.2.2, Eq. 1-4) -----------------------------------------------------------------------------------
 
 
-def select(scores, k):
+def select(scores, k, *tokens):
     """Eq. 1 and 3.  S(., k): in each image, the k tokens with the highest class score, best first.
 
-    scores [B N]: best class logit of each token. Returns the k scores [B k] and their indices [B k]. An image with
-    fewer than k tokens keeps all.
+    scores [B N]: best class logit of each token. Returns the k scores, their indices [B k], and those of each of
+    `tokens` [B N ...] as [B k ...]. An image with fewer than k tokens keeps all.
     """
-    return scores.topk(min(k, scores.shape[1]))
-
-
-def gather(tokens, index):
-    """The tokens [B N ...] at some indices [B k] of their images: [B k ...]"""
-    image = torch.arange(index.shape[0], device=index.device)[:, None]
-    return tokens[image, index]
+    best, index = scores.topk(min(k, scores.shape[1]))
+    image = torch.arange(len(index), device=index.device)[:, None]
+    return best, index, *(x[image, index] for x in tokens)
 
 
 def token_anchors(level_shapes, device):
@@ -440,19 +443,6 @@ def mask_to_box(mask_logits):
     return torch.where(columns.any(-1)[..., None], box, empty).clamp(1e-5, 1 - 1e-5)
 
 
-class TokenInteractionLayer(nn.Module):
-    """Self-attention and a feed-forward network."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.attention = Attention(config.dim, config.heads)
-        self.ffn = FeedForward(config.dim, config.ffn)
-
-    def forward(self, x, position):
-        placed = x + position
-        return self.ffn(self.attention(x, placed, placed, x))
-
-
 class TokenInteraction(nn.Module):
     """Eq. 2.  T_s1^sa = MHSA(T_s1): the selected tokens of an object tell each other where and what it is.
 
@@ -462,7 +452,7 @@ class TokenInteraction(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.layers = nn.ModuleList(TokenInteractionLayer(config) for _ in range(config.interaction_layers))
+        self.layers = nn.ModuleList(AttentionLayer(config) for _ in range(config.interaction_layers))
         self.position = BoxPosition(config.dim)
         self.box_mlp = BoxMLP(config.dim)  # shared by the layers
         self.norm = nn.LayerNorm(config.dim)
@@ -474,7 +464,8 @@ class TokenInteraction(nn.Module):
         auxiliary = []
         for layer in self.layers:
             box = box_s1_sa.detach()  # released code: a layer is not trained through the box that it starts from
-            T_s1_sa = layer(T_s1_sa, self.position(box))
+            placed = T_s1_sa + self.position(box)
+            T_s1_sa = layer(T_s1_sa, placed, placed, T_s1_sa)
             box_s1_sa = refine(self.box_mlp(T_s1_sa), box)
             normed = self.norm(T_s1_sa)
             auxiliary.append((normed, refine(self.box_mlp(normed), box_s1_sa)))
@@ -500,7 +491,7 @@ class DecoderLayer(nn.Module):
 # ---- Balance-Aware Tokens Optimization (3.2.3, Eq. 5-8) --------------------------------------------------------------
 
 
-class BalanceAwareTokens(nn.Module):
+class BalanceAwareTokens(AttentionLayer):
     """Eq. 8.  T_bal = MHCA(T_i, T_g): every token moves towards the guiding tokens of its object.
 
     released code: a token's query has its position in the grid, and a feed-forward network follows;
@@ -508,15 +499,13 @@ class BalanceAwareTokens(nn.Module):
     """
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         self.value = config.guide_value
-        self.attention = Attention(config.dim, config.heads)
-        self.ffn = FeedForward(config.dim, config.ffn)
 
     def forward(self, T_i, position, T_g, T_g_mask):
         """T_i [B N C], its position in the grid [N C], T_g and T_g_mask [B G C] -> T_bal [B N C]"""
         value = T_g if self.value == "T_g" else T_g_mask
-        return self.ffn(self.attention(T_i, T_i + position, T_g, value))
+        return super().forward(T_i, T_i + position, T_g, value)
 
 
 # ---- Heads (3.2.4, Eq. 10-11) ----------------------------------------------------------------------------------------
@@ -621,25 +610,22 @@ class DIMaskDINO(nn.Module):
         self.transform = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.interactions = nn.ModuleList(TokenInteraction(config) for _ in config.selection[1:])
         self.residual = DecoderLayer(config)
-        self.box_guide = None
-        self.bato = None
-        if config.bato:
-            if config.gtg and config.box_guide == "query":
-                self.box_guide = MLP(dim, dim, dim, 3)
-            self.bato = BalanceAwareTokens(config)
+        of_query = config.bato and config.gtg and config.box_guide == "query"
+        self.box_guide = MLP(dim, dim, dim, 3) if of_query else None
+        self.bato = BalanceAwareTokens(config) if config.bato else None
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers - 1))
         self.position = BoxPosition(dim)
         self.head_norm = nn.LayerNorm(dim)
         self.det_head = DetectionHead(config)
         self.seg_head = SegmentationHead(config)
         self.label_embed = nn.Embedding(config.num_classes, dim)
-        if config.position_token == "random":
-            self.register_buffer("random_box", torch.rand(config.selection[-1], 4))
+        random = config.position_token == "random"
+        self.register_buffer("random_box", torch.rand(config.selection[-1], 4) if random else None)
         initialize(self)
+        self.to(memory_format=torch.channels_last)  # maps and convolutions
 
     def forward(self, images, denoising=None, trace=False):
         config = self.config
-        random_box = config.position_token == "random"  # table 3
 
         # Feature Tokens Extractor
         T_i, grid, level_shapes, F_cnn = self.encoder(self.backbone(self.normalize(images)))  # [B N C], [B C H/4 W/4]
@@ -648,8 +634,7 @@ class DIMaskDINO(nn.Module):
         # Eq. 1  T_s1 = S(T_i, k1); released code: of a transform of T_i, and what follows does not train T_s1
         anchors_logit, inside = token_anchors(level_shapes, T_i.device)  # [N 4], [N]
         tokens = self.transform(T_i * inside[:, None])
-        scores_1, index_1 = select(self.det_head.scores(tokens), config.selection[0])
-        T_s1 = gather(tokens, index_1)  # [B k1 C]
+        scores_1, index_1, T_s1 = select(self.det_head.scores(tokens), config.selection[0], tokens)  # T_s1 [B k1 C]
         selection = self.predict(T_s1, (self.det_head.box_mlp(T_s1) + anchors_logit[index_1]).sigmoid(), pixels)
         T_s1 = T_s1.detach()
         with torch.no_grad():  # released code: the boxes around its masks
@@ -666,17 +651,15 @@ class DIMaskDINO(nn.Module):
             T_s1_sa, box_s1_sa, auxiliary = interact(T_s2, box_s2)  # [B k1 C]
             interaction += [self.predict(tokens, boxes) for tokens, boxes in auxiliary]
             # Eq. 3  T_s2 = S(T_s1^sa, k2); released code: scores are of normed tokens, and Eq. 4's losses train box_s2
-            scores_2, kept = select(self.det_head.scores(interact.norm(T_s1_sa)), k2)
-            T_s2 = gather(T_s1_sa, kept)  # [B k2 C]
-            box_s2 = gather(box_s1_sa, kept)  # [B k2 4]
-            index_2 = gather(index_2, kept)
-        if random_box and not self.interactions:
+            scores = self.det_head.scores(interact.norm(T_s1_sa))
+            scores_2, _, T_s2, box_s2, index_2 = select(scores, k2, T_s1_sa, box_s1_sa, index_2)  # T_s2 [B k2 C]
+        if self.random_box is not None and not self.interactions:  # table 3
             box_s2 = self.random_box[: box_s2.shape[1]].expand_as(box_s2)
 
         # Eq. 4  Q_bal = MHCA(T_s2, T_i); in training, D denoising queries go along in front, from here to the heads
         Q_0, box_0, attn_mask, D = self.with_denoising(denoising, T_s2, box_s2)
         Q_1, box_1 = self.decode(self.residual, Q_0, box_0, T_i, level_shapes, attn_mask)
-        if random_box and self.interactions:
+        if self.random_box is not None and self.interactions:
             box_1 = torch.cat((box_1[:, :D], self.random_box[: box_s2.shape[1]].expand_as(box_s2)), 1)
         Q_bal = Q_1[:, D:]  # [B k2 C]
         box_bal = box_1[:, D:]  # [B k2 4]
@@ -687,9 +670,8 @@ class DIMaskDINO(nn.Module):
             guides = {"Q_bal": (Q_bal, box_bal), "T_s1": (T_s1, box_s1), "T_s2": (T_s2, box_s2)}
             guide, box_guide = guides[config.guidance]  # table 5
             if config.guiding_tokens:  # released code: the 50 best
-                _, best = select(self.det_head.scores(guide), config.guiding_tokens)
-                guide = gather(guide, best)
-                box_guide = gather(box_guide, best)
+                scores = self.det_head.scores(guide)
+                *_, guide, box_guide = select(scores, config.guiding_tokens, guide, box_guide)
             # Eq. 5  T_g^mask = N_mask(Q_bal)
             T_g_mask = self.N_mask(guide)  # [B G C]
             # Eq. 6  T_g^box = N_box(Q_bal)
@@ -709,11 +691,9 @@ class DIMaskDINO(nn.Module):
         refreshed = self.seg_head.refreshed(pixels, T_bal, level_shapes)  # released code: after Eq. 8
 
         predictions = [self.predict(Q_0, box_0, pixels)]  # layer 0 is the initial prediction, of T_s2
-        for layer in range(config.decoder_layers):
-            pixels_l = pixels if layer == 0 else refreshed
-            predictions.append(
-                {"logits": c[layer], "boxes": b[layer], "mask_embedding": m_q[layer], "pixels": pixels_l}
-            )
+        for layer, (logits, boxes, embedding) in enumerate(zip(c, b, m_q)):
+            of_layer = refreshed if layer else pixels
+            predictions.append({"logits": logits, "boxes": boxes, "mask_embedding": embedding, "pixels": of_layer})
         layers = [part(prediction, D, None) for prediction in predictions]
         outputs = {**layers[-1], "layers": layers, "selection": selection, "interaction": interaction, "denoising": []}
         if denoising is not None:
@@ -732,9 +712,10 @@ class DIMaskDINO(nn.Module):
     def normalize(self, images):
         """Normalises RGB in 0..255 with ImageNet's mean and deviation; pads right and bottom to a multiple of 32."""
         height, width = images.shape[-2:]
+        images = images.float().contiguous(memory_format=torch.channels_last)
         right = (width + 31) // 32 * 32 - width  # not -width % 32: sizes then stay simple for a compiler
         bottom = (height + 31) // 32 * 32 - height
-        return nnf.pad((images.float() - self.mean) / self.std, (0, right, 0, bottom))
+        return nnf.pad((images - self.mean) / self.std, (0, right, 0, bottom))
 
     def with_denoising(self, denoising, T_s2, box_s2):
         """Puts D denoising queries (see losses.Denoising) in front of T_s2: queries, boxes, attention mask, D."""
@@ -762,10 +743,9 @@ class DIMaskDINO(nn.Module):
         """Eq. 6.  T_g^box = N_box(Q_bal): where each query's object is, by a three-layer MLP, [B G C] -> [B G C].
 
         released code, box_guide="box": the position embedding of box_bal [B G 4], which does not train the boxes.
-        Table 6, without guiding tokens: nothing.
         """
         if not self.config.gtg:
-            return torch.zeros_like(Q_bal)
+            return torch.zeros_like(Q_bal)  # table 6
         return self.box_guide(Q_bal) if self.box_guide else self.position(box_bal.detach())
 
     def N_de(self, Q_1, box_0, box_1, T_bal, level_shapes, attn_mask):
@@ -872,32 +852,17 @@ def full_size_masks(logits, image_size, output_size):
 
 # ---- One image through a fresh model, equation by equation -----------------------------------------------------------
 
-STEPS = {
-    "T_i": "FTE        F_cnn, T_i: backbone, encoder",
-    "T_s1": "Eq. 1      T_s1 = S(T_i, k1)",
-    "T_s1_sa": "Eq. 2      T_s1^sa = MHSA(T_s1)",
-    "T_s2": "Eq. 3      T_s2 = S(T_s1^sa, k2)",
-    "Q_bal": "Eq. 4      Q_bal = MHCA(T_s2, T_i)",
-    "T_g_mask": "Eq. 5      T_g^mask = N_mask(Q_bal)",
-    "T_g_box": "Eq. 6      T_g^box = N_box(Q_bal)",
-    "T_g": "Eq. 7      T_g = T_g^mask + T_g^box",
-    "T_bal": "Eq. 8      T_bal = MHCA(T_i, T_g)",
-    "Q_ref": "Eq. 9      Q_ref = N_de(Q_bal, T_bal)",
-    "b": "Eq. 10     {c, b} = N_det(Q_ref)",
-    "m": "Eq. 11     m = N_seg(Q_ref, T_i, F_cnn)",
-}
-
 
 def main():
-    """Takes an image of 800x1216 through a fresh model and prints what each equation makes, with its shape."""
+    """Takes an image of 800x1216 through a fresh model and prints the shape of what each equation makes."""
     model = DIMaskDINO(Config.paper()).eval()
     image = torch.randint(0, 256, (1, 3, 800, 1216))
     with torch.inference_mode():
-        symbols = model(image, trace=True)["trace"]
+        trace = model(image, trace=True)["trace"]
     print(f"DI-MaskDINO, {sum(p.numel() for p in model.parameters()):,} parameters, image {[*image.shape]}")
-    for symbol, step in STEPS.items():
-        print(f"{step:42}{symbol:9}{[*symbols[symbol].shape]}")
-    print("tokens: " + " -> ".join(f"{symbols[name].shape[1]:,}" for name in ("T_i", "T_s1", "T_s2")))
+    made = ("T_i", "T_s1", "T_s1_sa", "T_s2", "Q_bal", "T_g_mask", "T_g_box", "T_g", "T_bal", "Q_ref", "b", "m")
+    for equation, symbol in enumerate(made):  # T_i comes before Eq. 1
+        print(f"{f'Eq. {equation}' if equation else 'FTE':8}{symbol:10}{[*trace[symbol].shape]}")
 
 
 if __name__ == "__main__":

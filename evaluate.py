@@ -10,19 +10,17 @@ what train.py calls after every epoch.
 
 COCO results are dicts of `image_id`, `category_id`, `bbox` (x, y, w, h in pixels of the original image), `segmentation`
 (compressed run lengths of the original size) and `score`. Every AP is in percent. Images go through the model one by
-one, so that neither padding nor the number of processes changes a digit. Without --out, results go into a new folder
-beside the checkpoint.
+one, so that neither padding nor the number of processes changes a digit.
 """
 
 import argparse
-import contextlib
 import os
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,7 @@ import torch.distributed as dist
 from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image
 from pycocotools import mask as rle
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_convert, clip_boxes_to_image
@@ -66,7 +64,183 @@ MEASURING = ("layers", "per_class", "speed", "draw", "json")  # flags that --ima
 STATS = {"": 0, "_50": 1, "_S": 3, "_M": 4, "_L": 5}  # suffix of a metric -> index in COCOeval.stats
 
 
-# ---- One image -------------------------------------------------------------------------------------------------------
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--ckpt", required=True, type=user_path, metavar="CKPT", help="checkpoint, such as runs/demo/best.pt")
+    add_data_flags(add, help="shapes, coco, bdd100k or a folder in COCO layout (that of the training)")
+    add("--layers", action="store_true", help="AP at every decoder layer, the initial prediction (layer 0) first")
+    add("--per-class", action="store_true", help="AP of each class as well")
+    add("--speed", action="store_true", help="images a second, with and without post-processing; GFLOP; parameters")
+    add("--draw", type=at_least(0), default=0, metavar="N", help="pictures of N images, truth beside what was found")
+    add("--json", type=user_path, metavar="OUT", help="write the metrics to this file")
+    images = "find objects in these images, and in all in these folders, instead of measuring AP"
+    add("--images", type=user_path, nargs="+", metavar="PATH", help=images)
+    add("--out", type=user_path, help="folder for pictures and predictions.json (a new one beside the checkpoint)")
+    add("--score", type=float, default=SCORE, help="least score of what is drawn, and kept for --images (%(default)s)")
+    sizes = "shortest and longest side of images (as trained)"
+    add("--test-size", type=at_least(1), nargs=2, metavar=("SHORT", "LONG"), help=sizes)
+    add_device_flags(add)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    print_anything()
+    Interruption()  # a signal ends the program by sys.exit
+    args = parse_arguments(arguments)
+    try:
+        device = join(args.device)
+        trained = load_model(args.ckpt, device)
+        trained.test_size = args.test_size or trained.test_size
+        args.amp = args.amp or amp_for(device, trained.model.config.backbone)
+        warn_of_emulation(device, args.amp)
+        if args.compile:
+            compile_in_place(trained.model)
+        if args.images:
+            evaluate_images(trained, args)
+        else:
+            evaluate_dataset(trained, device, args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{error}\n--amp bf16 or a smaller --test-size takes less memory")
+
+
+def evaluate_dataset(trained, device, args):
+    """Writes predictions.json, prints the table of AP, and draws and measures what else the command line asks for."""
+    dataset, name = open_data(trained, args, "test")
+    default = require_writable(args, name)
+    workers = workers_for(device) if args.workers is None else args.workers
+    layers = predict_dataset(trained.model, dataset, device, workers, args.amp, args.layers)
+    if layers is None:
+        return
+    out = args.out or new_folder(default)
+    write_json(out / "predictions.json", layers[-1])
+    metrics = {"images": len(dataset), "objects": dataset.objects}
+    if dataset.annotated:
+        rows = [average_precision(dataset.json, results, args.per_class) for results in layers]
+        print(table((f"layer {number}" if args.layers else "DI-MaskDINO", row) for number, row in enumerate(rows)))
+        metrics = {**rows[-1], **metrics}
+        if args.per_class:
+            metrics["classes"] = dict(zip(dataset.classes, rows[-1]["classes"].values()))
+            print(f"\n{table(metrics['classes'].items(), ['AP_box', 'AP_mask'])}\n")
+        if args.layers:
+            metrics["layers"] = rows
+    else:
+        print("the json has no annotations, so there is no AP")
+    print(f"over {len(dataset):,} images with {dataset.objects:,} objects, autocast {args.amp}; results in {out}")
+    try:
+        if args.draw:
+            indices = evenly_spaced(args.draw, len(dataset))
+            score = draw_dataset(dataset, layers[-1], indices, out / "pictures", args.score)
+            if score < args.score:
+                print(f"nothing on the pictures reaches a score of {args.score}: they show what reaches {score:.2g}")
+        if args.speed:
+            metrics.update(speed(trained.model, dataset, device, args.amp))
+            print(
+                f"{metrics['FPS']:.1f} images/s ({metrics['FPS_without_postprocessing']:.1f} without "
+                f"post-processing), {metrics['GFLOP']:,.1f} GFLOP, {metrics['parameters']:,} parameters"
+            )
+    finally:
+        if args.json:
+            write_json(args.json, metrics, indent=2)
+
+
+def evaluate_images(trained, args):
+    """--images: draws the objects in each of the user's images and writes predictions.json. Images that cannot be read
+    are named and skipped, with exit code 2 at the end. What was found before a signal or an error is kept."""
+    if rank_and_world()[1] > 1:
+        raise ValueError("--images works in one process: start it without torchrun")
+    if measuring := [f"--{name.replace('_', '-')}" for name in MEASURING if vars(args)[name]]:
+        raise ValueError(f"--images measures nothing: leave out {' and '.join(measuring)}")
+    if args.data or args.val_json:
+        open_data(trained, args, "val")
+    elif not trained.named:
+        numbered = "they are numbered; --data takes those of a data set"
+        names_are = "COCO has as many, so those are taken" if trained.source else numbered
+        say(f"{args.ckpt} has no names of its classes: {names_are}")
+    names = dict(zip(trained.category_ids, trained.classes))
+    default = require_writable(args, "images")
+    files = find_images(args.images, args.out or default)
+    out = args.out or new_folder(default)
+    stems = Counter(os.path.splitext(name)[0] for name in files)
+    predictions = []
+    done = 0
+    try:
+        for name, file in progress(files.items(), len(files), "finding"):
+            try:
+                picture = read_image(file)
+            except ValueError as error:
+                tqdm.write(str(error), file=sys.stderr)
+                continue
+            found = find(trained, picture, args.score, args.amp, encode)
+            results = coco_results(found, name, trained.category_ids)
+            predictions += [{**result, "category": names[result["category_id"]]} for result in results]
+            stem = os.path.splitext(name)[0]
+            drawn = out / f"{stem if stems[stem] == 1 else name}_found.png"
+            drawn.parent.mkdir(parents=True, exist_ok=True)
+            draw(picture, results, names, args.score).save(drawn)
+            said = ", ".join(f"{names[result['category_id']]} {result['score']:.2f}" for result in results)
+            say(f"{name}: {said or 'nothing'}")
+            done += 1
+    finally:
+        write_json(out / "predictions.json", predictions)
+        say(f"{out} has what was found on {done:,} of {len(files):,} images")
+    if done < len(files):
+        print(f"{len(files) - done} of {len(files)} images could not be read", file=sys.stderr)
+        sys.exit(2)
+
+
+def require_writable(args, what):
+    """Raises, before any work, where results cannot be written. Returns the folder for them if none is given."""
+    if args.out and (args.out / "log.jsonl").exists():
+        raise ValueError(f"{args.out} holds a run, whose predictions and pictures would be lost: choose another --out")
+    if rank_and_world()[0] == 0:
+        try_output(args.out or args.ckpt.parent)
+        if args.json:
+            try_output(args.json, is_folder=False)
+    return args.ckpt.parent / f"{args.ckpt.stem}_on_{what}"
+
+
+def open_data(trained, args, split):
+    """Opens the data set of the command line, or else that of the training: (dataset, its name). A checkpoint without
+    class names gets those of the data set. Raises ValueError where the classes do not fit."""
+    if args.data or args.val_json:
+        source = source_of(args)
+    elif trained.source:
+        source = trained.source
+        if args.image_folder:
+            source = replace(source, image_folder=str(args.image_folder))
+        if args.data_root != Path("data"):
+            source = replace(source, root=str(args.data_root))
+    else:
+        raise ValueError(f"{args.ckpt} does not say which data it was trained on: add --data or --val-json")
+    name = Path(source.val_json or source.data).stem
+    dataset = open_dataset(source, split, shortest_side(*trained.test_size), training=False)
+    if sound := require_sound(dataset, f"{split} images of {name}"):
+        say(sound)
+    if not trained.named and len(trained.classes) == len(dataset.classes):
+        if trained.classes != dataset.classes:
+            say(f"{args.ckpt} has no names of its classes: they are called as those of {name}")
+        trained.classes = dataset.classes
+        trained.category_ids = dataset.category_ids
+    require_same_classes(trained.classes, dataset.classes, str(args.ckpt), name)
+    return dataset, name
+
+
+def progress(things, total, what):
+    """The things, with a progress bar where there is a terminal."""
+    hidden = rank_and_world()[0] != 0 or not sys.stderr.isatty()
+    return tqdm(things, total=total, desc=what, unit="image", leave=False, dynamic_ncols=True, disable=hidden)
+
+
+# ---- Predictions -----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -85,38 +259,27 @@ def predict(
     """
     picture = as_picture(image)
     found = find(trained, picture, score, amp, form=list)
-    masks = found["masks"]
     empty = found["boxes"].new_zeros(0, picture.height, picture.width, dtype=torch.bool)
-    return {
-        **found,
-        "names": [trained.classes[label] for label in found["labels"].tolist()],
-        "masks": torch.stack(masks) if masks else empty,
-    }
+    names = [trained.classes[label] for label in found["labels"].tolist()]
+    return {**found, "names": names, "masks": torch.stack(found["masks"]) if names else empty}
 
 
-def as_picture(image) -> Image.Image:
+def as_picture(image):
     """The image, in any form that `predict` takes, as an upright RGB PIL image."""
     if isinstance(image, str | os.PathLike):
         return read_image(image)
     if isinstance(image, Image.Image) and image.width and image.height:
-        try:
-            return upright_rgb(image)
-        except OSError as error:  # PIL reads a file only now
-            raise ValueError(f"the PIL image cannot be read: {error}") from None
-    kind = f"a {type(image).__name__}"
-    if isinstance(image, Tensor | np.ndarray):
-        kind = f"{image.dtype}, {tuple(image.shape)}"
+        return upright_rgb(image)
+    given = f"{type(image).__name__} {getattr(image, 'dtype', '')} {[*getattr(image, 'shape', '')]}"
     if isinstance(image, Tensor) and image.dtype == torch.uint8:
         image = image.movedim(0, -1).cpu().numpy()
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
-        raise ValueError(
-            "an image is a file, a PIL image, or uint8, as an array [H W 3] or a tensor [3 H W]; this one is " + kind
-        )
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+        raise ValueError(f"not {given}: a file, a PIL image, or uint8, as an array [H W 3] or a tensor [3 H W]")
     return Image.fromarray(image)
 
 
 @torch.inference_mode()
-def find(trained, picture, score, amp, form) -> dict:
+def find(trained, picture, score, amp, form):
     """The objects of an upright PIL image, see `objects_of`, in boxes that are clipped to the image."""
     resized = pil_to_tensor(shortest_side(*trained.test_size)(None, *picture.size).image(picture))
     device = next(trained.model.parameters()).device
@@ -126,7 +289,37 @@ def find(trained, picture, score, amp, form) -> dict:
     return {**found, "boxes": clip_boxes_to_image(found["boxes"], size)}
 
 
-def outputs_of(model, image, device, amp=None) -> dict:
+@torch.inference_mode()
+def predict_dataset(model, dataset, device, workers=0, amp=None, every_layer=False):
+    """COCO results of the whole data set: a list of one list, or with every_layer of one for each prediction from
+    layer 0 on.
+
+    The images are shared out over the processes, and process 0 gets the results, the others None. The model is left in
+    evaluation mode.
+    """
+    model.eval()
+    rank, world = rank_and_world()
+    mine = range(rank, len(dataset), world)
+    found = {}  # index of the image -> its results by layer
+    loader = DataLoader(Images(dataset, mine), batch_size=None, num_workers=workers)
+    for index, image in zip(mine, progress(batches_of(loader), len(mine), "evaluating")):
+        outputs = outputs_of(model, image, device, amp)
+        found[index] = []
+        for layer in outputs["layers"] if every_layer else [outputs]:
+            objects = objects_of(layer, image.shape[-2:], size_of(dataset, index), encode)
+            found[index].append(coco_results(objects, dataset.image_ids[index], dataset.category_ids))
+    if world > 1:
+        shards = [None] * world if rank == 0 else None
+        dist.gather_object(found, shards)
+        if rank != 0:
+            return None
+        for shard in shards:
+            found.update(shard)
+    layers = zip(*(found[index] for index in sorted(found)))
+    return [[*chain.from_iterable(images)] for images in layers]
+
+
+def outputs_of(model, image, device, amp=None):
     """Runs the model on one image [3 H W] uint8."""
     with autocast(device, amp or amp_for(device, model.config.backbone)):
         return model(image[None].to(device))
@@ -136,120 +329,64 @@ def autocast(device, amp):
     return torch.autocast(device.type, AUTOCAST[amp], enabled=amp != "off")
 
 
-def objects_of(prediction: dict, image_size: tuple, size: tuple, form: Callable, score: float = 0.0) -> dict:
-    """The objects of one image that reach a score, as `postprocess` gives them, but with bounded memory.
-
-    Masks of the original size (H, W) are made a few at a time, once for all classes of a query, and only where the
-    class score suffices. form(masks [n H W] bool) turns them into a list of n masks, for example encoded ones.
-    """
-    class_scores, labels, queries = top_predictions(prediction, 0)
-    enough = class_scores >= score  # the mask's quality, at most 1, can only lower the score
-    class_scores = class_scores[enough]
-    labels = labels[enough]
-    queries = queries[enough]
-    once, which = queries.unique(return_inverse=True)
-    masks = []
-    qualities = [class_scores.new_zeros(0)]  # for an image without objects
-    step = max(1, PIXELS // (size[0] * size[1]))
-    for first in range(0, len(once), step):
-        few = once[first : first + step]
-        full, quality = full_size_masks(mask_logits(prediction, 0, few), image_size, size)
-        masks += form(full)
-        qualities.append(quality)
-    scores, order = (class_scores * torch.cat(qualities)[which]).sort(descending=True)
-    order = order[scores >= score]
-    boxes = full_size_boxes(prediction, 0, queries, image_size, size)
-    return {
-        "scores": scores[scores >= score],
-        "labels": labels[order],
-        "boxes": boxes[order],
-        "masks": [masks[i] for i in which[order].tolist()],
-    }
-
-
-# ---- A data set ------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def predict_dataset(
-    model: nn.Module,
-    dataset: CocoDataset,
-    device: torch.device,
-    workers: int = 0,
-    amp: str | None = None,
-    every_layer: bool = False,
-) -> Iterator[list[dict]] | None:
-    """COCO results of the whole data set: one list, or with every_layer one for each prediction from layer 0 on.
-
-    The images are shared out over the processes. Process 0 gets an iterator, which makes one list at a time; the others
-    get None. The model is left in evaluation mode.
-    """
-    model.eval()
-    rank, world = rank_and_world()
-    mine = range(rank, len(dataset), world)
-    found = {}  # index of the image -> its objects by layer
-    loader = DataLoader(Images(dataset, mine), batch_size=None, num_workers=workers)
-    for index, image in zip(mine, progress(batches_of(loader), len(mine), "evaluating")):
-        outputs = outputs_of(model, image, device, amp)
-        size = size_of(dataset, index)
-        layers = outputs["layers"] if every_layer else [outputs]
-        found[index] = [compact(objects_of(layer, image.shape[-2:], size, run_lengths)) for layer in layers]
-    if world > 1:
-        shards = [None] * world if rank == 0 else None
-        dist.gather_object(found, shards)
-        if rank != 0:
-            return None
-        found = {index: layers for shard in shards for index, layers in shard.items()}
-
-    def results(layer):
-        ids = dataset.image_ids
-        return [x for i in sorted(found) for x in coco_results(found[i][layer], ids[i], dataset.category_ids)]
-
-    return map(results, range(len(found[0])))
-
-
-def progress(things, total, what):
-    """The things, with a progress bar where there is a terminal."""
-    hidden = rank_and_world()[0] != 0 or not sys.stderr.isatty()
-    return tqdm(things, total=total, desc=what, unit="image", leave=False, dynamic_ncols=True, disable=hidden)
-
-
-def run_lengths(masks: Tensor) -> list[dict]:
-    """COCO's compressed run lengths of masks [n H W] bool."""
-    # pycocotools wants uint8 [H W n] in Fortran order. The transpose is cheaper on the masks' device than in numpy.
-    columns = masks.transpose(1, 2).contiguous().cpu().numpy().transpose(2, 1, 0)
-    return [{"size": code["size"], "counts": code["counts"].decode()} for code in rle.encode(columns.view(np.uint8))]
-
-
-def compact(found: dict) -> dict:
-    """Objects with encoded masks as numpy arrays, to hold those of all layers of COCO's 5,000 images in memory."""
-    return {name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in found.items()}
-
-
-def coco_results(found: dict, image_id: int | str, category_ids: list[int]) -> list[dict]:
-    """COCO results of one image from its objects with encoded masks. category_ids: by label."""
-    boxes = box_convert(torch.as_tensor(found["boxes"]), "xyxy", "xywh").tolist()
-    return [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score, "segmentation": mask}
-        for label, box, score, mask in zip(found["labels"].tolist(), boxes, found["scores"].tolist(), found["masks"])
-    ]
-
-
 def size_of(dataset, index):
     """(H, W) of an original image."""
     record = dataset.images[dataset.image_ids[index]]
     return record["height"], record["width"]
 
 
+def objects_of(prediction, image_size, size, form, score=0.0):
+    """The objects of one image that reach a score, as `postprocess` gives them, but with bounded memory.
+
+    Masks of the original size (H, W) are made a few at a time, once for all classes of a query, and only where the
+    class score suffices. form(masks [n H W] bool) turns them into a list of n masks, for example encoded ones.
+    """
+    best = top_predictions(prediction, 0)
+    enough = best[0] >= score  # the mask's quality, at most 1, can only lower the score
+    class_scores, labels, queries = (x[enough] for x in best)
+    once, which = queries.unique(return_inverse=True)
+    masks = []
+    qualities = [class_scores.new_zeros(0)]  # for an image without objects
+    step = max(1, PIXELS // (size[0] * size[1]))
+    for first in range(0, len(once), step):
+        few = mask_logits(prediction, 0, once[first : first + step])
+        full, quality = full_size_masks(few, image_size, size)
+        masks += form(full)
+        qualities.append(quality)
+    scores, order = (class_scores * torch.cat(qualities)[which]).sort(descending=True)
+    order = order[scores >= score]
+    return {
+        "scores": scores[: len(order)],
+        "labels": labels[order],
+        "boxes": full_size_boxes(prediction, 0, queries[order], image_size, size),
+        "masks": [masks[i] for i in which[order].tolist()],
+    }
+
+
+def encode(masks):
+    """COCO's compressed run lengths of masks [n H W] bool."""
+    # pycocotools wants uint8 [H W n] in Fortran order. The transpose is cheaper on the masks' device than in numpy.
+    columns = masks.transpose(1, 2).contiguous().cpu().numpy().transpose(2, 1, 0)
+    size = [*masks.shape[1:]]
+    return [{"size": size, "counts": code["counts"].decode()} for code in rle.encode(columns.view(np.uint8))]
+
+
+def coco_results(found, image_id, category_ids):
+    """COCO results of one image from its objects with encoded masks. category_ids: by label."""
+    boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
+    return [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score, "segmentation": mask}
+        for label, box, score, mask in zip(found["labels"].tolist(), boxes, found["scores"].tolist(), found["masks"])
+    ]
+
+
 # ---- AP --------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    model: nn.Module, dataset: CocoDataset, device: torch.device, workers: int = 0, amp: str | None = None
-) -> tuple[dict, list[dict] | None]:
+def evaluate(model, dataset: CocoDataset, device, workers=0, amp=None) -> tuple[dict, list[dict] | None]:
     """The metrics of `average_precision` in every process, and the COCO results in process 0 (None in the others)."""
     layers = predict_dataset(model, dataset, device, workers, amp)
-    results = None if layers is None else next(layers)
+    results = None if layers is None else layers[0]
     metrics = [None if layers is None else average_precision(dataset.json, results)]
     if dist.is_initialized():
         dist.broadcast_object_list(metrics)
@@ -291,7 +428,8 @@ def speed(model, dataset, device, amp=None, warm_up=5, most=50):
     the mean GFLOP of an image (see `flop_of`), and the number of parameters."""
     model.eval()
     loaded = [dataset.image(index)[0] for index in range(min(most, len(dataset)))]
-    seconds = {"FPS": [], "FPS_without_postprocessing": []}
+    whole = []
+    without = []
     for step in range(warm_up + len(loaded)):
         index = step % len(loaded)
         image = loaded[index].to(device)
@@ -299,13 +437,13 @@ def speed(model, dataset, device, amp=None, warm_up=5, most=50):
         outputs = outputs_of(model, image, device, amp)
         middle = clock(device)
         postprocess(outputs, [image.shape[-2:]], [size_of(dataset, index)])
-        if step >= warm_up:
-            seconds["FPS_without_postprocessing"].append(middle - start)
-            seconds["FPS"].append(clock(device) - start)
+        whole.append(clock(device) - start)
+        without.append(middle - start)
     of_each_size = {image.shape: image for image in loaded}
     flop = {size: flop_of(model, image[None].to(device)) for size, image in of_each_size.items()}
     return {
-        **{name: 1 / statistics.median(times) for name, times in seconds.items()},
+        "FPS": 1 / statistics.median(whole[warm_up:]),
+        "FPS_without_postprocessing": 1 / statistics.median(without[warm_up:]),
         "GFLOP": statistics.fmean(flop[image.shape] for image in loaded) / 1e9,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
@@ -317,212 +455,17 @@ def clock(device):
     return time.perf_counter()
 
 
-def flop_of(model: nn.Module, images: Tensor) -> int:
+def flop_of(model, images):
     """Floating point operations of the model for images [B 3 H W], with the masks of all queries of the last layer.
 
     A multiplication and an addition count as two. Elementwise operators are not counted, nor is deformable attention
     where it is not compiled.
     """
     # Inference mode would hide the operators inside composite ones.
-    uncompiled = torch.compiler.set_stance("force_eager")  # it counts operators
+    uncompiled = torch.compiler.set_stance("force_eager")  # whose operators can be counted
     with uncompiled, torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counted:
         mask_logits(model(images))
     return counted.get_total_flops()
-
-
-# ---- The command line ------------------------------------------------------------------------------------------------
-
-
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--ckpt", required=True, type=user_path, metavar="CKPT", help="checkpoint, such as runs/demo/best.pt")
-    named = "shapes, coco, bdd100k or a folder in COCO layout (that of the training)"
-    add_data_flags(add, help=named)
-    add("--layers", action="store_true", help="AP at every decoder layer, the initial prediction (layer 0) first")
-    add("--per-class", action="store_true", help="AP of each class as well")
-    add("--speed", action="store_true", help="images a second, with and without post-processing; GFLOP; parameters")
-    add("--draw", type=at_least(0), default=0, metavar="N", help="pictures of N images, truth beside what was found")
-    add("--json", type=user_path, metavar="OUT", help="write the metrics to this file")
-    images = "find objects in these images, and in all in these folders, instead of measuring AP"
-    add("--images", type=user_path, nargs="+", metavar="PATH", help=images)
-    add("--out", type=user_path, help="folder for pictures and predictions.json (a new one beside the checkpoint)")
-    add("--score", type=float, default=SCORE, help="least score of what is drawn, and kept for --images (%(default)s)")
-    sizes = "shortest and longest side of images (as trained)"
-    add("--test-size", type=at_least(1), nargs=2, metavar=("SHORT", "LONG"), help=sizes)
-    add_device_flags(add)
-    return parser.parse_args(arguments)
-
-
-def main(arguments=None):
-    print_anything()
-    Interruption()  # a signal ends the program by sys.exit
-    args = parse_arguments(arguments)
-    try:
-        device = join(args.device)
-        if args.workers is None:
-            args.workers = workers_for(device)
-        trained = load_model(args.ckpt, device)
-        args.amp = args.amp or amp_for(device, trained.model.config.backbone)
-        warn_of_emulation(device, args.amp)
-        trained.test_size = args.test_size or trained.test_size
-        if args.compile:
-            compile_in_place(trained.model)
-        if args.images:
-            evaluate_images(trained, args)
-        else:
-            evaluate_dataset(trained, device, args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"{error}\n--amp bf16 or a smaller --test-size takes less memory")
-
-
-def open_data(trained, args, split):
-    """Opens the data set of the command line, or else that of the training: (dataset, its name). A checkpoint without
-    class names gets those of the data set. Raises ValueError where the classes do not fit."""
-    if args.data or args.val_json:
-        source = source_of(args)
-    elif trained.source:
-        moved = {"image_folder": args.image_folder} if args.image_folder else {}
-        if args.data_root != Path("data"):
-            moved["root"] = args.data_root
-        source = replace(trained.source, **{name: str(path) for name, path in moved.items()})
-    else:
-        raise ValueError(f"{args.ckpt} does not say which data it was trained on: add --data or --val-json")
-    name = Path(source.val_json or source.data).stem
-    dataset = open_dataset(source, split, shortest_side(*trained.test_size), training=False)
-    if sound := require_sound(dataset, f"{split} images of {name}"):
-        say(sound)
-    if not trained.named and len(trained.classes) == len(dataset.classes):
-        if trained.classes != dataset.classes:
-            say(f"{args.ckpt} has no names of its classes: they are called as those of {name}")
-        trained.classes = dataset.classes
-        trained.category_ids = dataset.category_ids
-        trained.named = True
-    require_same_classes(trained.classes, dataset.classes, str(args.ckpt), name)
-    return dataset, name
-
-
-@contextlib.contextmanager
-def output(args, what):
-    """Chooses the folder for results and tries, before any work, whether all of them can be written. A new folder that
-    stays empty is removed."""
-    if args.out and (args.out / "log.jsonl").exists():
-        raise ValueError(f"{args.out} holds a run, whose predictions and pictures would be lost: choose another --out")
-    new = not args.out and rank_and_world()[0] == 0
-    try:
-        if rank_and_world()[0] == 0:
-            try_output(args.out or args.ckpt.parent)
-            args.out = args.out or new_folder(args.ckpt.parent / f"{args.ckpt.stem}_on_{what}")
-            for file in filter(None, (args.out / "predictions.json", args.json)):
-                try_output(file, is_folder=False)
-        yield
-    finally:
-        if new and args.out and not any(args.out.iterdir()):
-            args.out.rmdir()
-
-
-def evaluate_images(trained, args):
-    """--images: draws the objects in each of the user's images and writes predictions.json. Images that cannot be read
-    are named and skipped, with exit code 2 at the end. What was found before a signal or an error is kept."""
-    if rank_and_world()[1] > 1:
-        raise ValueError("--images works in one process: start it without torchrun")
-    if measuring := [f"--{name.replace('_', '-')}" for name in MEASURING if vars(args)[name]]:
-        raise ValueError(f"--images measures nothing: leave out {' and '.join(measuring)}")
-    if args.data or args.val_json:
-        open_data(trained, args, "val")
-    elif not trained.named and trained.source:
-        say(f"{args.ckpt} has no names of its classes: COCO has as many, so those are taken")
-    elif not trained.named:
-        say(f"{args.ckpt} has no names of its classes: they are numbered; --data takes those of a data set")
-    names = dict(zip(trained.category_ids, trained.classes))
-    with output(args, "images"):
-        files = find_images(args.images, args.out)
-        stems = Counter(os.path.splitext(name)[0] for name in files)
-        predictions = []
-        done = 0
-        unread = 0
-        try:
-            for name, file in progress(files.items(), len(files), "finding"):
-                try:
-                    picture = read_image(file)
-                except ValueError as error:
-                    unread += 1
-                    tqdm.write(str(error), file=sys.stderr)
-                    continue
-                found = find(trained, picture, args.score, args.amp, run_lengths)
-                results = coco_results(found, name, trained.category_ids)
-                stem = os.path.splitext(name)[0]
-                drawn = args.out / f"{stem if stems[stem] == 1 else name}_found.png"
-                drawn.parent.mkdir(parents=True, exist_ok=True)
-                draw(picture, results, names, args.score).save(drawn)
-                predictions += [{**result, "category": names[result["category_id"]]} for result in results]
-                said = ", ".join(f"{names[r['category_id']]} {r['score']:.2f}" for r in results)
-                say(f"{name}: {said or 'nothing'}")
-                done += 1
-        finally:
-            write_json(args.out / "predictions.json", predictions)
-            say(f"{args.out} has what was found on {done:,} of {len(files):,} images")
-    if unread:
-        print(f"{unread} of {len(files)} images could not be read", file=sys.stderr)
-        sys.exit(2)
-
-
-def evaluate_dataset(trained, device, args):
-    """Prints the table of AP, and measures and draws what else the command line asks for."""
-    dataset, name = open_data(trained, args, "test")
-    with output(args, name):
-        layers = predict_dataset(trained.model, dataset, device, args.workers, args.amp, args.layers)
-        if layers is None:
-            return
-        rows = []
-        for number, results in enumerate(layers):
-            if dataset.annotated:
-                metrics = average_precision(dataset.json, results, args.per_class)
-                rows.append((f"layer {number}" if args.layers else "DI-MaskDINO", metrics))
-        write_json(args.out / "predictions.json", results)
-        metrics = report(dataset, rows, args)
-        try:
-            if args.speed:
-                metrics.update(speed(trained.model, dataset, device, args.amp))
-                print(
-                    f"{metrics['FPS']:.1f} images/s ({metrics['FPS_without_postprocessing']:.1f} without "
-                    f"post-processing), {metrics['GFLOP']:,.1f} GFLOP, {metrics['parameters']:,} parameters"
-                )
-        finally:
-            if args.json:
-                write_json(args.json, metrics, indent=2)
-        if args.draw:
-            indices = evenly_spaced(args.draw, len(dataset))
-            score = draw_dataset(dataset, results, indices, args.out / "pictures", args.score)
-            if score < args.score:
-                print(f"nothing on the pictures reaches a score of {args.score}: they show what reaches {score:.2g}")
-
-
-def report(dataset, rows, args):
-    """Prints the table of (name, metrics) rows; returns what --json writes: the metrics of the last row, and counts."""
-    counts = {"images": len(dataset), "objects": dataset.objects}
-    if not dataset.annotated:
-        print(
-            f"the json has no annotations, so there is no AP: {args.out} has what was found on {len(dataset):,} images"
-        )
-        return counts
-    print(table(rows))
-    metrics = {**rows[-1][1], **counts}
-    if args.per_class:
-        metrics["classes"] = dict(zip(dataset.classes, metrics["classes"].values()))
-        print(f"\n{table(metrics['classes'].items(), ['AP_box', 'AP_mask'])}\n")
-    print(
-        f"over {len(dataset):,} images with {dataset.objects:,} objects, autocast {args.amp}; "
-        f"{args.out} has all that was found"
-    )
-    if args.layers:
-        metrics["layers"] = [row for _, row in rows]
-    return metrics
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ over the sets.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +30,10 @@ from dimaskdino import mask_logits
 # For the cost of matching and for the loss alike (released code).
 WEIGHTS = {"class": 4.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
 DETECTION = ("class", "box", "giou")
-MOST_PIXELS = 2**25  # of the masks that become float32 at a time: bounds the memory of sampling
-MOST_LOGITS = 2**23  # sampled mask logits whose costs are computed at a time: bounds the memory of matching
+# What is computed at a time bounds the memory, and glibc keeps what is smaller than 32 MB for the next time.
+MOST_CANDIDATES = 2**21  # of the points of importance sampling
+MOST_LOGITS = 2**22  # of the sampled masks that are matched
+MOST_PIXELS = 2**25  # of the objects' masks as float32
 
 
 def to_device(array, device):
@@ -50,8 +53,7 @@ class Denoising(NamedTuple):
     pairs: list  # the slots that hold an object and its index: (queries [m], objects [m]) of each image, on the CPU
 
     def to(self, device):
-        labels = self.labels.to(device, non_blocking=True)
-        boxes_logit = self.boxes_logit.to(device, non_blocking=True)
+        labels, boxes_logit = (x.to(device, non_blocking=True) for x in (self.labels, self.boxes_logit))
         return self._replace(labels=labels, boxes_logit=boxes_logit)
 
     def attention_mask(self, queries):
@@ -79,25 +81,37 @@ def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_no
     reach = torch.cat((boxes[:, 2:] / 2, boxes[:, 2:]), 1)
     boxes = (boxes + (torch.rand_like(boxes) * 2 - 1) * reach * box_noise).clamp(0, 1)
 
-    slot_labels = labels.new_full((len(targets), groups, size), -1)
-    slot_boxes = boxes.new_zeros(len(targets), groups, size, 4)
+    # Of each image [n groups], padded to [B size groups].
+    labels = pad_sequence(labels.view(groups, sum(counts)).T.split(counts), batch_first=True, padding_value=-1)
+    boxes_logit = boxes.logit(1e-5).view(groups, sum(counts), 4).transpose(0, 1)
+    boxes_logit = pad_sequence(boxes_logit.split(counts), batch_first=True)
     pairs = []
-    labels = labels.view(groups, sum(counts)).split(counts, 1)  # of each image [groups n]
-    boxes = boxes.logit(1e-5).view(groups, sum(counts), 4).split(counts, 1)
-    for b, n in enumerate(counts):
-        slot_labels[b, :, :n] = labels[b]
-        slot_boxes[b, :, :n] = boxes[b]
+    for n in counts:
         slots = np.arange(groups)[:, None] * size + np.arange(n)  # [groups n]
         pairs.append((slots.flatten(), np.tile(np.arange(n), groups)))
-    return Denoising(slot_labels.flatten(1), slot_boxes.flatten(1, 2), groups, pairs)
+    return Denoising(labels.mT.flatten(1), boxes_logit.transpose(1, 2).flatten(1, 2), groups, pairs)
 
 
 # ---- Sampling and costs ----------------------------------------------------------------------------------------------
 
 
-def random_points(*shape, device):
-    """Points [... 2], uniform in [-1, 1]."""
-    return torch.rand(*shape, 2, device=device).mul(2).sub_(1)
+def random_points(number, points, device):
+    """Points [number points 2], uniform in [-1, 1), on a grid of 65,536 x 65,536. Two points share a random number of
+    64 bits, which a CPU draws in a fraction of the time that torch.rand takes for four."""
+    pairs = math.ceil(points / 2)
+    words = torch.empty(number, pairs, dtype=torch.int64, device=device).random_(-(2**63), None)
+    coordinates = words.view(torch.int16).view(number, 2 * pairs, 2)[:, :points]
+    return coordinates.float().mul_(2**-15)
+
+
+def smallest(values, number):
+    """Indices [m number] of the smallest values in each row of values [m n], in any order."""
+    if values.device.type != "cpu":
+        return values.topk(number, largest=False, sorted=False).indices
+    rows = np.array_split(values.numpy(), torch.get_num_threads())
+    with ThreadPoolExecutor() as pool:  # a third of topk's time
+        chosen = pool.map(lambda some: np.argpartition(some, number)[:, :number], rows)
+    return torch.from_numpy(np.concatenate([*chosen]))
 
 
 def sample(maps, points):
@@ -111,17 +125,16 @@ def sample_objects(masks, objects, points):
     Every object that occurs has to occur equally often, as in a set of predictions: once, or once in each denoising
     group. Each mask is then read once, at all of its points.
     """
-    order = np.argsort(objects, kind="stable")
     present = np.unique(objects)
-    grouped = points.index_select(0, to_device(order, points.device)).view(len(present), -1, 2)
-    values = []
-    first = 0
-    for some in np.array_split(present, math.ceil(len(present) * masks[0].numel() / MOST_PIXELS)):
+    portions = math.ceil(len(present) * masks[0].numel() / MOST_PIXELS)
+    rows = np.argsort(objects, kind="stable").reshape(len(present), -1)
+    values = points.new_empty(points.shape[:2])
+    for some, of_some in zip(np.array_split(present, portions), np.array_split(rows, portions)):
         chosen = masks.index_select(0, to_device(some, masks.device)).float()
-        values.append(sample(chosen[:, None], grouped[first : first + len(some)])[:, 0])
-        first += len(some)
-    restored = to_device(np.argsort(order), points.device)
-    return torch.cat(values).view(points.shape[:2]).index_select(0, restored)
+        index = to_device(of_some.flatten(), points.device)
+        grouped = points.index_select(0, index).view(len(some), -1, 2)
+        values.index_copy_(0, index, sample(chosen[:, None], grouped).view(len(index), -1))
+    return values
 
 
 def giou(a, b):
@@ -151,10 +164,14 @@ def class_and_box_costs(logits, boxes, labels, wanted):
 def mask_costs(logits, inside):
     """Matching cost [B Q n] of every predicted mask (logits at P points [B Q P]) with every object's mask (at these
     points [B n P]): binary cross-entropy and dice."""
+    points = logits.shape[2]
     p = logits.sigmoid()
     inside_T = inside.transpose(1, 2)
-    bce = -(nnf.logsigmoid(-logits).sum(-1, keepdim=True) + logits @ inside_T) / logits.shape[2]
-    dice = 1 - (2 * p @ inside_T + 1) / (p.sum(-1, keepdim=True) + inside.sum(-1)[:, None] + 1)
+    # Softplus is max(logit, 0) - log(max(p, 1 - p)): one logarithm for the product of up to 64 numbers of at least 1/2.
+    likelier = torch.maximum(p, 1 - p).unflatten(2, (-1, math.gcd(points, 64))).prod(3)
+    softplus = logits.clamp(min=0).sum(2) - likelier.log().sum(2)
+    bce = (softplus[..., None] - logits @ inside_T) / points
+    dice = 1 - (2 * (p @ inside_T) + 1) / (p.sum(2, keepdim=True) + inside.sum(2)[:, None] + 1)
     return WEIGHTS["mask"] * bce + WEIGHTS["dice"] * dice
 
 
@@ -186,48 +203,40 @@ class Criterion(nn.Module):
         sets |= {f"interaction_{layer}": prediction for layer, prediction in enumerate(outputs["interaction"])}
         with torch.autocast(outputs["logits"].device.type, enabled=False):
             pairs = self.match(sets, targets)
-            divisors = dict.fromkeys(sets, num_objects)
+            divisors = [num_objects] * len(sets)
             for layer, prediction in enumerate(outputs["denoising"]):
-                name = f"denoising_{layer}"
-                sets[name] = prediction
-                pairs[name] = denoising.pairs
-                divisors[name] = num_objects * max(denoising.groups, 1)
+                sets[f"denoising_{layer}"] = prediction
+                pairs[f"denoising_{layer}"] = denoising.pairs
+                divisors.append(num_objects * max(denoising.groups, 1))
 
             # For each set of predictions, the sum of each loss over its matched pairs; all sets at once.
-            with_masks = {name: prediction for name, prediction in sets.items() if "pixels" in prediction}
             classes, boxes, gious = self.class_and_box_losses(sets, targets, pairs)
-            masks, dices = self.mask_losses(with_masks, targets, pairs)
-            losses = self.weighted("class", classes, sets, divisors)
-            losses |= self.weighted("box", boxes, sets, divisors)
-            losses |= self.weighted("giou", gious, sets, divisors)
-            losses |= self.weighted("mask", masks, with_masks, divisors)
-            losses |= self.weighted("dice", dices, with_masks, divisors)
+            masks, dices = self.mask_losses(sets, targets, pairs)
+            factors = np.divide.outer([*self.weights.values()], divisors).astype(np.float32)
+            weighted = torch.stack((classes, boxes, gious, masks, dices)) * to_device(factors, masks.device)  # [5 sets]
+
+        losses = {}
+        for term, of_term in zip(self.weights, weighted.unbind()):
+            for (name, prediction), loss in zip(sets.items(), of_term.unbind()):
+                if term in DETECTION or "pixels" in prediction:
+                    losses[f"{term}_{name}"] = loss
         return losses
 
-    def weighted(self, term, sums, sets, divisors):
-        """The sums [sets] of one term, weighted and divided, by name: {"<term>_<set>": scalar}"""
-        divisor = to_device(np.array([divisors[name] for name in sets], np.float32), sums.device)
-        values = self.weights[term] * sums / divisor
-        return {f"{term}_{name}": value for name, value in zip(sets, values.unbind())}
-
-    @torch.no_grad()
     def match(self, sets, targets):
         """Hungarian (bipartite) matching: for each set of predictions {name: prediction} the pairs of least total cost,
         {name: pairs}. One synchronisation for all sets."""
-        costs = self.costs(sets, targets).cpu().numpy()  # [B Q n], the queries of all sets one after another
+        costs = self.costs(sets, targets).cpu().split([x["logits"].shape[1] for x in sets.values()], 1)
         pairs = {}
-        first = 0
-        for name, prediction in sets.items():
-            last = first + prediction["logits"].shape[1]
+        for (name, prediction), of_set in zip(sets.items(), costs):
             pairs[name] = []
             for b, target in enumerate(targets):
-                cost = costs[b, first:last, : len(target["labels"])]
+                cost = of_set[b, :, : len(target["labels"])].numpy()
                 if not np.isfinite(cost).all():
                     raise FloatingPointError(explain(name, b, prediction, target))
                 pairs[name].append(linear_sum_assignment(cost))
-            first = last
         return pairs
 
+    @torch.no_grad()
     def costs(self, sets, targets):
         """Matching cost of each query with each object of its image [B, queries of all sets, most objects of an image].
 
@@ -239,34 +248,33 @@ class Criterion(nn.Module):
         wanted = pad_sequence([t["boxes"] for t in targets], batch_first=True)
         costs = class_and_box_costs(logits, boxes, labels, wanted)
 
-        points = torch.cat([random_points(1, self.points, device=boxes.device) for _ in targets])  # [B P 2]
-        inside = []
-        for target, of_image in zip(targets, points):
-            masks = target["masks"][:, None].float()
-            inside.append(sample(masks, of_image.expand(len(masks), -1, -1))[:, 0])
+        points = torch.cat([random_points(1, self.points, boxes.device) for _ in targets])  # [B P 2]
+        inside = [sample(t["masks"][None].float(), x[None])[0] for t, x in zip(targets, points)]
         inside = pad_sequence(inside, batch_first=True)  # [B n P]
 
         sampled = {}  # the pixels at the points [B C P]; most sets have the same
-        first = 0
-        for prediction in sets.values():
-            last = first + prediction["logits"].shape[1]
+        step = max(1, MOST_LOGITS // points[..., 0].numel())  # queries
+        for prediction, of_set in zip(sets.values(), costs.split([x["logits"].shape[1] for x in sets.values()], 1)):
             if "pixels" in prediction:
                 pixels = prediction["pixels"]
                 if id(pixels) not in sampled:
-                    sampled[id(pixels)] = sample(pixels.float(), points).to(pixels.dtype)
-                step = max(1, MOST_LOGITS // points[..., 0].numel())
-                for query in range(first, last, step):
-                    embedding = prediction["mask_embedding"][:, query - first : query - first + step]
-                    cost = mask_costs((embedding @ sampled[id(pixels)]).float(), inside)
-                    costs[:, query : query + cost.shape[1]] += cost
-            first = last
+                    last = pixels.float().contiguous(memory_format=torch.channels_last)  # quicker to sample
+                    sampled[id(pixels)] = sample(last, points).to(pixels.dtype)
+                for embedding, cost in zip(prediction["mask_embedding"].split(step, 1), of_set.split(step, 1)):
+                    cost += mask_costs((embedding @ sampled[id(pixels)]).float(), inside)
         return costs
 
     def class_and_box_losses(self, sets, targets, pairs):
         """Sums [sets] of each set's losses: focal loss of all queries, L1 and GIoU of the matched boxes."""
         logits = torch.cat([x["logits"] for x in sets.values()], 1).float()  # [B Q K], the sets side by side
         boxes = torch.cat([x["boxes"] for x in sets.values()], 1).float()
-        image, query, objects = self.indices(sets, targets, pairs)
+        queries_of_sets = [x["logits"].shape[1] for x in sets.values()]
+        found = [indices(of_set, targets) for of_set in pairs.values()]
+        pairs_of_sets = [len(image) for image, *_ in found]
+        image, query, objects = (np.concatenate(x) for x in zip(*found))
+        query += np.repeat(np.cumsum([0, *queries_of_sets[:-1]]), pairs_of_sets)
+        image, query, objects = (to_device(x, logits.device) for x in (image, query, objects))
+
         labels = torch.cat([t["labels"] for t in targets])[objects]
         wanted = torch.cat([t["boxes"] for t in targets])[objects]
         classes = torch.zeros_like(logits)
@@ -275,47 +283,26 @@ class Criterion(nn.Module):
         matched = boxes[image, query]
         l1 = (matched - wanted).abs().sum(1)
         overlap = giou(box_convert(matched, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
-        queries_of_sets = [x["logits"].shape[1] for x in sets.values()]
-        pairs_of_sets = [sum(len(queries) for queries, _ in pairs[name]) for name in sets]
         return sums(focal, queries_of_sets), sums(l1, pairs_of_sets), sums(1 - overlap, pairs_of_sets)
-
-    def indices(self, sets, targets, pairs):
-        """The pairs of all sets as three tensors of indices [M]: image, query (all sets concatenated), object (all
-        images, concatenated)."""
-        image = []
-        query = []
-        objects = []
-        first_query = 0
-        for name, prediction in sets.items():
-            first_object = 0
-            for b, (queries, found) in enumerate(pairs[name]):
-                image.append(np.full(len(queries), b))
-                query.append(first_query + queries)
-                objects.append(first_object + found)
-                first_object += len(targets[b]["labels"])
-            first_query += prediction["logits"].shape[1]
-        device = targets[0]["labels"].device
-        return [to_device(np.concatenate(index), device) for index in (image, query, objects)]
 
     def mask_losses(self, sets, targets, pairs):
         """Sums [sets] of each set's losses: binary cross-entropy and dice of the matched masks, at points drawn by
         importance sampling, one set at a time to bound the memory."""
         masks = torch.cat([target["masks"] for target in targets])  # [n H W]
-        first_object = np.cumsum([0, *(len(target["masks"]) for target in targets)])
         predicted = matched_masks(sets, pairs)
         logits = []
         inside = []
-        for name in sets:
-            objects = np.concatenate([first + found for first, (_, found) in zip(first_object, pairs[name])])
-            points = self.uncertain_points(predicted[name])  # [m P 2]
-            logits.append(sample(predicted[name][:, None], points)[:, 0])
+        for name, of_set in predicted.items():
+            *_, objects = indices(pairs[name], targets)
+            points = self.uncertain_points(of_set)  # [m P 2]
+            logits.append(sample(of_set[:, None], points)[:, 0])
             inside.append(sample_objects(masks, objects, points) if len(objects) else points[..., 0])
-        pairs_of_sets = [len(x) for x in logits]
         logits = torch.cat(logits)
         inside = torch.cat(inside)
         p = logits.sigmoid()
-        bce = nnf.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(1)
-        dice = 1 - (2 * (p * inside).sum(1) + 1) / (p.sum(1) + inside.sum(1) + 1)
+        bce = (nnf.softplus(logits).sum(1) - torch.einsum("mp,mp->m", logits, inside)) / logits.shape[1]
+        dice = 1 - (2 * torch.einsum("mp,mp->m", p, inside) + 1) / (p.sum(1) + inside.sum(1) + 1)
+        pairs_of_sets = [len(predicted.get(name, ())) for name in sets]
         return sums(bce, pairs_of_sets), sums(dice, pairs_of_sets)
 
     @torch.no_grad()
@@ -323,11 +310,23 @@ class Criterion(nn.Module):
         """Importance sampling of points [m P 2] for mask logits [m H W], as PointRend: of 3 P random points the 3/4 P
         where the mask is least certain, and 1/4 P random ones."""
         kept = int(0.75 * self.points)
-        points = random_points(len(masks), 3 * self.points, device=masks.device)
-        certainty = sample(masks[:, None], points)[:, 0].abs_()
-        chosen = certainty.topk(kept, largest=False, sorted=False).indices
-        points = points.gather(1, chosen[..., None].expand(-1, -1, 2))
-        return torch.cat((points, random_points(len(masks), self.points - kept, device=masks.device)), 1)
+        points = masks.new_empty(len(masks), self.points, 2)
+        step = max(1, MOST_CANDIDATES // (3 * self.points))
+        for some, of_some in zip(masks.split(step), points.split(step)):
+            candidates = random_points(len(some), 3 * self.points, masks.device)
+            certainty = sample(some[:, None], candidates)[:, 0].abs_()
+            least = torch.view_as_complex(candidates).gather(1, smallest(certainty, kept))
+            of_some[:, :kept] = torch.view_as_real(least)
+            of_some[:, kept:] = random_points(len(some), self.points - kept, masks.device)
+        return points
+
+
+def indices(pairs, targets):
+    """A set's pairs as three arrays of indices [m]: image, query, and object among those of all images."""
+    image = np.repeat(np.arange(len(pairs)), [len(queries) for queries, _ in pairs])
+    query, objects = (np.concatenate(x) for x in zip(*pairs))
+    first = np.cumsum([0, *(len(target["labels"]) for target in targets)])
+    return image, query, first[image] + objects
 
 
 def matched_masks(sets, pairs):
@@ -335,7 +334,8 @@ def matched_masks(sets, pairs):
     share one product for each image."""
     together = {}
     for name, prediction in sets.items():
-        together.setdefault(id(prediction["pixels"]), []).append(name)
+        if "pixels" in prediction:
+            together.setdefault(id(prediction["pixels"]), []).append(name)
     found = {}
     for names in together.values():
         pixels = sets[names[0]]["pixels"]
@@ -348,7 +348,7 @@ def matched_masks(sets, pairs):
             product = torch.einsum("qc,chw->qhw", matched, pixels_b).float()
             by_image.append(product.split([len(x) for x in queries]))
         found |= {name: torch.cat(of_set) for name, of_set in zip(names, zip(*by_image))}
-    return found
+    return {name: found[name] for name in sets if name in found}  # in the order of the sets
 
 
 def sums(values, sizes):

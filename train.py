@@ -11,7 +11,6 @@ epoch and the image).
 """
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import math
@@ -23,6 +22,7 @@ import time
 import typing
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -52,22 +52,19 @@ from util.distributed import (
     launched_processes,
     on_every_rank,
     print_anything,
-    problems_of_all,
     rank_and_world,
     say,
-    share_statistics,
     stop,
-    warn_of_emulation,
+    together,
     workers_for,
 )
 from util.flags import add_data_flags, add_device_flags, at_least, source_of, user_path
-from util.log import Log, describe
+from util.log import Log, describe, replaced
 from util.weights import imagenet, load_weights, read_checkpoint
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 1000  # steps, beside the end of each epoch
 MOST_SKIPPED = 30  # steps in a row that fp16 may skip; its scale is then a billionth of the first
-NOT_FINITE = "last.pt is untouched; a lower --lr or --amp off may help"
 
 
 # ---- The recipe (4.1, appendix B) ------------------------------------------------------------------------------------
@@ -123,7 +120,7 @@ class Recipe:
         if self.schedule not in ("steps", "cosine"):
             raise ValueError(f"schedule={self.schedule!r} is not one of steps, cosine")
         for name in ("epochs", "batch_size", "lr", "clip", "mask_points", "image_size"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN as well
                 raise ValueError(f"{name}={getattr(self, name)} is not above 0")
 
     def replace(self, **changes) -> "Recipe":
@@ -153,23 +150,23 @@ def setting(text):
     if name not in SETTABLE:
         raise argparse.ArgumentTypeError(f"{name}: the fields are {', '.join(SETTABLE)}")
     kind = SETTABLE[name]
-    if kind is not str:
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value)
-    if not fits(value, kind):
-        raise argparse.ArgumentTypeError(f"{text}: that is no {kind if typing.get_args(kind) else kind.__name__}")
-    return name, value
+    try:
+        return name, parsed(value, kind)
+    except (ValueError, KeyError):
+        named = kind if typing.get_args(kind) else kind.__name__
+        raise argparse.ArgumentTypeError(f"{text}: that is no {named}") from None
 
 
-def fits(value, kind):
-    """Whether a value is of a field's type. A whole number is a float as well; True is no number."""
+def parsed(text, kind):
+    """A value of a field's type: (300,), None, True, 0.1 or a word."""
+    parts = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        parts = typing.get_args(kind)
-        parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
-        return isinstance(value, tuple) and len(value) == len(parts) and all(map(fits, value, parts))
-    if typing.get_args(kind):  # int | None
-        return any(fits(value, part) for part in typing.get_args(kind))
-    return isinstance(value, (float, int) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        texts = [part for part in text.strip("() ").split(",") if part.strip()]
+        kinds = parts[:1] * len(texts) if parts[-1] is ... else parts
+        return tuple(parsed(*pair) for pair in zip(texts, kinds, strict=True))
+    if parts:  # int | None
+        return None if text == "None" else parsed(text, parts[0])
+    return {"True": True, "False": False}[text] if kind is bool else kind(text)
 
 
 def with_settings(settings, args):
@@ -200,33 +197,28 @@ def choose_config(args, num_classes):
 
 def parse_training(arguments, description=""):
     """Parses the flags of train.py; some defaults depend on the data."""
-    positive = at_least(1)
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    named = "shapes, coco, bdd100k, or a folder as COCO, Roboflow, CVAT or Label Studio lay it out (shapes)"
-    add_data_flags(add, help=named)
-    outright = "COCO json of the training images, in place of --data; without --val-json every tenth image is held out"
-    add("--train-json", type=user_path, metavar="FILE", help=outright)
+    add_data_flags(add, help="shapes, coco, bdd100k, or a folder as of COCO, Roboflow, CVAT, Label Studio (shapes)")
+    held_out = "COCO json of the training images; without --val-json every tenth image is held out"
+    add("--train-json", type=user_path, metavar="FILE", help=held_out)
     presets = ["paper", "released", "maskdino", "tiny"]
     add("--preset", choices=presets, help="model and recipe (tiny for shapes, paper for all other data)")
-    fields = f"change a field of the model or of its training: {', '.join(SETTABLE)}"
+    fields = f"change one of {', '.join(SETTABLE)}"
     add("--set", action="append", type=setting, default=[], metavar="FIELD=VALUE", help=fields)
-    add("--epochs", type=positive, help="(paper: 50; tiny: 12)")
-    add("--gpus", type=positive, default=1, help="processes to start on this machine (%(default)s)")
-    add("--batch-size", type=positive, help="of all processes together (paper: 16, Swin-L 4; tiny: 8)")
-    accumulate = "gradient accumulation: micro-batches that make up each batch, to save memory (%(default)s)"
-    add("--accumulate", type=positive, default=1, help=accumulate)
+    add("--epochs", type=at_least(1), help="(paper: 50; tiny: 12)")
+    add("--gpus", type=at_least(1), default=1, help="processes to start on this machine (%(default)s)")
+    add("--batch-size", type=at_least(1), help="of all processes together (paper: 16, Swin-L 4; tiny: 8)")
+    add("--accumulate", type=at_least(1), default=1, help="micro-batches of a batch, to save memory (%(default)s)")
     add("--checkpoint-activations", action="store_true", help="recompute activations, to save memory")
     add("--lr", type=at_least(1e-12, float), help="learning rate (paper: 1e-4; tiny: 2e-3)")
-    size = "side of training images in px; test images change alike (paper: 1024; tiny: 128)"
-    add("--image-size", type=positive, help=size)
+    add("--image-size", type=at_least(1), help="px of training images; test images alike (paper: 1024; tiny: 128)")
     add("--augmentation", choices=[*AUGMENTATIONS], help="(paper: jitter; tiny: flips)")
     add_device_flags(add)
     add("--seed", type=at_least(0), default=0, help="(%(default)s)")
     add("--out", type=user_path, help="the run's folder (runs/DATA)")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    init = "start from those weights of a checkpoint, ours or the authors', that fit"
-    add("--init", type=user_path, metavar="CKPT", help=init)
+    add("--init", type=user_path, metavar="CKPT", help="start from the weights of a checkpoint that fit")
     backbone = "also in place of --init's (torchvision's, of ImageNet-1k, unless --init fills it); none: from scratch"
     add("--backbone-weights", type=os.path.expanduser, metavar="PATH", help=backbone)
     add("--check", action="store_true", help="only check the data: decode every image")
@@ -253,12 +245,8 @@ def open_data(args, recipe):
     if seen := data.seen_in_training(train_set, val_set):
         say(seen)
     queries = choose_config(args, len(train_set.classes)).selection[-1]
-    crowded = sum(len(objects) > queries for objects in train_set.annotations.values())
-    if crowded:
-        say(
-            f"{crowded:,} training images have more objects than the model has queries ({queries}), so it cannot find "
-            "all: the last number of --set selection=(...) changes that"
-        )
+    if crowded := sum(len(objects) > queries for objects in train_set.annotations.values()):
+        say(f"{crowded:,} training images have more objects than the model has queries, {queries}: see --set selection")
     return train_set, val_set
 
 
@@ -291,14 +279,13 @@ def build_model(args, config, checkpoint=None):
     left_out = []
     if args.init:
         left_out = load_weights(model, args.init, partial=True)
-        say("\n  ".join([f"weights of {args.init}{', without' if left_out else ''}", *left_out]))
-    unfilled = {odd.partition(":")[0] for odd in left_out}
-    lacking = any(f"backbone.{name}" in unfilled for name in model.backbone.state_dict())
-    wanted = config.backbone != "tiny" and (lacking or not args.init)
-    if args.backbone_weights != "none" and (args.backbone_weights or wanted):
-        load_weights(model, args.backbone_weights or imagenet(config.backbone))
-        if args.init:
-            say(f"the backbone's weights are those of {args.backbone_weights or 'ImageNet-1k'}")
+        say("\n  ".join([f"weights of {args.init}; left out: {len(left_out)}", *left_out]))
+    empty = not args.init or any(name.startswith("backbone.") for name in left_out)
+    weights = args.backbone_weights
+    if weights is None and empty and config.backbone != "tiny":
+        weights = imagenet(config.backbone)
+    if weights not in (None, "none"):
+        load_weights(model, weights)
     return model
 
 
@@ -316,70 +303,54 @@ def make_optimizer(model, recipe):
     before the schedule as `base_lr`; the backbone has its own."""
     groups = {}
     for prefix, module in model.named_modules():
-        plain = not isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d | nn.Embedding)
+        lr = recipe.lr * (recipe.backbone_lr if prefix.startswith("backbone") else 1)
+        plain = isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d | nn.Embedding)
         for name, parameter in module.named_parameters(recurse=False):
+            decay = 0.0 if plain or name == "relative_position_bias_table" else recipe.weight_decay
             if parameter.requires_grad:
-                kind = prefix.startswith("backbone"), plain and name != "relative_position_bias_table"
-                groups.setdefault(kind, []).append(parameter)
-    groups = [
-        {
-            "params": parameters,
-            "base_lr": recipe.lr * (recipe.backbone_lr if backbone else 1),
-            "weight_decay": recipe.weight_decay if decayed else 0.0,
-        }
-        for (backbone, decayed), parameters in groups.items()
-    ]
+                groups.setdefault((lr, decay), []).append(parameter)
+    groups = [{"params": x, "base_lr": lr, "weight_decay": decay} for (lr, decay), x in groups.items()]
     return torch.optim.AdamW(groups, recipe.lr, recipe.betas, fused=True)
 
 
 # ---- A step ----------------------------------------------------------------------------------------------------------
 
 
-def objects_per_process(micro_batches):
-    """The divisor of the losses, the same in every process: objects of the whole batch over the number of processes.
+def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="off"):
+    """A step of the optimiser, with gradient accumulation over micro-batches.
 
-    With it, any number of processes and micro-batches gives the gradient of the whole batch in one process.
+    model: a DIMaskDINO, or DistributedDataParallel around one. micro_batches: a list of (images [B 3 H W] uint8,
+    targets). Returns this process's share of each loss {name: scalar} and the norm of the gradient, both on the device.
+    Each micro-batch has one synchronisation, in Hungarian matching. A gradient that is not finite changes no weight.
+    Raises FloatingPointError, in all processes, where a prediction is not finite.
     """
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    device = next(bare.parameters()).device
+
+    # Losses are divided by the objects of the whole batch over the number of processes. So any number of processes and
+    # micro-batches gives the gradient of the whole batch in one process.
     objects = torch.tensor(float(sum(len(target["labels"]) for _, targets in micro_batches for target in targets)))
     world = rank_and_world()[1]
     if world > 1:
         dist.all_reduce(objects)
-    return max(objects.item(), 1.0) / world
+    num_objects = max(objects.item(), 1.0) / world
 
-
-def to_device(device, images, targets, noise):
-    targets = [{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in t.items()} for t in targets]
-    return images.to(device, non_blocking=True), targets, noise.to(device)
-
-
-def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="off"):
-    """A step of the optimiser, with gradient accumulation over micro-batches.
-
-    micro_batches: a list of (images [B 3 H W] uint8, targets).
-    model: a DIMaskDINO, or DistributedDataParallel around one. Returns this process's share of each loss {name: scalar}
-    and the norm of the gradient, both on the device. Each micro-batch has one synchronisation, in Hungarian matching. A
-    gradient that is not finite changes no weight. Raises FloatingPointError, in all processes, where a prediction is
-    not finite.
-    """
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    device = next(bare.parameters()).device
-    num_objects = objects_per_process(micro_batches)
     totals = 0
     for number, (images, targets) in enumerate(micro_batches, 1):
         noise = denoising_queries(targets, bare.config.num_classes, recipe.denoising, recipe.label_noise)
-        images, targets, noise = to_device(device, images, targets, noise)
+        noise = noise.to(device)
+        images = images.to(device, non_blocking=True)
+        targets = [
+            {name: x if name == "image_id" else x.to(device, non_blocking=True) for name, x in target.items()}
+            for target in targets
+        ]
         # Gradients accumulate in the parameters; the last backward averages them over the processes.
         averaged = number == len(micro_batches) or model is bare
         with contextlib.nullcontext() if averaged else model.no_sync():
             with autocast(device, amp):
                 outputs = model(images, noise)
-            problem = ""
-            try:
-                losses = criterion(outputs, targets, num_objects, noise)
-            except FloatingPointError as error:
-                problem = str(error)
-            if problems := problems_of_all(problem):  # before others wait for this process's gradient
-                raise FloatingPointError("\n".join(problems))
+            # An error in one process ends all, before the others wait for its gradient.
+            losses = together(partial(criterion, outputs, targets, num_objects, noise), FloatingPointError)
             values = torch.stack([*losses.values()])
             scaler.scale(values.sum()).backward()
         totals = totals + values.detach()
@@ -394,73 +365,64 @@ def train_step(model, criterion, optimizer, scaler, micro_batches, recipe, amp="
     return dict(zip(losses, totals)), norm
 
 
-class Totals:
-    """Sums of losses over steps, kept on the device: only `read` synchronises."""
-
-    def __init__(self, device, fp16):
-        self.fp16 = fp16  # whose scaler skips steps with a gradient that is not finite
-        self.skipped = torch.zeros((), device=device)  # so many of them in a row
-        self.clear()
-
-    def clear(self):
-        self.steps = 0
-        self.finite = 0  # steps before the first with a number that is not finite
-        self.sums = 0
-
-    def add(self, losses, norm):
-        self.names = [*losses] if self.fp16 else [*losses, "the gradient's norm"]
-        self.sums = self.sums + torch.stack([*losses.values(), norm])[: len(self.names)]
-        self.finite = self.finite + self.sums.isfinite().all()  # a sum that is not finite stays so
-        self.skipped = torch.where(norm.isfinite(), 0, self.skipped + 1)
-        self.steps += 1
-
-    def read(self):
-        """Means over these steps {name: float}, the number of steps before the first that was not finite, and that of
-        steps in a row that fp16 has skipped. A synchronisation."""
-        means = (self.sums / self.steps).tolist()
-        return dict(zip(self.names, means)), int(self.finite), int(self.skipped)
-
-
-def mean_of_all(means):
-    """The mean over the processes of numbers by name."""
-    values = torch.tensor([*means.values()])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return dict(zip(means, (values / rank_and_world()[1]).tolist()))
-
-
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def last_checkpoint(args):
-    """The checkpoint to go on from, or None for a new run. Raises ValueError if that would write over another run."""
+    """The checkpoint to go on from, or None for a new run. Raises ValueError if that would write over another one."""
     last = args.out / "last.pt"
-    best = args.out / "best.pt"
-    if not args.resume and (last.exists() or best.exists()):
-        raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or choose another --out")
-    if not last.exists() and best.exists():
-        raise ValueError(f"{args.out} has no last.pt to go on from: start from {best} with --init and another --out")
-    return read_checkpoint(last) if last.exists() else None
+    if args.resume and last.exists():
+        return read_checkpoint(last)
+    for path in (last, args.out / "best.pt"):
+        if path.exists():
+            raise ValueError(f"{path} is of another run: --resume goes on from last.pt, else choose another --out")
 
 
-def resumed_step(checkpoint, recipe, images):
-    """The number of steps that a resumed run has done. Where the number of training images has changed, it keeps its
-    epoch and its steps within that epoch."""
-    step = checkpoint["step"]
-    if checkpoint["training_images"] != images:
-        before = steps_of_an_epoch(checkpoint["training_images"], recipe)
-        now = steps_of_an_epoch(images, recipe)
-        step = checkpoint["epoch"] * now + min(step - checkpoint["epoch"] * before, now)
-        say(
-            f"there were {checkpoint['training_images']:,} training images and are {images:,} now: the run goes on "
-            f"with those, from step {step:,} in epoch {checkpoint['epoch'] + 1} on"
-        )
-    return step
+def require_same_settings(path, then, now):
+    """Raises ValueError unless a checkpoint was made with these settings; epochs, images and their paths may differ."""
+    needed = (*now, "model", "optimizer", "scaler", "epoch", "step", "best")
+    if missing := [name for name in needed if name not in then]:
+        raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}; --init takes weights")
+    data.require_same_classes(then["classes"], now["classes"], str(path), "the data")
+    before = {**then["config"], **then["recipe"], "seed": then["seed"]}
+    after = {**now["config"], **now["recipe"], "seed": now["seed"], "epochs": before.get("epochs")}
+    changed = [f"{name} was {before.get(name)!r}, not {x!r}" for name, x in after.items() if before.get(name) != x]
+    if changed:
+        way_out = "Go on with those, or start a new run from its weights with --init and another --out"
+        raise ValueError(f"{path} was made with other settings: {'; '.join(changed)}. {way_out}")
+    if images_of(then) != images_of(now):
+        say(f"{path} was trained on {images_of(then)}: the run goes on with {images_of(now)}")
 
 
-def settings_of(args, config, recipe, train_set):
-    """What a checkpoint stores of its run beside weights, states and progress."""
-    return {
+def images_of(settings):
+    """The training images of a checkpoint, in words."""
+    return f"{settings['training_images']:,} images of {' '.join(filter(None, settings['source'].values()))}"
+
+
+def save(path, state):
+    """Writes a checkpoint in process 0; returns in all processes whether it is written. It replaces the previous one
+    only once it is complete: where the disk is full, that one stays, and a warning is printed."""
+    written = False
+    if rank_and_world()[0] == 0:
+        try:
+            with replaced(path) as file:
+                torch.save(state, file)
+            written = True
+        except OSError as error:
+            print(f"warning: {error}; an older one stays as it is", file=sys.stderr)
+    return any_rank(written)
+
+
+# ---- A run -----------------------------------------------------------------------------------------------------------
+
+
+def set_up(args):
+    """The checkpoint to go on from, the settings, the data and the model: all that a user's fault can stop."""
+    checkpoint = last_checkpoint(args)
+    recipe = choose_recipe(args)
+    train_set, val_set = open_data(args, recipe)
+    config = choose_config(args, len(train_set.classes))
+    settings = {  # what a checkpoint stores beside weights, states and progress
         "config": dataclasses.asdict(config),
         "recipe": dataclasses.asdict(recipe),
         "seed": args.seed,
@@ -470,78 +432,35 @@ def settings_of(args, config, recipe, train_set):
         "source": dataclasses.asdict(source_of(args)),
         "torch": str(torch.__version__),
     }
+    if checkpoint:
+        require_same_settings(args.out / "last.pt", checkpoint, settings)
+    model = build_model(args, config, checkpoint)
+    if args.compile:
+        compile_in_place(model)
+    return checkpoint, recipe, train_set, val_set, settings, model
 
 
-def require_same_settings(path, then, now):
-    """Raises ValueError unless a checkpoint was made with these settings; epochs and images may differ."""
-    needed = (*now, "model", "optimizer", "scaler", "epoch", "step", "best")
-    if missing := [name for name in needed if name not in then]:
-        raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}; --init takes weights")
-    data.require_same_classes(then["classes"], now["classes"], str(path), "the data")
-    before = {**then["config"], **then["recipe"], "seed": then["seed"]}
-    after = {**now["config"], **now["recipe"], "seed": now["seed"]}
-    changed = [name for name in after if name != "epochs" and before.get(name) != after[name]]
-    if changed:
-        told = "; ".join(f"{name} was {before.get(name)!r}, not {after[name]!r}" for name in changed)
-        way_out = "Go on with those, or start a new run from its weights with --init and another --out"
-        raise ValueError(f"{path} was made with other settings: {told}. {way_out}")
-    used = paths_of(then["source"])
-    given = paths_of(now["source"])
-    if [os.path.realpath(x) for x in used] != [os.path.realpath(x) for x in given]:
-        say(f"{path} was trained on {' '.join(used)}: the run goes on with {' '.join(given)}")
-
-
-def paths_of(source):
-    """The different paths and names in a checkpoint's source."""
-    return list(dict.fromkeys(filter(None, source.values())))
-
-
-def save(path, state):
-    """Writes a checkpoint in process 0; returns in all processes whether it is written. It replaces the previous one
-    only once it is complete: where the disk is full, that one stays, and a warning is printed."""
-    written = False
-    if rank_and_world()[0] == 0:
-        unfinished = path.with_name(f"{path.name}.tmp")
-        try:
-            with open(unfinished, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-            written = True
-        except (OSError, RuntimeError) as error:  # torch.save reports some of the system's errors as RuntimeError
-            unfinished.unlink(missing_ok=True)
-            kept = ", the one before it stays" if path.exists() else ""
-            print(f"warning: {path} was not written{kept} ({error}): is the disk full?", file=sys.stderr)
-    return any_rank(written)
-
-
-# ---- A run -----------------------------------------------------------------------------------------------------------
+def require_finite(values, names, first, where):
+    """Raises FloatingPointError for the first of some steps with a number that is not finite. values: those of each
+    step from `first` on, in the order of their names; where(step) tells of a step."""
+    for step, of_step in enumerate(values, first):
+        if odd := [f"{name} {x}" for name, x in zip(names, of_step) if not math.isfinite(x)]:
+            raise FloatingPointError(f"{where(step)}: the loss is not finite, {', '.join(odd)}")
 
 
 def train(args, device):
     interruption = Interruption()
     rank, world = rank_and_world()
-
-    # data
-    checkpoint = on_every_rank(partial(last_checkpoint, args))
-    recipe = on_every_rank(partial(choose_recipe, args))
-    train_set, val_set = on_every_rank(partial(open_data, args, recipe))
+    checkpoint, recipe, train_set, val_set, settings, model = on_every_rank(partial(set_up, args))
     workers = workers_for(device) if args.workers is None else args.workers
     steps_per_epoch = steps_of_an_epoch(len(train_set), recipe)
     steps = recipe.epochs * steps_per_epoch
 
     # model and optimiser
-    config = on_every_rank(partial(choose_config, args, len(train_set.classes)))
-    settings = settings_of(args, config, recipe, train_set)
-    if checkpoint:
-        on_every_rank(partial(require_same_settings, args.out / "last.pt", checkpoint, settings))
-    model = on_every_rank(partial(build_model, args, config, checkpoint)).to(device)
+    model.to(device)
     if args.checkpoint_activations:
         recompute_activations(model)
-    if args.compile:
-        on_every_rank(partial(compile_in_place, model))
-    amp = args.amp or amp_for(device, config.backbone)
+    amp = args.amp or amp_for(device, model.config.backbone)
     criterion = Criterion(recipe)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -552,18 +471,17 @@ def train(args, device):
     # progress
     epoch = 0  # the current one
     step = 0  # steps done
-    logged = 0  # steps whose lines in the log stay
     best = -1.0  # the highest mean of AP_box and AP_mask
+    saved = True
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty without fp16
             scaler.load_state_dict(checkpoint["scaler"])
         epoch = checkpoint["epoch"]
-        step = resumed_step(checkpoint, recipe, len(train_set))
-        logged = checkpoint["step"]
         best = checkpoint["best"]
-    saved = True
-    saved_step = step  # that of last.pt
+        # With another number of images the epoch stays, and so do the steps within it.
+        within = checkpoint["step"] - epoch * steps_of_an_epoch(checkpoint["training_images"], recipe)
+        step = epoch * steps_per_epoch + min(within, steps_per_epoch)
 
     def save_as(name):
         parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -572,46 +490,47 @@ def train(args, device):
     def where(step):
         return f"step {step + 1} (epoch {step // steps_per_epoch + 1}, lr {recipe.lr * recipe.rate(step, steps):.1e})"
 
+    def with_images(step):
+        images = [train_set.image_ids[i] for i in indices[step % steps_per_epoch].flat]
+        return f"{where(step)}, process {rank}, images {images}"
+
     describe(args, device, amp, model, train_set, val_set)
     say(
         f"training: {recipe.epochs} x {steps_per_epoch} steps of {recipe.batch_size} images, lr {recipe.lr:.1e}, "
-        f"into {args.out}{f'; going on after step {step:,}' if step else ''}"
+        f"into {args.out}; {step:,} steps are done"
     )
-    warn_of_emulation(device, amp)
-    log = Log(args.out, steps, steps_per_epoch, step, logged)
-    totals = Totals(device, fp16=amp == "fp16")
+    log = Log(args.out, steps, steps_per_epoch, step, checkpoint["step"] if checkpoint else 0)
+    skipped = 0  # steps in a row that fp16 has skipped
 
     while epoch < recipe.epochs:
         model.train()
         train_set.epoch = epoch
         interruption.saved = False
-        begin = step
-        end = (epoch + 1) * steps_per_epoch
-        indices = micro_batches_of(len(train_set), recipe, epoch, args.seed, args.accumulate)[step - end :]
-        loaded = batches_of(
+        begin = epoch * steps_per_epoch
+        end = begin + steps_per_epoch
+        indices = micro_batches_of(len(train_set), recipe, epoch, args.seed, args.accumulate)
+        batches = batches_of(
             DataLoader(
                 train_set,
-                batch_sampler=indices.reshape(-1, indices.shape[-1]).tolist(),
+                batch_sampler=indices[step - begin :].reshape(-1, indices.shape[-1]).tolist(),
                 collate_fn=collate,
                 num_workers=workers,
                 pin_memory=device.type == "cuda",
             )
         )
         stopping = False
-        problems = []
+        history = []  # losses and the gradient's norm of the steps that are not logged yet, on the device
         waited = 0.0
         since = time.perf_counter()
         while step < end and not stopping:
             # the next batch
             asked = time.perf_counter()
-            problem = ""
             try:
-                micro_batches = [next(loaded) for _ in range(args.accumulate)]
+                micro_batches = together(partial(list, islice(batches, args.accumulate)), LoadingError)
             except LoadingError as error:
-                problem = str(error)
+                save_as("last.pt")
+                stop(error, 2)
             waited += time.perf_counter() - asked
-            if problems := problems_of_all(problem):
-                break
 
             # forward, criterion, backward, clip, step, with random numbers of this step and process
             torch.manual_seed(np.random.SeedSequence((args.seed, step, rank)).generate_state(1).item())
@@ -621,70 +540,59 @@ def train(args, device):
             try:
                 losses, norm = train_step(parallel, criterion, optimizer, scaler, micro_batches, recipe, amp)
             except FloatingPointError as error:
-                stop(f"{where(step)}: {error}\n{NOT_FINITE}", 1)
-            totals.add(losses, norm)
+                raise FloatingPointError(f"{where(step)}: {error}") from None
+            history.append(torch.stack([*losses.values(), norm]))
             step += 1
             log.bar.update()
             stopping = any_rank(interruption.number)
 
             if step % LOG_EVERY == 0 or step in (1, end) or stopping:
-                means, finite, skipped = totals.read()
-                problem = ""
-                if finite < totals.steps:
-                    bad = step - totals.steps + finite
-                    images = [train_set.image_ids[i] for i in indices[bad - begin].flat]
-                    odd = [f"{name} {value}" for name, value in means.items() if not math.isfinite(value)]
-                    problem = f"{where(bad)}: the loss is not finite, process {rank}, images {images}: {', '.join(odd)}"
-                if problems := problems_of_all(problem):
-                    stop("\n".join([*problems, NOT_FINITE]), 1)
+                values = torch.stack(history).cpu()  # waits for the device
+                names = [*losses, "the gradient's norm"]
+                if amp == "fp16":  # whose scaler skips steps with a gradient that is not finite
+                    names.pop()
+                first = step - len(history)
+                together(partial(require_finite, values.tolist(), names, first, with_images), FloatingPointError)
+                for norm in values[:, -1].tolist():
+                    skipped = 0 if math.isfinite(norm) else skipped + 1
                 if skipped >= MOST_SKIPPED:
-                    told = f"the gradient was not finite in any of the {skipped} steps up to {where(step - 1)}"
-                    stop(f"fp16 trains nothing: {told}. --amp bf16 or off may help", 1)
+                    never = f"the gradient was not finite in any of the {skipped} steps up to {where(step - 1)}"
+                    stop(f"fp16 trains nothing: {never}. --amp bf16 or off may help", 1)
+                means = values.mean(0)
+                if world > 1:
+                    dist.all_reduce(means)
+                means = dict(zip(losses, (means / world).tolist()))
                 seconds = time.perf_counter() - since
-                lr = recipe.lr * rate
-                means = mean_of_all({name: means[name] for name in losses})
-                log.training(step, means, lr, recipe.batch_size, seconds / totals.steps, waited / seconds)
-                totals.clear()
+                log.training(step, means, recipe.lr * rate, recipe.batch_size, seconds / len(history), waited / seconds)
+                history = []
                 waited = 0.0
                 since = time.perf_counter()
-            if step % SAVE_EVERY == 0 and save_as("last.pt"):
-                saved_step = step
+            if step % SAVE_EVERY == 0 or step == end or stopping:
+                saved = save_as("last.pt")
 
-        loaded.close()  # ends its workers
-        saved = step == saved_step or save_as("last.pt")
-        if problems:
-            stop(problems[0], 2)
+        batches.close()  # ends its workers
         if any_rank(interruption.number):
             after = f"a signal ended this after step {step}"
             say(f"{after}: --resume goes on" if saved else f"{after}, which could not be saved")
             sys.exit(128 + (interruption.number or signal.SIGTERM))
 
         interruption.saved = True
-        share_statistics(model)
+        for buffer in model.buffers() if world > 1 else ():  # batch statistics: those of the checkpoint
+            dist.broadcast(buffer, 0)
         metrics, results = evaluate(model, val_set, device, workers, amp)
         log.evaluation(step, metrics, results, val_set)
         interruption.saved = False
         epoch += 1
         score = ((metrics["AP_box"] or 0) + (metrics["AP_mask"] or 0)) / 2
         before = best
-        best = max(score, best)
+        best = max(score, before)
         if score > before and not save_as("best.pt"):  # before last.pt, which stores the score of best.pt
             best = before
         saved = save_as("last.pt")
-        saved_step = step
 
-    trained = f"trained for {recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
     if not saved:
-        stop(f"{trained}, but {args.out / 'last.pt'} could not be written", 1)
-    if best >= 0:
-        say(f"{trained}; {args.out / 'best.pt'} is the best, {best:.1f}, the mean of both AP")
-
-
-def check_data(args):
-    """--check: decodes every image."""
-    if rank_and_world()[0] == 0:
-        train_set, val_set = open_data(args, choose_recipe(args))
-        say(f"{args.data} is sound: {len(train_set):,} training and {len(val_set):,} validation images")
+        stop(f"trained, but {args.out / 'last.pt'} could not be written", 1)
+    say(f"trained for {epoch} epochs; the best mean of both AP was {best:.1f}, that of {args.out / 'best.pt'}")
 
 
 def main(arguments=None):
@@ -694,24 +602,26 @@ def main(arguments=None):
     try:
         processes = launched_processes()
         if args.gpus > 1 and not args.check:  # one process is enough for --check
-            if args.device != "cpu" and args.gpus > torch.cuda.device_count():
-                told = f"this machine has {torch.cuda.device_count()} GPUs, not {args.gpus}"
-                raise ValueError(f"{told}; --device cpu goes without")
+            devices = torch.cuda.device_count()
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
+            if args.device != "cpu" and args.gpus > devices:
+                raise ValueError(f"this machine has {devices} GPUs, not {args.gpus}; --device cpu goes without")
             if processes == 1:
                 sys.exit(launch(__file__, arguments, args.gpus))
-            here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
             if here != args.gpus:
-                told = f"a launcher has started {here} processes here (RANK, WORLD_SIZE), not {args.gpus}"
-                raise ValueError(f"{told}: leave out --gpus")
+                raise ValueError(f"a launcher has started {here} processes here (RANK, WORLD_SIZE): leave out --gpus")
         device = join(args.device)
     except ValueError as error:
         stop(error, 2)
     if args.check:
-        return on_every_rank(partial(check_data, args))
+        train_set, val_set = on_every_rank(lambda: open_data(args, choose_recipe(args)))
+        return say(f"{args.data} is sound: {len(train_set):,} training and {len(val_set):,} validation images")
     try:
         with contextlib.ExitStack() as stack:
             on_every_rank(lambda: stack.enter_context(held(args.out)))
             train(args, device)
+    except FloatingPointError as error:
+        stop(f"{error}\nlast.pt is untouched; a lower --lr or --amp off may help", 1)
     except LoadingError as error:  # of a validation image, in this process alone
         print(error, file=sys.stderr)
         sys.exit(2)

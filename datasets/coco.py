@@ -9,6 +9,7 @@ bottom to a multiple of 32. Users' errors raise ValueError or FileNotFoundError 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha1
@@ -19,9 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 
 from datasets.checks import Report, compressed, sound
-from datasets.geometry import Geometry, decode
+from datasets.geometry import Geometry
 from datasets.images import read_image, shortened
 from datasets.layouts import Source, find_data
 
@@ -89,21 +91,26 @@ class CocoDataset(Dataset):
         height = self.images[image_id]["height"]
         width = self.images[image_id]["width"]
         labels = []
-        masks = []
+        masks = [np.zeros((0, *geometry.output), np.uint8)]
+        boxes = [np.zeros((0, 4), np.float32)]
         for annotation in self.annotations[image_id]:
-            mask = _mask(annotation["segmentation"], geometry, height, width)
-            if mask.any():
+            segmentation = annotation["segmentation"]
+            if isinstance(segmentation, list):
+                mask = geometry.polygons(segmentation, height, width)
+            else:
+                mask = geometry.bitmask(compressed(segmentation, height, width))
+            x = np.flatnonzero(mask.any(0))
+            y = np.flatnonzero(mask.any(1))
+            if len(x):
                 labels.append(self.labels[annotation["category_id"]])
-                masks.append(mask)
-        masks = np.stack(masks) if masks else np.zeros((0, *geometry.output), np.uint8)
-        x0, y0, x1, y1 = _boxes(masks).T
+                masks.append(mask[None])
+                boxes.append(np.array([[x[0], y[0], x[-1] + 1, y[-1] + 1]], np.float32))
+        boxes = box_convert(torch.from_numpy(np.concatenate(boxes)), "xyxy", "cxcywh")
         height, width = (math.ceil(side / STRIDE) * STRIDE for side in geometry.output)  # padded
-        boxes = np.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), 1)
-        boxes /= np.array([width, height, width, height], np.float32)
         return pixels, {
             "labels": torch.tensor(labels, dtype=torch.int64),
-            "boxes": torch.from_numpy(boxes),
-            "masks": torch.from_numpy(masks).view(torch.bool),
+            "boxes": boxes / torch.tensor([width, height, width, height]),
+            "masks": torch.from_numpy(np.concatenate(masks)).view(torch.bool),
             "image_id": image_id,
         }
 
@@ -116,27 +123,11 @@ def read_record(folder: Path, record: dict) -> Image.Image:
     height = record["height"]
     if image.size == (width, height):
         return image
-    said = (
-        f"{path} (image {record['id']}) is {image.width} x {image.height} once upright, the json has {width} x {height}"
-    )
+    upright = f"{image.width} x {image.height} once upright"
+    said = f"{path} (image {record['id']}) is {upright}, the json has {width} x {height}"
     if image.size == (height, width):
         said += ": if it was labelled lying on its side, take out its EXIF orientation"
     raise ValueError(said)
-
-
-def _mask(segmentation, geometry, height, width):
-    if isinstance(segmentation, dict):
-        return geometry.bitmask(decode(compressed(segmentation, height, width)))
-    return geometry.polygons(segmentation, height, width)
-
-
-def _boxes(masks):
-    """(x0, y0, x1, y1) in pixels around each mask of [n H W], float32 [n 4]; x1 and y1 lie behind the last pixel."""
-    sides = []
-    for occupied in (masks.any(1), masks.any(2)):  # columns [n W], then rows [n H]
-        sides.append((occupied.argmax(1), occupied.shape[1] - occupied[:, ::-1].argmax(1)))
-    (x0, x1), (y0, y1) = sides
-    return np.stack((x0, y0, x1, y1), 1).astype(np.float32)
 
 
 class Images(Dataset):
@@ -231,21 +222,22 @@ def require_same_classes(ours: list[str], theirs: list[str], who: str, whose: st
 
 def seen_in_training(train_set: CocoDataset, val_set: CocoDataset) -> str:
     """A warning that lists validation images whose files equal, byte by byte, those of training images; "" if none."""
-    train = _files(train_set)
-    val = _files(val_set)
-    alike = {*train.values()} & {*val.values()}
-    seen = {_digest(path) for path, key in train.items() if key in alike}
-    names = [path.name for path, key in val.items() if key in alike and _digest(path) in seen]
+    train = _files_by_size(train_set)
+    names = []
+    for size, paths in _files_by_size(val_set).items():
+        if size in train:
+            seen = {_digest(path) for path in train[size]}
+            names += [path.name for path in paths if _digest(path) in seen]
     return f"warning: validation images that are training images ({len(names):,}): {shortened(names)}" if names else ""
 
 
-def _files(dataset):
-    """{path: (width, height, bytes)} of every image: equal files have equal values."""
-    files = {}
+def _files_by_size(dataset):
+    """{(width, height, bytes): paths} of the images."""
+    files = defaultdict(list)
     for image_id in dataset.image_ids:
         record = dataset.images[image_id]
         path = dataset.folder / record["file_name"]
-        files[path] = record["width"], record["height"], path.stat().st_size
+        files[record["width"], record["height"], path.stat().st_size].append(path)
     return files
 
 

@@ -3,7 +3,6 @@
     Geometry                    one description of resize, flips and crop, applied alike to pixels, polygons and masks
     shortest_side, identity     for evaluation
     AUGMENTATIONS               for training, by name
-    run_lengths, decode         masks from COCO's compressed run-length encoding
 
 Augmentations and `shortest_side` choose a Geometry from the size of the original: (rng, width, height) -> Geometry.
 """
@@ -71,25 +70,31 @@ class Geometry(NamedTuple):
             points = points[:, ::-1] if self.transpose else points
             points = np.where((self.horizontal_flip, self.vertical_flip), whole - points, points)
             fifths = np.trunc(5 * (points * scale) + 0.5) - 5 * offset
-            moved.append(((fifths - (fifths < 0)) / 5).ravel().tolist())
-        height, width = self._filled()
+            moved.append((fifths - (fifths < 0)) / 5)
+        ends = np.ceil(np.concatenate(moved).max(0)) + 1  # nothing lies beyond
+        width, height = np.clip(ends, 1, self._filled()[::-1]).astype(int).tolist()
+        encoded = rle.merge(rle.frPyObjects([points.ravel().tolist() for points in moved], height, width))
+        x, y, w, h = rle.toBbox(encoded).astype(int)
         output = np.zeros(self.output, np.uint8)
-        output[:height, :width] = decode(rle.merge(rle.frPyObjects(moved, height, width)))
+        output[y : y + h, x : x + w] = rle.decode(encoded)[y : y + h, x : x + w]
         return output
 
-    def bitmask(self, mask: np.ndarray) -> np.ndarray:
-        """Transforms a mask [h w] into uint8 [H W] by nearest neighbour at the pixels' centres."""
+    def bitmask(self, encoded: dict) -> np.ndarray:
+        """Transforms a mask in run-length encoding into uint8 [H W] by nearest neighbour at the pixels' centres."""
+        mask = rle.decode(encoded)
+        x, y, w, h = rle.toBbox(encoded).astype(int)
         if self.transpose:
             mask = mask.T
+            x, y, w, h = y, x, h, w
         height, width = self._filled()
         rows = ((np.arange(height) + self.offset[0] + 0.5) * (mask.shape[0] / self.size[0])).astype(int)
         columns = ((np.arange(width) + self.offset[1] + 0.5) * (mask.shape[1] / self.size[1])).astype(int)
         rows = mask.shape[0] - 1 - rows if self.vertical_flip else rows
         columns = mask.shape[1] - 1 - columns if self.horizontal_flip else columns
-        y = np.flatnonzero(mask.any(1)[rows])
-        x = np.flatnonzero(mask.any(0)[columns])
+        within_y = np.flatnonzero((rows >= y) & (rows < y + h))
+        within_x = np.flatnonzero((columns >= x) & (columns < x + w))
         output = np.zeros(self.output, np.uint8)
-        output[np.ix_(y, x)] = mask[np.ix_(rows[y], columns[x])]
+        output[np.ix_(within_y, within_x)] = mask[np.ix_(rows[within_y], columns[within_x])]
         return output
 
     def _filled(self):
@@ -143,42 +148,3 @@ def fit(side: int, rng: np.random.Generator | None, width: int, height: int) -> 
 
 
 AUGMENTATIONS = {"jitter": large_scale_jitter, "flips": flips_and_transposes, "none": fit}
-
-
-# ---- Run-length encoding ---------------------------------------------------------------------------------------------
-
-
-def run_lengths(counts: str | bytes) -> list[int] | None:
-    """The lengths of the runs in the `counts` of a compressed encoding, or None if it is malformed.
-
-    Each character holds five bits of a number, and a sixth that says whether more follow. From the fourth run on the
-    number is the difference to the run two before. Source: COCO API, maskApi.c.
-    """
-    runs = []
-    value = 0
-    shift = 0
-    for character in counts.encode() if isinstance(counts, str) else counts:
-        bits = character - 48
-        if not 0 <= bits < 64:
-            return None
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits < 32:
-            value -= (bits & 16 > 0) << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = 0
-            shift = 0
-    return None if shift else runs
-
-
-def decode(encoded: dict) -> np.ndarray:
-    """A compressed encoding {size, counts} as a mask, uint8 [h w]: what pycocotools decodes, only faster."""
-    height, width = encoded["size"]
-    ends = np.cumsum(run_lengths(encoded["counts"])).tolist()
-    columns = np.zeros(height * width, np.uint8)
-    for start, end in zip(ends[::2], ends[1::2]):  # every other run is of ones
-        columns[start:end] = 1
-    x, y, w, h = rle.toBbox(encoded).astype(int).tolist()
-    mask = np.zeros((height, width), np.uint8)
-    mask[y : y + h, x : x + w] = columns.reshape(width, height)[x : x + w, y : y + h].T
-    return mask

@@ -63,14 +63,14 @@ def find_data(source: Source, split: str) -> Found:
     given = {"train": source.train_json, "val": source.val_json or source.train_json}
     if source.data == "shapes" and not given["val"]:
         make_shapes(root / "shapes", split)
-        return Found(_read_coco(root / "shapes" / "annotations" / f"instances_{split}.json"), root / "shapes" / split)
+        return _found(root / "shapes" / "annotations" / f"instances_{split}.json", root / "shapes", None)
     split = "train" if split == "train" else "val"
     if given["val"]:
         if not given[split]:
             raise ValueError("--val-json alone has no training images: add --train-json")
         path = Path(given[split])
         folder = path.parent.parent if path.parent.name == "annotations" else path.parent
-        return _found(path, folder, images, not source.val_json, {})
+        return _found(path, folder, images, shared=not source.val_json)
     if source.data == "bdd100k":
         if images:
             raise ValueError("bdd100k has its own places for images: leave out --image-folder")
@@ -90,20 +90,16 @@ def _official(root, name, content):
 
 def _find_coco(folder, split, images, layout):
     """The data of a split of a folder. A single json, named as one for training or as tools name it, is for both."""
-    jsons = {name: _jsons_of(folder, name) for name in ROBOFLOW}
-    shared = layout == FOLDER_LAYOUT and not jsons["val"]
+    jsons = _jsons_of(folder, split)
+    shared = layout == FOLDER_LAYOUT and not _jsons_of(folder, "val")
     if shared:
-        jsons["train"] = jsons["train"] or [folder / name for name in SINGLE if (folder / name).is_file()]
-        jsons["val"] = jsons["train"]
-    if not jsons[split]:
+        jsons = _jsons_of(folder, "train") or [folder / name for name in SINGLE if (folder / name).is_file()]
+    if not jsons:
         raise FileNotFoundError(f"no {split} data in {folder}: {layout}")
-    path, *others = sorted(jsons[split], key=lambda path: not path.stem.endswith("2017"))
-    warnings = {}
-    if others and path.stem.endswith("2017"):
-        warnings[f"other years than {path.name}, which is taken"] = [str(other) for other in others]
-    elif others:
-        raise ValueError(f"which one is the {split} data: {' or '.join(map(str, jsons[split]))}? Leave one there")
-    return _found(path, folder, images, shared, warnings)
+    path, *others = sorted(jsons, key=lambda path: not path.stem.endswith("2017"))
+    if others and not path.stem.endswith("2017"):
+        raise ValueError(f"which one is the {split} data: {' or '.join(map(str, jsons))}? Leave one there")
+    return _found(path, folder, images, shared, others)
 
 
 def _jsons_of(folder, split):
@@ -114,9 +110,12 @@ def _jsons_of(folder, split):
     return found or [path for path in roboflow if path.is_file()][:1]
 
 
-def _found(path, folder, images, shared, warnings):
+def _found(path, folder, images, shared=False, others=()):
     """The data of a json. folder: of the data set; images: None to look for them in the usual places."""
     coco = _read_coco(path)
+    warnings = {}
+    if others:
+        warnings[f"other years than {path.name}, which is taken"] = [str(other) for other in others]
     if shared:
         warnings["one json for training and validation, so every tenth image is held out for the latter"] = [str(path)]
     return Found(coco, images or _image_folder(coco, path, folder), shared, warnings)
@@ -137,17 +136,13 @@ def _image_folder(coco, path, folder):
     suffix = path.stem.removeprefix("instances_")
     names = [str(image.get("file_name")) for image in coco["images"] if isinstance(image, dict)]
     names = names[:: len(names) // 200 + 1]  # some of them, evenly spaced
-    most = -1
-    best = None
+    counts = {}
     for place in (folder / suffix, path.parent, folder, folder / "images" / suffix, folder / "images"):
-        find = FileNames(place)
-        count = sum(find(name) is not None for name in names)
-        if count > most:
-            most = count
-            best = place
-        if count == len(names):
+        files = FileNames(place)
+        counts[place] = sum(files.find(name) is not None for name in names)
+        if counts[place] == len(names):
             break
-    return best
+    return max(counts, key=counts.get)
 
 
 def _read_json(path):

@@ -44,8 +44,8 @@ def deform_attn(value, level_shapes, reference, offsets, logits):
 
     Sums are kept in float32 (float64 for float64), to which all but `value` are cast. Under autocast `value` is cast
     to autocast's type. ValueError names the argument whose shape, type or device is wrong. On a GPU, call it once
-    before a graph is captured, as PyTorch asks of all that is captured: the first call checks the kernel. The CUDA
-    kernel takes up to 64 levels and 65,535 images and heads, and says so beyond.
+    before a graph is captured, as PyTorch asks of all that is captured: the first call checks the kernel. Kernels take
+    up to 64 levels, the CUDA kernel up to 65,535 images and heads, and say so beyond.
     """
     _check(value, level_shapes, reference, offsets, logits)
     device = value.device
@@ -91,24 +91,20 @@ def locate(level_shapes, reference, offsets):
 def status(device=None, dtype=torch.float32):
     """The line that says which path runs for a device (None: a GPU if there is one) and type, and why."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    reason = _why_not(device, dtype)
-    return f"deform_attn: PyTorch fallback ({reason})" if reason else f"deform_attn: {device.type.upper()} kernel"
-
-
-def _why_not(device, dtype):
-    """Why the compiled operator cannot be used, or nothing."""
-    if dtype not in KERNEL_TYPES.get(device.type, ()):
-        return f"no kernel for {dtype} on {device.type}"
-    return _missing[device.type] or _self_check(device)
+    if dtype in KERNEL_TYPES.get(device.type, ()):
+        problem = _missing[device.type] or _self_check(device)
+    else:
+        problem = f"no kernel for {dtype} on {device.type}"
+    return f"deform_attn: PyTorch fallback ({problem})" if problem else f"deform_attn: {device.type.upper()} kernel"
 
 
 @functools.cache
 def _self_check(device):
-    """What is wrong with a tiny call on this device, or nothing: a GPU may be one that was not compiled for."""
+    """What is wrong with a tiny call on this device, or an empty string: a GPU may not be one of those compiled for."""
     with _disable_current_modes(), torch.inference_mode(False):
         try:
             value, reference, offsets, logits = (
-                torch.linspace(-0.2, 1.2, math.prod(shape), dtype=torch.float32, device=device).view(shape)
+                torch.linspace(-0.2, 1.2, math.prod(shape), device=device, dtype=torch.float32).view(shape)
                 for shape in ((1, 15, 1, 8), (4, 2), (1, 4, 1, 1, 2, 2), (1, 4, 1, 1, 2))
             )
             output = torch.ops.deform_attn.forward(value, [3, 5], reference, offsets, logits)
@@ -122,17 +118,17 @@ def _self_check(device):
 
 @torch.compiler.assume_constant_result
 def _compiled(device, dtype):
-    """Whether the compiled operator is used; says so the first time."""
+    """Whether the compiled operator is used. Prints `status` at the first call."""
     if (device, dtype) not in _paths:
-        _paths[device, dtype] = not _why_not(device, dtype)
         line = status(device, dtype)
+        _paths[device, dtype] = line.endswith("kernel")
         if line not in SAID:
             SAID.add(line)
             print(line, file=sys.stderr)
     return _paths[device, dtype]
 
 
-_paths = {}
+_paths = {}  # whether the compiled operator is used, by device and type
 SAID = set()  # lines of `status` that need not be said again
 
 
@@ -143,28 +139,36 @@ def sources_digest():
 
 
 def read_stamp():
-    """What build.py wrote, or nothing if that is not there or not whole."""
+    """What build.py wrote, or an empty dict if that is missing or broken."""
     try:
-        stamp = json.loads(STAMP.read_text())
+        return json.loads(STAMP.read_text())
     except (OSError, ValueError):
         return {}
-    return stamp if isinstance(stamp, dict) else {}
 
 
 def _load():
-    """Load the compiled operator. Returns for each device why there is no kernel for it, or nothing."""
+    """Load the compiled operator. Returns for each device why there is no kernel for it, or an empty string."""
     stamp = read_stamp()
+    problem = ""
     if not stamp:
-        return dict.fromkeys(KERNEL_TYPES, "not built: run make build")
-    if stamp.get("torch") != torch.__version__:
-        reason = f"built for PyTorch {stamp.get('torch')}, this is {torch.__version__}: run make build"
-        return dict.fromkeys(KERNEL_TYPES, reason)
-    if stamp.get("sources") != sources_digest():
-        return dict.fromkeys(KERNEL_TYPES, "its sources have changed: run make build")
-    try:
-        torch.ops.load_library(STAMP.parent / stamp["library"])
-    except OSError as error:
-        return dict.fromkeys(KERNEL_TYPES, f"cannot be loaded, run make build: {error}")
+        problem = "not built: run make build"
+    elif stamp["torch"] != torch.__version__:
+        problem = f"built for PyTorch {stamp['torch']}, this is {torch.__version__}: run make build"
+    elif stamp["sources"] != sources_digest():
+        problem = "its sources have changed: run make build"
+    else:
+        try:
+            torch.ops.load_library(STAMP.parent / stamp["library"])
+        except OSError as error:
+            problem = f"cannot be loaded, run make build: {error}"
+    if problem:
+        return {"cpu": problem, "cuda": problem}
+    _register()
+    return {"cpu": "", "cuda": stamp["cuda"]}
+
+
+def _register():
+    """Tell PyTorch how to trace and differentiate the operators, and what they cost."""
 
     @torch.library.register_fake("deform_attn::forward")
     def _(value, level_shapes, reference, offsets, logits):
@@ -172,14 +176,21 @@ def _load():
         return value.new_empty(B, offsets.shape[1], h * c)
 
     @torch.library.register_fake("deform_attn::backward")
-    def _(grad_output, value, level_shapes, reference, offsets, logits, reference_asks):
-        grad_reference = reference.new_empty(reference.shape if reference_asks else 0)
-        return (
-            value.new_empty(value.shape),
-            grad_reference,
-            offsets.new_empty(offsets.shape),
-            logits.new_empty(logits.shape),
+    def _(grad_output, value, level_shapes, reference, offsets, logits, reference_requires_grad):
+        return tuple(x.new_empty(x.shape) for x in (value, reference, offsets, logits))
+
+    def setup_context(ctx, inputs, output):
+        value, ctx.level_shapes, *others = inputs
+        ctx.save_for_backward(value, *others)
+
+    def backward(ctx, grad_output):
+        value, *others = ctx.saved_tensors
+        grad_value, *grad_others = torch.ops.deform_attn.backward(
+            grad_output, value, ctx.level_shapes, *others, ctx.needs_input_grad[2]
         )
+        return grad_value, None, *grad_others
+
+    torch.library.register_autograd("deform_attn::forward", backward, setup_context=setup_context)
 
     @register_flop_formula(torch.ops.deform_attn.forward)
     def _(value, level_shapes, reference, offsets, *_, **__):  # a sample reads four corners
@@ -189,18 +200,15 @@ def _load():
     def _(grad_output, value, level_shapes, reference, offsets, *_, **__):  # two products with each corner
         return 4 * 4 * value[-1] * math.prod(offsets[:-1])
 
-    return {"cpu": "", "cuda": stamp["cuda"]}
-
 
 def _check(value, level_shapes, reference, offsets, logits):
-    if value.dim() != 4:
-        raise ValueError(f"deform_attn: value must be [B N h c], not {list(value.shape)}")
-    B, N, h, _ = value.shape
+    """Raise ValueError if an argument's shape, type or device is wrong."""
+    B, N, h, _ = value.shape if value.dim() == 4 else (0, -1, 0, 0)
+    Q, P = offsets.shape[1:5:3] if offsets.dim() == 6 else (0, 0)
     L = len(level_shapes)
     tokens = sum(H * W for H, W in level_shapes)
     if tokens != N:
-        raise ValueError(f"deform_attn: level_shapes {level_shapes} hold {tokens} tokens, value has {N}")
-    Q, P = offsets.shape[1:5:3] if offsets.dim() == 6 else (0, 0)
+        raise ValueError(f"deform_attn: value must be [B {tokens} h c], not {list(value.shape)}")
     if offsets.shape != (B, Q, h, L, P, 2):
         raise ValueError(f"deform_attn: offsets must be [{B} Q {h} {L} P 2], not {list(offsets.shape)}")
     if logits.shape != (B, Q, h, L, P):

@@ -6,12 +6,10 @@ compiler, CXXFLAGS come before our own flags, and TORCH_CUDA_ARCH_LIST names the
 """
 
 import concurrent.futures
-import contextlib
 import hashlib
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -32,21 +30,14 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 
 
-class BuildError(RuntimeError):
-    """A command failed; the message is one line."""
-
-
 def find_compiler():
     """The C++ compiler as a list of words, which may begin with a launcher such as ccache, or None."""
-    names = [name for name in ("g++", "c++", "clang++") if shutil.which(name)]
-    words = shlex.split(os.environ.get("CXX", "")) or names[:1]
+    words = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), ""))
     return words if words and shutil.which(words[0]) else None
 
 
 def version(*compiler):
-    """The line of `--version` with a number in it."""
-    lines = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
-    return next((line for line in lines if re.search(r"\d\.\d", line)), "an unknown version")
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
 
 
 def cuda_packages():
@@ -60,27 +51,26 @@ def find_nvcc():
     if torch.version.cuda is None:
         return None, f"PyTorch {torch.__version__} is built without CUDA"
     major = torch.version.cuda.split(".")[0]
-    places = [
-        os.environ.get("CUDA_HOME", "") + "/bin/nvcc",
-        shutil.which("nvcc") or "",
-        TOOLKIT / "bin/nvcc",
-        SITE / f"nvidia/cu{major}/bin/nvcc",
-    ]
+    own = os.environ.get("CUDA_HOME", "") + "/bin"
     found = "no nvcc found"
-    for nvcc in filter(os.path.isfile, places):
-        if f"release {major}." in version(nvcc):
-            return str(nvcc), ""
-        found = f"{nvcc} is not of CUDA {major}, PyTorch is"
+    for path in (own, os.environ.get("PATH"), f"{TOOLKIT}/bin", f"{SITE}/nvidia/cu{major}/bin"):
+        nvcc = shutil.which("nvcc", path=path)
+        if nvcc and f"release {major}." in version(nvcc):
+            return nvcc, ""
+        if nvcc:
+            found = f"{nvcc} is not of CUDA {major}, PyTorch is"
     remedy = f"pip install {' '.join(cuda_packages())}" if cuda_packages() else f"install CUDA {torch.version.cuda}"
     return None, f"no CUDA kernel, {found}: {remedy}, or set CUDA_HOME"
 
 
 def architectures():
     """nvcc's flags for TORCH_CUDA_ARCH_LIST, else the GPUs present, else A100, H100 and, by PTX, newer ones."""
-    present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not names:
+        present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        names = [f"{major}.{minor}" for major, minor in sorted(present)] or ["8.0", "9.0+PTX"]
     flags = []
-    for name in names or [f"{major}.{minor}" for major, minor in sorted(present)] or ["8.0", "9.0+PTX"]:
+    for name in names:
         number = name.removesuffix("+PTX").replace(".", "")
         code = f"sm_{number},compute_{number}" if name.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code=[{code}]")
@@ -89,16 +79,15 @@ def architectures():
 
 def commands(compiler, nvcc):
     """The commands that compile the objects, by their names, and how they are linked, all without their output."""
-    root = Path(torch.__file__).parent / "include"
-    include = ["-isystem", str(root), "-isystem", str(root / "torch/csrc/api/include")]
+    root = Path(torch.__file__).parent
+    include = ["-isystem", str(root / "include"), "-isystem", str(root / "include/torch/csrc/api/include")]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     base = [*compiler, *shlex.split(os.environ.get("CXXFLAGS", "")), "-fPIC", "-std=c++20", *openmp]
     fast = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
     plan = {"operator": [*base, "-O2", *include, "-c", str(HERE / "operator.cpp")]}
     for name, options in INSTRUCTION_SETS.items():
-        kernel = str(HERE / "cpu_kernel.cpp")
-        plan[f"cpu_{name}"] = [*base, *fast, *options, f"-DCAPABILITY={name}", "-c", kernel]
-    libraries = [f"-L{root.parent / 'lib'}", "-lc10", "-ltorch_cpu"]
+        plan[f"cpu_{name}"] = [*base, *fast, *options, f"-DCAPABILITY={name}", "-c", str(HERE / "cpu_kernel.cpp")]
+    libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
     if nvcc:
         host = next(word for word in reversed(compiler) if not word.startswith("-"))
         both = [nvcc, "-ccbin", host, "-Xcompiler=-fPIC", "-std=c++20"]
@@ -109,45 +98,33 @@ def commands(compiler, nvcc):
 
 
 def run(command, *last):
+    """Run a command. RuntimeError if it fails, with one line of what it said."""
     done = subprocess.run([*command, *map(str, last)], capture_output=True, text=True)
     if done.returncode:
         error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
-        raise BuildError(f"{shlex.join(command)}: {error}")
-
-
-@contextlib.contextmanager
-def alone_with_folder():
-    """A temporary folder in build/, while no other build is in there."""
-    import fcntl  # not on Windows, where neither is a compiler that CXX could name
-
-    BUILD.mkdir(exist_ok=True)
-    descriptor = os.open(BUILD, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-            yield Path(folder)
-    finally:
-        os.close(descriptor)
+        raise RuntimeError(f"{shlex.join(command)}: {error}")
 
 
 def compile_and_link(compiler, nvcc, no_cuda):
     """Build the library unless it is there. Returns the line that says what there is now."""
+    import fcntl  # not on Windows, where neither is a compiler that CXX could name
+
     plan, link, libraries = commands(compiler, nvcc)
-    made_by = [version(*compiler), *([version(nvcc)] if nvcc else [])]
-    made_from = json.dumps([plan, libraries, made_by, torch.__version__, sources_digest()])
+    made_from = json.dumps([plan, libraries, version(*compiler), nvcc and version(nvcc), sources_digest()])
     library = BUILD / f"deform_attn-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     stamp = {"library": library.name, "torch": torch.__version__, "sources": sources_digest(), "cuda": no_cuda}
     what = f"{'CPU and CUDA kernels' if nvcc else 'CPU kernel'} for PyTorch {torch.__version__}"
     note = f" ({no_cuda})" if no_cuda else ""
-    with alone_with_folder() as folder:
+    BUILD.mkdir(exist_ok=True)
+    with open(BUILD / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         if library.exists() and read_stamp() == stamp:
             return f"up to date: {what}{note}"
         start = time.time()
-        print(f"deform_attn: compiling the {what} with {' and '.join(made_by)}", flush=True)
+        print(f"deform_attn: compiling the {what} with {shlex.join(filter(None, [*compiler, nvcc]))}", flush=True)
+        folder = Path(temporary)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [pool.submit(run, command, "-o", folder / f"{name}.o") for name, command in plan.items()]
-        for job in jobs:
-            job.result()
+            list(pool.map(lambda name: run(plan[name], "-o", folder / f"{name}.o"), plan))
         run(link, *folder.glob("*.o"), "-o", folder / library.name, *libraries)
         (folder / "stamp.json").write_text(json.dumps(stamp))
         (folder / library.name).replace(library)
@@ -156,12 +133,11 @@ def compile_and_link(compiler, nvcc, no_cuda):
 
 
 def build():
+    """Build what this machine allows. Returns the line that says what there is now."""
     compiler = find_compiler()
     if compiler is None:
-        return (
-            "not built, no C++ compiler found: install one (apt install g++) or name it in CXX; "
-            "until then the PyTorch fallback runs"
-        )
+        remedy = "install one (apt install g++) or name it in CXX"
+        return f"not built, no C++ compiler found: {remedy}; until then the PyTorch fallback runs"
     nvcc, no_cuda = find_nvcc()
     try:
         if nvcc is None and torch.cuda.is_available() and cuda_packages():
@@ -169,18 +145,16 @@ def build():
             run([sys.executable, "-m", "pip", "install", "--quiet", *cuda_packages()])
             nvcc, no_cuda = find_nvcc()
         return compile_and_link(compiler, nvcc, no_cuda)
-    except BuildError as error:  # the CPU kernel alone, unless that is what fails
+    except RuntimeError as error:  # the CPU kernel alone, unless that is what fails
         return compile_and_link(compiler, None, no_cuda or f"no CUDA kernel: {error}")
 
 
 def main():
     try:
         print("deform_attn:", build())
-    except (BuildError, OSError) as error:
-        print(f"deform_attn: not built, the PyTorch fallback runs: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except (RuntimeError, OSError) as error:
+        sys.exit(f"deform_attn: not built, the PyTorch fallback runs: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

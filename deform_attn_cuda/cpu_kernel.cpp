@@ -1,12 +1,13 @@
-// The CPU kernel, plain pointers and no PyTorch, compiled once for each instruction set (-DCAPABILITY names it).
+// The CPU kernel: plain pointers and no PyTorch, compiled once for each instruction set (-DCAPABILITY names it).
 //
-// Of one query and head, `locate` computes as many points at once as a register holds: the tokens of their four corners
-// and what each corner counts. Then the rows of those tokens, c channels in a row of memory, are read in vectors. A
-// corner outside its level counts nothing and reads the level's first token, so there are no branches; a location that
-// is not a number makes every corner count NaN. No vector is wider than a register, but for doubles, which serve tests
-// of gradients: compilers take wider ones apart, number by number.
+// `Points::locate` computes as many points of a query and head at once as a register holds: the tokens of each point's
+// four corners, and by how much each corner counts. Then the rows of those tokens, c channels side by side, are read in
+// vectors. A corner outside of its level counts zero and reads the level's first token, so there are no branches; if a
+// location is NaN, all corners count NaN. No vector is wider than a register, because compilers take wider ones apart
+// number by number; vectors of doubles, which serve to test gradients, may be.
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "cpu_kernel.h"
 
@@ -66,23 +67,18 @@ inline Vector<T, 4> lane_sums(Vector<T, 4> a, Vector<T, 4> b, Vector<T, 4> c, Ve
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-// The two halves of a vector, added.
-template <typename V, int... I>
-inline auto halved(V v, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, int(sizeof...(I)) + I...);
-}
-
-// A vector of any number of lanes, halved until it has four of them.
+// A vector of 1, 4, 8 or 16 lanes, added up to four.
 template <typename T, typename V>
 inline Vector<T, 4> fold(V v) {
   constexpr int LANES = sizeof(V) / sizeof(T);
-  if constexpr (LANES == 1) return Vector<T, 4>{v[0], 0, 0, 0};
-  else if constexpr (LANES == 4) return v;
-  else return fold<T>(halved(v, std::make_integer_sequence<int, LANES / 2>()));
+  Vector<T, 4> sum = {};
+  if constexpr (LANES == 1) sum[0] = v[0];
+  if constexpr (LANES >= 4) sum = __builtin_shufflevector(v, v, 0, 1, 2, 3);
+  if constexpr (LANES >= 8) sum += __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  if constexpr (LANES == 16) sum += __builtin_shufflevector(v, v, 8, 9, 10, 11);
+  if constexpr (LANES == 16) sum += __builtin_shufflevector(v, v, 12, 13, 14, 15);
+  return sum;
 }
-
-template <typename A> struct IntegerOf { using type = int32_t; };
-template <> struct IntegerOf<double> { using type = int64_t; };
 
 // The even elements of 2 * LANES numbers in a row, and the odd ones.
 template <typename A, typename Real, int... I>
@@ -92,13 +88,14 @@ inline void split_pairs(const A* pairs, Real& even, Real& odd, std::integer_sequ
   odd = __builtin_shufflevector(a, b, 2 * I + 1 ...);
 }
 
-// Where a query looks from: its centre, how many cells an offset of 1 is, and how much of a level's W and H.
+// The reference point or box of a query. An offset of 1 is `cells` cells, plus the fraction `width` of the level's W
+// and `height` of its H.
 template <typename A>
 struct Reference {
   A x, y, cells, width, height;
 
-  Reference(const Problem& problem, const A* reference, int64_t image, int64_t query) {
-    reference += problem.boxes ? 4 * (image * problem.Q + query) : 2 * query;
+  Reference(const Problem& problem, const A* references, int64_t image, int64_t query) {
+    const A* reference = references + (problem.boxes ? 4 * (image * problem.Q + query) : 2 * query);
     x = reference[0];
     y = reference[1];
     cells = problem.boxes ? 0 : 1;
@@ -107,89 +104,76 @@ struct Reference {
   }
 };
 
-// A group of points, the last of which may be idle.
-template <typename A, int GROUP>
+// Points [first, first + size) of a query and head, computed together. Lanes beyond `size` are idle. Corners are top
+// left, top right, bottom left, bottom right.
+template <typename A, int LANES>
 struct Points {
-  using Integer = typename IntegerOf<A>::type;
-  // In.
-  alignas(64) Integer width[GROUP], height[GROUP], start[GROUP];
-  alignas(64) A offset[2 * GROUP], weight[GROUP];
-  // Out. Corners are top left, top right, bottom left, bottom right.
-  alignas(64) Integer token[4][GROUP];
-  alignas(64) A corner[4][GROUP];                                         // weight * share of line * share of column
-  alignas(64) A left[GROUP], right[GROUP], top[GROUP], bottom[GROUP];     // shares of columns and lines, 0 outside
-  alignas(64) A left_x[GROUP], right_x[GROUP], top_y[GROUP], bottom_y[GROUP];  // their derivatives by a move of a cell
-  alignas(64) A scale_x[GROUP], scale_y[GROUP];                           // how many cells an offset of 1 is
+  using Real = Vector<A, LANES>;
+  using Whole = decltype(Real() < Real());
+  int first, size;
+  Whole W = {}, H = {}, start = {};  // of each point's level
+  A some_offsets[2 * LANES] = {}, some_weights[LANES] = {};
+  Whole token[4];
+  Real count[4];          // weight * bilinear coefficient; 0 outside of the level
+  Real inside[4];         // 1, or 0 outside of the level
+  Real dx, dy;            // from the top left corner
+  Real cells_x, cells_y;  // how many cells an offset of 1 is
 
-  void set_levels(const Problem& problem, int64_t first, int count) {
-    for (int p = 0; p < count; ++p) {
-      width[p] = problem.width[first + p];
-      height[p] = problem.height[first + p];
-      start[p] = problem.start[first + p];
+  Points(const Problem& problem, int first, int end) : first(first), size(std::min(end - first, LANES)) {
+    for (int p = 0; p < size; ++p) {
+      const Level& level = problem.levels[(first + p) / problem.P];
+      W[p] = level.W;
+      H[p] = level.H;
+      start[p] = level.start;
     }
   }
 
-  template <bool DERIVATIVES>
-  void locate(const Reference<A>& reference, const A* offsets, const A* weights, int count) {
-    for (int p = 0; p < count && count < GROUP; ++p) {  // do not read beyond the end
-      offset[2 * p] = offsets[2 * p];
-      offset[2 * p + 1] = offsets[2 * p + 1];
-      weight[p] = weights[p];
+  // offsets, weights: of all points of the query and head.
+  void locate(const Reference<A>& reference, const A* offsets, const A* weights) {
+    offsets += 2 * first;
+    weights += first;
+    if (size < LANES) {  // do not read beyond the end
+      offsets = std::copy_n(offsets, 2 * size, some_offsets) - 2 * size;
+      weights = std::copy_n(weights, size, some_weights) - size;
     }
-    constexpr int LANES = std::min<int>(GROUP, WIDEST<A>);
-    for (int first = 0; first < count; first += LANES)
-      locate_together<DERIVATIVES, LANES>(reference, (count < GROUP ? offset : offsets) + 2 * first,
-                                          (count < GROUP ? weight : weights) + first, first);
-  }
-
-  // Of the points [first, first + LANES) of the group.
-  template <bool DERIVATIVES, int LANES>
-  void locate_together(const Reference<A>& reference, const A* offsets, const A* weights, int first) {
-    using Real = Vector<A, LANES>;
-    using Whole = Vector<Integer, LANES>;
     Real x, y;
     split_pairs(offsets, x, y, std::make_integer_sequence<int, LANES>());
     const Real w = load<LANES>(weights), zero = {};
-    const Whole W = load<LANES>(width + first), H = load<LANES>(height + first), origin = load<LANES>(start + first);
     const Real W_real = __builtin_convertvector(W, Real), H_real = __builtin_convertvector(H, Real);
-    const Real cells_x = W_real * reference.width + reference.cells;
-    const Real cells_y = H_real * reference.height + reference.cells;
+    cells_x = W_real * reference.width + reference.cells;
+    cells_y = H_real * reference.height + reference.cells;
     x = x * cells_x + (W_real * reference.x - A(0.5));
     y = y * cells_y + (H_real * reference.y - A(0.5));
     x = x < A(-2) ? zero - 2 : x > W_real ? W_real : x;  // far outside is outside, and NaN stays
     y = y < A(-2) ? zero - 2 : y > H_real ? H_real : y;
     Whole column = __builtin_convertvector(x, Whole), line = __builtin_convertvector(y, Whole);
-    column += Whole(__builtin_convertvector(column, Real) > x);  // a true comparison is -1: truncation becomes floor
-    line += Whole(__builtin_convertvector(line, Real) > y);
-    const Real dx = x - __builtin_convertvector(column, Real), dy = y - __builtin_convertvector(line, Real);
-    const Real nan_x = dx - dx, nan_y = dy - dy;  // 0, or NaN where the location is
+    column += __builtin_convertvector(column, Real) > x;  // a true comparison is -1: truncation becomes floor
+    line += __builtin_convertvector(line, Real) > y;
+    dx = x - __builtin_convertvector(column, Real);
+    dy = y - __builtin_convertvector(line, Real);
     const Whole has_left = (column >= 0) & (column < W), has_right = (column >= -1) & (column + 1 < W);
     const Whole has_top = (line >= 0) & (line < H), has_bottom = (line >= -1) & (line + 1 < H);
-    const Real share_left = (has_left ? 1 - dx : zero) + nan_x, share_right = (has_right ? dx : zero) + nan_x;
-    const Real share_top = (has_top ? 1 - dy : zero) + nan_y, share_bottom = (has_bottom ? dy : zero) + nan_y;
-    const Whole token_top = line * W + column, token_bottom = token_top + W;
-    store<LANES>(token[0] + first, origin + (has_top & has_left & token_top));
-    store<LANES>(token[1] + first, origin + (has_top & has_right & (token_top + 1)));
-    store<LANES>(token[2] + first, origin + (has_bottom & has_left & token_bottom));
-    store<LANES>(token[3] + first, origin + (has_bottom & has_right & (token_bottom + 1)));
-    store<LANES>(corner[0] + first, w * share_top * share_left);
-    store<LANES>(corner[1] + first, w * share_top * share_right);
-    store<LANES>(corner[2] + first, w * share_bottom * share_left);
-    store<LANES>(corner[3] + first, w * share_bottom * share_right);
-    if constexpr (DERIVATIVES) {
-      store<LANES>(left + first, share_left);
-      store<LANES>(right + first, share_right);
-      store<LANES>(top + first, share_top);
-      store<LANES>(bottom + first, share_bottom);
-      store<LANES>(left_x + first, has_left ? zero - 1 : zero);
-      store<LANES>(right_x + first, has_right ? zero + 1 : zero);
-      store<LANES>(top_y + first, has_top ? zero - 1 : zero);
-      store<LANES>(bottom_y + first, has_bottom ? zero + 1 : zero);
-      store<LANES>(scale_x + first, cells_x);
-      store<LANES>(scale_y + first, cells_y);
-    }
+    const Whole top_left = line * W + column;
+    const Real outside = (dx - dx) + (dy - dy);  // 0, or NaN where the location is
+    const auto set_corner = [&](int k, Whole is_inside, Whole index, Real coefficient) {
+      token[k] = start + (is_inside & index);
+      count[k] = w * (is_inside ? coefficient : outside);
+      inside[k] = is_inside ? zero + 1 : zero;
+    };
+    set_corner(0, has_top & has_left, top_left, (1 - dy) * (1 - dx));
+    set_corner(1, has_top & has_right, top_left + 1, (1 - dy) * dx);
+    set_corner(2, has_bottom & has_left, top_left + W, dy * (1 - dx));
+    set_corner(3, has_bottom & has_right, top_left + W + 1, dy * dx);
   }
 };
+
+// Points [begin, end) of a query and head, LANES by LANES.
+template <typename A, int LANES>
+std::vector<Points<A, LANES>> points_of(const Problem& problem, int begin, int end) {
+  std::vector<Points<A, LANES>> all;
+  for (int first = begin; first < end; first += LANES) all.emplace_back(problem, first, end);
+  return all;
+}
 
 // Calls visit.operator()<LANES, VECTORS>(channel) for blocks of LANES * VECTORS channels that make up c.
 template <typename A, typename Visit>
@@ -208,31 +192,21 @@ void forward(const Problem& problem, const V* value, const A* references, const 
              int64_t image, int64_t head, int64_t first, int64_t last) {
   const int64_t stride = problem.h * problem.c, all = problem.L * problem.P;
   value += image * problem.N * stride + head * problem.c;
-  constexpr int GROUP = 16;
-  Points<A, GROUP> points = {};
-  const int first_count = int(all < GROUP ? all : GROUP);
-  points.set_levels(problem, 0, first_count);
+  auto blocks = points_of<A, std::min(16, WIDEST<A>)>(problem, 0, all);
   for (int64_t query = first; query < last; ++query) {
     const int64_t row = (image * problem.Q + query) * problem.h + head;
     const Reference<A> reference(problem, references, image, query);
-    points.template locate<false>(reference, offsets + 2 * row * all, weights + row * all, first_count);
+    for (auto& points : blocks) points.locate(reference, offsets + 2 * row * all, weights + row * all);
     for_channels<A>(problem.c, [&]<int LANES, int VECTORS>(int64_t channel) {
       constexpr int SUMS = std::clamp(8 / VECTORS, 1, 4);  // they need not wait for each other, and fit into registers
       Vector<A, LANES> sum[SUMS][VECTORS] = {};
-      for (int64_t group = 0; group < all; group += GROUP) {
-        const int count = int(all - group < GROUP ? all - group : GROUP);
-        if (all > GROUP) {
-          points.set_levels(problem, group, count);
-          const int64_t at = row * all + group;
-          points.template locate<false>(reference, offsets + 2 * at, weights + at, count);
-        }
-        for (int p = 0; p < count; ++p)
+      for (const auto& points : blocks)
+        for (int p = 0; p < points.size; ++p)
           for (int k = 0; k < 4; ++k)
             for (int j = 0; j < VECTORS; ++j) {
               const int64_t element = points.token[k][p] * stride + channel + j * LANES;
-              sum[k % SUMS][j] += load<LANES>(value + element) * points.corner[k][p];
+              sum[k % SUMS][j] += load<LANES>(value + element) * points.count[k][p];
             }
-      }
       for (int j = 0; j < VECTORS; ++j) {
         for (int half = SUMS / 2; half > 0; half /= 2)
           for (int k = 0; k < half; ++k) sum[k][j] += sum[k + half][j];
@@ -246,53 +220,49 @@ template <typename V, typename A>
 void backward(const Problem& problem, const V* grad_output, const V* value, const A* references, const A* offsets,
               const A* weights, A* grad_value, A* grad_reference, A* grad_offsets, A* grad_weights, int64_t image,
               int64_t head, int64_t level) {
-  const int64_t c = problem.c, P = problem.P, stride = problem.h * c;
-  const int64_t first_point = level * P, width = problem.width[first_point], height = problem.height[first_point];
+  const int64_t c = problem.c, stride = problem.h * c, all = problem.L * problem.P;
+  const Level& range = problem.levels[level];
   value += image * problem.N * stride + head * c;
   grad_value += image * problem.N * stride + head * c;
-  for (int64_t token = problem.start[first_point], end = token + width * height; token < end; ++token)
+  for (int64_t token = range.start, end = token + int64_t(range.W) * range.H; token < end; ++token)
     for (int64_t channel = 0; channel < c; ++channel) grad_value[token * stride + channel] = 0;
 
-  constexpr int GROUP = 4;
-  Points<A, GROUP> points = {};
-  points.set_levels(problem, first_point, int(P < GROUP ? P : GROUP));  // the same level, so the same for all groups
+  auto blocks = points_of<A, 4>(problem, level * problem.P, (level + 1) * problem.P);
   for (int64_t query = 0; query < problem.Q; ++query) {
     const int64_t row = (image * problem.Q + query) * problem.h + head;
     const Reference<A> reference(problem, references, image, query);
     A grad_x = 0, grad_y = 0, grad_width = 0, grad_height = 0;  // of the reference
-    for (int64_t group = 0; group < P; group += GROUP) {
-      const int64_t at = (row * problem.L + level) * P + group;
-      const int count = int(P - group < GROUP ? P - group : GROUP);
-      points.template locate<true>(reference, offsets + 2 * at, weights + at, count);
-      Vector<A, 4> dot[GROUP] = {};  // grad_output . value of each corner
+    for (auto& points : blocks) {
+      points.locate(reference, offsets + 2 * row * all, weights + row * all);
+      Vector<A, 4> dot[4] = {};  // grad_output . value of each corner
       for_channels<A>(c, [&]<int LANES, int VECTORS>(int64_t channel) {
         Vector<A, LANES> grad[VECTORS];
         for (int j = 0; j < VECTORS; ++j) grad[j] = load<LANES>(grad_output + row * c + channel + j * LANES);
-        for (int p = 0; p < count; ++p) {
+        for (int p = 0; p < points.size; ++p) {
           Vector<A, LANES> product[4] = {};
           for (int k = 0; k < 4; ++k)
             for (int j = 0; j < VECTORS; ++j) {
               const int64_t element = points.token[k][p] * stride + channel + j * LANES;
               product[k] += load<LANES>(value + element) * grad[j];
-              store<LANES>(grad_value + element, load<LANES>(grad_value + element) + grad[j] * points.corner[k][p]);
+              store<LANES>(grad_value + element, load<LANES>(grad_value + element) + grad[j] * points.count[k][p]);
             }
           dot[p] += lane_sums<A>(fold<A>(product[0]), fold<A>(product[1]), fold<A>(product[2]), fold<A>(product[3]));
         }
       });
-      for (int p = 0; p < count; ++p) {
-        const A left = points.left[p], right = points.right[p], top = points.top[p], bottom = points.bottom[p];
-        const Vector<A, 4> d = dot[p];
-        grad_weights[at + p] = top * (left * d[0] + right * d[1]) + bottom * (left * d[2] + right * d[3]);
-        const A x = weights[at + p] * (top * (points.left_x[p] * d[0] + points.right_x[p] * d[1]) +
-                                       bottom * (points.left_x[p] * d[2] + points.right_x[p] * d[3]));
-        const A y = weights[at + p] * (left * (points.top_y[p] * d[0] + points.bottom_y[p] * d[2]) +
-                                       right * (points.top_y[p] * d[1] + points.bottom_y[p] * d[3]));
-        grad_offsets[2 * (at + p)] = x * points.scale_x[p];
-        grad_offsets[2 * (at + p) + 1] = y * points.scale_y[p];
-        grad_x += x * width;
-        grad_y += y * height;
-        grad_width += x * width * offsets[2 * (at + p)];
-        grad_height += y * height * offsets[2 * (at + p) + 1];
+      for (int p = 0; p < points.size; ++p) {
+        const int64_t at = row * all + points.first + p;
+        const A w = weights[at], dx = points.dx[p], dy = points.dy[p];
+        A d[4];
+        for (int k = 0; k < 4; ++k) d[k] = dot[p][k] * points.inside[k][p];
+        grad_weights[at] = (1 - dy) * ((1 - dx) * d[0] + dx * d[1]) + dy * ((1 - dx) * d[2] + dx * d[3]);
+        const A x = w * ((1 - dy) * (d[1] - d[0]) + dy * (d[3] - d[2]));  // by a move of one cell
+        const A y = w * ((1 - dx) * (d[2] - d[0]) + dx * (d[3] - d[1]));
+        grad_offsets[2 * at] = x * points.cells_x[p];
+        grad_offsets[2 * at + 1] = y * points.cells_y[p];
+        grad_x += x * range.W;
+        grad_y += y * range.H;
+        grad_width += x * range.W * offsets[2 * at];
+        grad_height += y * range.H * offsets[2 * at + 1];
       }
     }
     if (grad_reference) {
@@ -300,8 +270,8 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
       *grad_reference++ = grad_y;
     }
     if (grad_reference && problem.boxes) {
-      *grad_reference++ = grad_width * (A(0.5) / P);
-      *grad_reference++ = grad_height * (A(0.5) / P);
+      *grad_reference++ = grad_width * (A(0.5) / problem.P);
+      *grad_reference++ = grad_height * (A(0.5) / problem.P);
     }
   }
 }

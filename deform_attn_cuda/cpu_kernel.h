@@ -1,17 +1,12 @@
-// What operator.cpp and cpu_kernel.cpp, which is compiled once for each instruction set, have to agree on.
+// The interface of cpu_kernel.cpp, which is compiled once for each instruction set.
 #pragma once
 #include <cstdint>
+
+#include "problem.h"
 
 namespace deform_attn {
 
 struct bfloat16 { uint16_t bits; };
-
-// Shapes of one call, letters as in __init__.py, and for each of the L * P points of a query the geometry of its level.
-struct Problem {
-  int64_t B, N, h, c, Q, L, P;
-  bool boxes;  // whether the reference holds boxes [B Q 4] and not centres [Q 2]
-  const int32_t *width, *height, *start;  // [L * P]; start: first token of the level
-};
 
 // V: type of the value and the output; A: type of the sums and of all else. weights: the softmax of the logits.
 template <typename V, typename A>

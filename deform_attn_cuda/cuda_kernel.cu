@@ -1,16 +1,18 @@
 // The CUDA kernels, forward and backward. No PyTorch in here.
 //
 // A pair is one query and one head. LANES threads of a warp own it, and each of them WIDTH neighbouring channels: 16
-// bytes of the value, or one channel where the rows of tensors do not begin at 16 bytes. Together they own 32 channels;
-// where a head has more, they take 32 after 32. Blocks go head by head, so those that run at one time read one or two
-// heads' rows of the value, which stay in L2.
+// bytes of the value, or one channel where the rows of tensors do not begin at multiples of 16 bytes. Together they own
+// 32 channels; where a head has more, they take 32 after 32. Blocks go head by head, so those that run at one time read
+// one or two heads' rows of the value, which stay in L2.
 //
 // A pair's L * P points are taken LANES at a time. Each thread locates one of them: the tokens of its four corners and
-// what each corner counts. Then all threads of the pair go through these points, which the shuffles of the warp tell
-// them, read the rows of the four tokens, and sum in registers. So all threads of a warp make the same steps, also those
-// beyond the last query: they do what the last one does and write nothing. Warps share nothing.
+// by how much each corner counts. Then all threads of the pair go through these points, which they get by warp
+// shuffles, read the rows of the four tokens, and sum in registers. So all threads of a warp take the same steps. Those
+// beyond the last query repeat it and write nothing. Warps share nothing.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cstdint>
 
 #include "cuda_kernel.h"
 
@@ -46,40 +48,41 @@ __device__ A max_of_pair(A x) {
   return x;
 }
 
-// Corners of a point are top left, top right, bottom left, bottom right.
+// Corners are top left, top right, bottom left, bottom right.
 template <typename A>
 struct Point {
-  A weight;                            // of the softmax
-  A left, right, top, bottom;          // shares of columns and lines, 0 outside of the level
-  A left_x, right_x, top_y, bottom_y;  // their derivatives by a move of one cell
-  A scale_x, scale_y;                  // how many cells an offset of 1 is
+  A weight;            // of the softmax
+  A dx, dy;            // from the top left corner, in cells
+  A cells_x, cells_y;  // how many cells an offset of 1 is
   int token[4];
-  A count[4];  // weight * share of the line * share of the column
+  A count[4];          // weight * bilinear coefficient; 0 outside of the level
+  bool inside[4];      // whether the corner is in the level
 };
 
-// One query and one head, seen by one of its threads.
+// One query and one head, with the place of this thread among its threads.
 template <typename A, int LANES>
 struct Pair {
-  const CudaProblem& problem;
-  int lane;                          // of this thread
-  bool exists, warp_exists;          // false beyond the last query, and where no pair of the warp exists
-  int64_t row;                       // number of the pair in [B Q h]
-  int64_t slice;                     // first element of its image and head in the value
-  int64_t reference;                 // first element of its query in the reference
-  A x, y, width, height;             // the reference; width and height of what an offset of 1 is
-  const A *offsets, *logits;
-  A top, sum;                        // of the softmax: largest logit, sum of exponentials
+  const Problem& problem;
+  int lane;                   // of this thread
+  bool exists, warp_exists;   // false beyond the last query, and where no pair of the warp exists
+  int64_t row;                // number of the pair in [B Q h]
+  int64_t slice;              // first element of its image and head in the value
+  int64_t reference;          // first element of its query in the reference
+  A x, y, width, height;      // reference point or centre; width and height of what an offset of 1 is in a box
+  const A *offsets, *logits;  // of its points
+  A top, sum;                 // of the softmax: largest logit, sum of exponentials
 
-  __device__ Pair(const CudaProblem& problem, const A* references, const A* all_offsets, const A* all_logits)
+  __device__ Pair(const Problem& problem, const A* references, const A* all_offsets, const A* all_logits)
       : problem(problem), lane(threadIdx.x % LANES) {
     const int head = blockIdx.y, image = blockIdx.z;
-    const int query = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES, asked = min(query, problem.Q - 1);
+    const int query = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
+    const int last_or_query = min(query, problem.Q - 1);
     exists = query < problem.Q;
     warp_exists = query - threadIdx.x % 32 / LANES < problem.Q;
     if (!warp_exists) return;
-    row = (int64_t(image) * problem.Q + asked) * problem.h + head;
+    row = (int64_t(image) * problem.Q + last_or_query) * problem.h + head;
     slice = (int64_t(image) * problem.N * problem.h + head) * problem.c;
-    reference = problem.boxes ? 4 * (int64_t(image) * problem.Q + asked) : 2 * int64_t(asked);
+    reference = problem.boxes ? 4 * (int64_t(image) * problem.Q + last_or_query) : 2 * int64_t(last_or_query);
     x = references[reference];
     y = references[reference + 1];
     width = problem.boxes ? references[reference + 2] * (A(0.5) / problem.P) : 0;
@@ -98,46 +101,38 @@ struct Pair {
   __device__ A weight(int point) const { return exp(logits[point] - top) / sum; }
   __device__ const Level& level(int point) const { return problem.levels[point / problem.P]; }
 
-  // Infinity is outside. A corner outside counts nothing and is taken for the level's first token, so that it can be
-  // read without a branch. A location that is not a number has all corners outside, which count NaN.
+  // Infinity is outside. A corner outside counts zero and is taken for the level's first token, so that it can be read
+  // without a branch. If the location is NaN, all corners are outside and count NaN.
   __device__ Point<A> locate(int point) const {
     const Level level = this->level(point);
     Point<A> p;
     p.weight = weight(point);
-    p.scale_x = problem.boxes ? width * level.W : 1;
-    p.scale_y = problem.boxes ? height * level.H : 1;
-    const A px = offsets[2 * point] * p.scale_x + (x * level.W - A(0.5));
-    const A py = offsets[2 * point + 1] * p.scale_y + (y * level.H - A(0.5));
+    p.cells_x = problem.boxes ? width * level.W : 1;
+    p.cells_y = problem.boxes ? height * level.H : 1;
+    const A px = offsets[2 * point] * p.cells_x + (x * level.W - A(0.5));
+    const A py = offsets[2 * point + 1] * p.cells_y + (y * level.H - A(0.5));
     const A near_x = fmin(fmax(px, A(-2)), A(level.W)), near_y = fmin(fmax(py, A(-2)), A(level.H));  // -2 for NaN
     const int column = int(floor(near_x)), line = int(floor(near_y));
-    const A dx = near_x - column, dy = near_y - line;
-    const A nan_x = px == px ? 0 : px, nan_y = py == py ? 0 : py;
-    const bool has_left = column >= 0 && column < level.W, has_right = column + 1 >= 0 && column + 1 < level.W;
-    const bool has_top = line >= 0 && line < level.H, has_bottom = line + 1 >= 0 && line + 1 < level.H;
-    p.left = (has_left ? 1 - dx : 0) + nan_x;
-    p.right = (has_right ? dx : 0) + nan_x;
-    p.top = (has_top ? 1 - dy : 0) + nan_y;
-    p.bottom = (has_bottom ? dy : 0) + nan_y;
-    p.left_x = has_left ? -1 : 0;
-    p.right_x = has_right ? 1 : 0;
-    p.top_y = has_top ? -1 : 0;
-    p.bottom_y = has_bottom ? 1 : 0;
-    const int token = level.start + line * level.W + column;
-    p.token[0] = has_top && has_left ? token : level.start;
-    p.token[1] = has_top && has_right ? token + 1 : level.start;
-    p.token[2] = has_bottom && has_left ? token + level.W : level.start;
-    p.token[3] = has_bottom && has_right ? token + level.W + 1 : level.start;
-    p.count[0] = p.weight * p.top * p.left;
-    p.count[1] = p.weight * p.top * p.right;
-    p.count[2] = p.weight * p.bottom * p.left;
-    p.count[3] = p.weight * p.bottom * p.right;
+    p.dx = near_x - column + (px == px ? 0 : px);
+    p.dy = near_y - line + (py == py ? 0 : py);
+    const A outside = (p.dx - p.dx) + (p.dy - p.dy);  // 0, or NaN where the location is
+    const auto set_corner = [&](int k, int dx, int dy, A coefficient) {
+      const int cx = column + dx, cy = line + dy;
+      p.inside[k] = cx >= 0 && cx < level.W && cy >= 0 && cy < level.H;
+      p.token[k] = level.start + (p.inside[k] ? cy * level.W + cx : 0);
+      p.count[k] = p.weight * (p.inside[k] ? coefficient : outside);
+    };
+    set_corner(0, 0, 0, (1 - p.dy) * (1 - p.dx));
+    set_corner(1, 1, 0, (1 - p.dy) * p.dx);
+    set_corner(2, 0, 1, p.dy * (1 - p.dx));
+    set_corner(3, 1, 1, p.dy * p.dx);
     return p;
   }
 };
 
 template <typename V, typename A, int WIDTH>
 __global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 3 : 4)  // blocks at one time, so what registers allow
-forward(const __grid_constant__ CudaProblem problem, const V* __restrict__ value, const A* __restrict__ reference,
+forward(const __grid_constant__ Problem problem, const V* __restrict__ value, const A* __restrict__ reference,
         const A* __restrict__ offsets, const A* __restrict__ logits, V* __restrict__ output) {
   constexpr int LANES = CHANNELS / WIDTH;
   const Pair<A, LANES> pair(problem, reference, offsets, logits);
@@ -187,11 +182,11 @@ __device__ std::enable_if_t<WIDTH % 4 == 0> add(float* to, const float (&numbers
 #endif
 
 // With dot[k] the product of grad_output and the row of corner k, summed over channels, the gradients of a point are
-// sums of dot by shares and by their derivatives. The threads of a pair sum dot; the thread that located the point does
-// the rest. grad_reference may be null.
+// those of the bilinear interpolation of dot. The threads of a pair sum dot; the thread that located the point does the
+// rest. grad_reference may be null.
 template <typename V, typename A, int WIDTH>
 __global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 2 : 3)
-backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad_output, const V* __restrict__ value,
+backward(const __grid_constant__ Problem problem, const V* __restrict__ grad_output, const V* __restrict__ value,
          const A* __restrict__ reference, const A* __restrict__ offsets, const A* __restrict__ logits,
          A* __restrict__ grad_value, A* __restrict__ grad_reference, A* __restrict__ grad_offsets,
          A* __restrict__ grad_logits) {
@@ -234,17 +229,16 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
         }
       }
       if (!pair.exists || first + pair.lane >= pair.points()) continue;
-      const Point<A>& p = mine;
-      const A logit = p.weight * (p.top * (p.left * dot[0] + p.right * dot[1]) +
-                                  p.bottom * (p.left * dot[2] + p.right * dot[3]));
-      const A x = p.weight * (p.top * (p.left_x * dot[0] + p.right_x * dot[1]) +
-                              p.bottom * (p.left_x * dot[2] + p.right_x * dot[3]));  // by a move of one cell
-      const A y = p.weight * (p.left * (p.top_y * dot[0] + p.bottom_y * dot[2]) +
-                              p.right * (p.top_y * dot[1] + p.bottom_y * dot[3]));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) dot[k] *= A(mine.inside[k]);
+      const A w = mine.weight, dx = mine.dx, dy = mine.dy;
+      const A logit = w * ((1 - dy) * ((1 - dx) * dot[0] + dx * dot[1]) + dy * ((1 - dx) * dot[2] + dx * dot[3]));
+      const A x = w * ((1 - dy) * (dot[1] - dot[0]) + dy * (dot[3] - dot[2]));  // by a move of one cell
+      const A y = w * ((1 - dx) * (dot[2] - dot[0]) + dx * (dot[3] - dot[1]));
       const bool again = round > 0;  // then earlier channels have written
       grad_logits[point] = logit + (again ? grad_logits[point] : 0);
-      grad_offsets[2 * point] = x * p.scale_x + (again ? grad_offsets[2 * point] : 0);
-      grad_offsets[2 * point + 1] = y * p.scale_y + (again ? grad_offsets[2 * point + 1] : 0);
+      grad_offsets[2 * point] = x * mine.cells_x + (again ? grad_offsets[2 * point] : 0);
+      grad_offsets[2 * point + 1] = y * mine.cells_y + (again ? grad_offsets[2 * point + 1] : 0);
       by_weights += logit;
       const A by_x = x * pair.level(point).W, by_y = y * pair.level(point).H;
       by_reference[0] += by_x;
@@ -266,50 +260,45 @@ backward(const __grid_constant__ CudaProblem problem, const V* __restrict__ grad
 }
 
 template <int WIDTH>
-dim3 blocks_of(const CudaProblem& problem) {
+dim3 blocks_of(const Problem& problem) {
   constexpr int PAIRS = THREADS * WIDTH / CHANNELS;  // of a block
   return dim3((problem.Q - 1) / PAIRS + 1, problem.h, problem.B);
 }
 
 // Whether rows of the value and of all that is like it begin at multiples of 16 bytes.
 template <int WIDTH, typename... Pointers>
-bool aligned(const CudaProblem& problem, Pointers... pointers) {
+bool aligned(const Problem& problem, Pointers... pointers) {
   return problem.c % WIDTH == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
-}
-
-template <typename V, typename A, int WIDTH>
-void launch_forward_by(const CudaProblem& problem, const Inputs<V, A>& in, V* output, cudaStream_t stream) {
-  LAUNCH((forward<V, A, WIDTH>), blocks_of<WIDTH>(problem), stream, problem, in.value, in.reference, in.offsets,
-         in.logits, output);
-}
-
-template <typename V, typename A, int WIDTH>
-void launch_backward_by(const CudaProblem& problem, const V* grad_output, const Inputs<V, A>& in,
-                        const Gradients<A>& gradients, cudaStream_t stream) {
-  LAUNCH((backward<V, A, WIDTH>), blocks_of<WIDTH>(problem), stream, problem, grad_output, in.value, in.reference,
-         in.offsets, in.logits, gradients.value, gradients.reference, gradients.offsets, gradients.logits);
 }
 
 }  // namespace
 
 template <typename V, typename A>
-void launch_forward(const CudaProblem& problem, const Inputs<V, A>& in, V* output, cudaStream_t stream) {
+void launch_forward(const Problem& problem, const Inputs<V, A>& in, V* output, cudaStream_t stream) {
+  const auto launch_by = [&]<int WIDTH>() {
+    LAUNCH((forward<V, A, WIDTH>), blocks_of<WIDTH>(problem), stream, problem, in.value, in.reference, in.offsets,
+           in.logits, output);
+  };
   constexpr int WIDTH = 16 / sizeof(V);
-  const bool wide = aligned<WIDTH>(problem, in.value, output);
-  (wide ? launch_forward_by<V, A, WIDTH> : launch_forward_by<V, A, 1>)(problem, in, output, stream);
+  if (aligned<WIDTH>(problem, in.value, output)) launch_by.template operator()<WIDTH>();
+  else launch_by.template operator()<1>();
 }
 
 template <typename V, typename A>
-void launch_backward(const CudaProblem& problem, const V* grad_output, const Inputs<V, A>& in,
+void launch_backward(const Problem& problem, const V* grad_output, const Inputs<V, A>& in,
                      const Gradients<A>& gradients, cudaStream_t stream) {
+  const auto launch_by = [&]<int WIDTH>() {
+    LAUNCH((backward<V, A, WIDTH>), blocks_of<WIDTH>(problem), stream, problem, grad_output, in.value, in.reference,
+           in.offsets, in.logits, gradients.value, gradients.reference, gradients.offsets, gradients.logits);
+  };
   constexpr int WIDTH = 16 / sizeof(V);
-  const bool wide = aligned<WIDTH>(problem, in.value, grad_output, gradients.value);
-  (wide ? launch_backward_by<V, A, WIDTH> : launch_backward_by<V, A, 1>)(problem, grad_output, in, gradients, stream);
+  if (aligned<WIDTH>(problem, in.value, grad_output, gradients.value)) launch_by.template operator()<WIDTH>();
+  else launch_by.template operator()<1>();
 }
 
 #define INSTANTIATE(V, A)                                                                \
-  template void launch_forward(const CudaProblem&, const Inputs<V, A>&, V*, cudaStream_t); \
-  template void launch_backward(const CudaProblem&, const V*, const Inputs<V, A>&, const Gradients<A>&, cudaStream_t)
+  template void launch_forward(const Problem&, const Inputs<V, A>&, V*, cudaStream_t); \
+  template void launch_backward(const Problem&, const V*, const Inputs<V, A>&, const Gradients<A>&, cudaStream_t)
 INSTANTIATE(float, float);
 INSTANTIATE(double, double);
 INSTANTIATE(__half, float);

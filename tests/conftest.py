@@ -19,6 +19,15 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def four(tmp_path_factory):
+    """Data of which an epoch has a single step."""
+    folder = tmp_path_factory.mktemp("four")
+    write_images(folder, "train", 4)
+    write_images(folder, "val", 1)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def signals():
     """A run sets handlers for signals: put back what pytest had. In the background a shell lets Ctrl-C be ignored."""

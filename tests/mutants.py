@@ -117,9 +117,7 @@ def main():
     parser.add_argument("patterns", nargs="*", default=["*"], help='such as "losses.*", default: all')
     parser.add_argument("--sample", type=int, help="how many of them, default: all")
     args = parser.parse_args()
-    configuration._guess_source_paths = lambda: [
-        "."
-    ]  # a setting of mutmut's own program, which has no file for it here
+    configuration._guess_source_paths = lambda: ["."]  # mutmut's own program has a file for this setting
     # Without looking for the smallest example, and with the same examples each time.
     generate = hypothesis.Phase.explicit, hypothesis.Phase.generate
     hypothesis.settings.register_profile("mutants", phases=generate, derandomize=True, database=None)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from deform_attn_cuda import deform_attn_pytorch
+from deform_attn_cuda import KERNEL_TYPES, deform_attn, deform_attn_pytorch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 LEVELS = [(6, 9), (3, 5), (1, 1)]
+ALIGNMENTS = [(32, 0), (32, 1), (33, 0), (136, 0)]  # channels, and by how many numbers memory is shifted
 # Rounding of sums of up to 300 terms: 2^-53 and 2^-24 times some tens. Results of sixteen bits are rounded once, to 8
 # (11) bits, from sums in float32; gradients of references multiply by sizes of up to 9 cells.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -58,6 +59,14 @@ def inputs(level_shapes=LEVELS, B=2, Q=7, h=3, c=5, P=2, boxes=False, dtype=torc
     )
 
 
+def many_queries(c, shift, dtype, device):
+    """More queries than a block of threads takes, in tensors that begin `shift` numbers after an aligned address."""
+    return [
+        torch.cat((x.new_zeros(shift), x.detach().flatten()))[shift:].view(x.shape).requires_grad_()
+        for x in inputs(B=1, Q=70, c=c, P=3, dtype=dtype, device=device)
+    ]
+
+
 def upstream_of(output):
     """The gradient that comes from above in all these tests."""
     return torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
@@ -90,3 +99,9 @@ def assert_agrees(path, level_shapes, tensors):
     assert [x.dtype for x in actual] == [value.dtype, *(x.dtype for x in tensors)]
     assert_close([x.to(y.dtype) for x, y in zip(actual, exact, strict=True)], exact, TOLERANCES[value.dtype])
     assert torch.equal(deform_attn_pytorch(value, level_shapes, *others), exact[0].to(value.dtype))
+
+
+if __name__ == "__main__":
+    for dtype in KERNEL_TYPES["cpu"]:
+        for c, shift in ALIGNMENTS:
+            assert_agrees(deform_attn, LEVELS, many_queries(c, shift, dtype, "cpu"))

@@ -1,14 +1,13 @@
 """What train.py promises where a run is interrupted, a file is damaged, a disk full or a number not finite."""
 
 import contextlib
+import errno
 import json
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -29,12 +28,6 @@ HERE = Path(train.__file__).parent
 @pytest.fixture(autouse=True)
 def cheap(score):
     """No test here needs an evaluation."""
-
-
-def copy_of(trained, folder):
-    """A run of two epochs in a folder of its own."""
-    shutil.copytree(trained, folder / "run")
-    return folder / "run"
 
 
 def start(args, checkpoint=None):
@@ -72,11 +65,11 @@ def test_a_run_interrupted_and_resumed_ends_bit_equal_to_one_that_was_not(folder
     assert losses[0] == losses[1]
 
 
-def test_two_runs_with_one_seed_are_bit_equal_and_another_seed_differs(folder, trained, tmp_path):
-    assert train_in(folder, tmp_path / "same", "--epochs", 2) == 0
-    assert train_in(folder, tmp_path / "other", "--epochs", 2, "--seed", 1) == 0
-    assert same(weights(tmp_path / "same"), weights(trained))
-    assert not same(weights(tmp_path / "other"), weights(trained))
+def test_the_seed_alone_decides_what_a_run_learns(four, tmp_path):
+    for run, seed in {"first": 0, "second": 0, "other": 1}.items():
+        assert train_in(four, tmp_path / run, "--seed", seed) == 0
+    assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
+    assert not same(weights(tmp_path / "first"), weights(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("number", distributed.SIGNALS)
@@ -88,13 +81,18 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_128_and_its_number(folde
     assert "after step 1: --resume goes on" in capsys.readouterr().out
 
 
-def test_a_signal_during_evaluation_ends_at_once_and_resuming_evaluates(folder, trained, tmp_path):
+def test_a_signal_during_evaluation_ends_at_once_and_resuming_evaluates(folder, tmp_path, still):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        assert train_in(folder, tmp_path, "--epochs", 2) == 143
-    assert not any("AP_box" in record for record in log_of(tmp_path))
-    assert train_in(folder, tmp_path, "--epochs", 2, "--resume") == 0
-    assert same(weights(tmp_path), weights(trained)) and sum("AP_box" in record for record in log_of(tmp_path)) == 2
+        assert train_in(folder, tmp_path) == 143
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 3 and [*aps(tmp_path)] == []
+    assert train_in(folder, tmp_path, "--resume") == 0
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 3 and [*aps(tmp_path)] == [3]
+
+
+def aps(out):
+    """The steps at which a run was evaluated."""
+    return [record["step"] for record in log_of(out) if "AP_box" in record]
 
 
 # ---- Going on --------------------------------------------------------------------------------------------------------
@@ -109,33 +107,34 @@ def test_a_checkpoint_holds_all_that_is_needed_in_plain_types(folder, trained):
     assert checkpoint["source"]["data"] == str(folder)
 
 
-def test_a_run_goes_on_with_another_autocast_and_keeps_fp16s_scale(folder, tmp_path):
+def test_a_run_goes_on_with_another_autocast_and_keeps_fp16s_scale(folder, tmp_path, still):
     for epochs, amp in enumerate(("off", "fp16", "fp16", "bf16"), 1):
-        flags = ("--epochs", epochs, "--amp", amp, "--batch-size", 12, "--resume")
-        assert train_in(folder, tmp_path, *flags) == 0
+        assert train_in(folder, tmp_path, "--epochs", epochs, "--amp", amp, "--batch-size", 12, "--resume") == 0
         checkpoint = read_checkpoint(tmp_path / "last.pt")
         if epochs == 2:
-            checkpoint["scaler"]["scale"] = 2.0
-            torch.save(checkpoint, tmp_path / "last.pt")
+            torch.save({**checkpoint, "scaler": {**checkpoint["scaler"], "scale": 2.0}}, tmp_path / "last.pt")
         if epochs == 3:
             assert checkpoint["scaler"]["scale"] == 2.0
     assert checkpoint["step"] == 4
 
 
-def test_a_run_goes_on_where_a_damaged_image_was_taken_out(tmp_path, capsys, still):
-    write_images(tmp_path, "train", 12)
-    write_images(tmp_path, "val", 1)
-    assert train_in(tmp_path, tmp_path / "run") == 0
-    path = tmp_path / "annotations" / "instances_train.json"
+def test_a_run_goes_on_with_other_images_and_says_so(folder, tmp_path, capsys, still):
+    run = tmp_path / "run"
+    assert train_in(folder, run) == 0
+    assert train_in(folder, run, "--resume") == 0
+    assert "goes on with" not in capsys.readouterr().out
+    before = log_of(run)
+    shutil.copytree(folder, tmp_path / "mended")  # without damaged images: an epoch has one step now, and had three
+    path = tmp_path / "mended" / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
-    content["images"] = content["images"][:7]  # an epoch has one step now, and had three
+    content["images"] = content["images"][:7]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] <= 7]
     path.write_text(json.dumps(content))
-    before = log_of(tmp_path / "run")
-    assert train_in(tmp_path, tmp_path / "run", "--resume", "--epochs", 3) == 0
-    assert "there were 12 training images and are 7 now" in capsys.readouterr().out
-    checkpoint = read_checkpoint(tmp_path / "run" / "last.pt")
-    assert (checkpoint["epoch"], checkpoint["step"]) == (3, 3) and log_of(tmp_path / "run")[: len(before)] == before
+    assert train_in(tmp_path / "mended", run, "--resume", "--epochs", 3) == 0
+    said = f"12 images of {folder} data: the run goes on with 7 images of {tmp_path / 'mended'} data"
+    assert said in capsys.readouterr().out
+    checkpoint = read_checkpoint(run / "last.pt")
+    assert (checkpoint["epoch"], checkpoint["step"]) == (3, 3) and log_of(run)[: len(before)] == before
 
 
 def test_other_classes_are_refused_with_those_that_differ(trained, tmp_path, capsys):
@@ -144,15 +143,6 @@ def test_other_classes_are_refused_with_those_that_differ(trained, tmp_path, cap
     assert train_in(tmp_path, trained, "--resume") == 2
     message = capsys.readouterr().err
     assert "only" in message and "tile" in message and "lid" in message and "plate" not in message
-
-
-def test_a_run_that_goes_on_with_other_data_says_so(folder, trained, tmp_path, capsys, still):
-    shutil.copytree(folder, tmp_path / "copy")
-    run = copy_of(trained, tmp_path)
-    assert train_in(tmp_path / "copy", run, "--resume") == 0
-    assert f"trained on {folder} data: the run goes on with {tmp_path / 'copy'} data" in capsys.readouterr().out
-    assert train_in(folder, run, "--resume") == 0
-    assert "goes on with" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -185,18 +175,17 @@ def test_a_start_that_failed_leaves_no_run(folder, tmp_path, still):
     assert train_in(folder, tmp_path / "run", "--batch-size", 2) == 0
 
 
-def test_a_folder_that_another_run_holds_is_left_alone(folder, trained, tmp_path, capsys, still):
-    run = copy_of(trained, tmp_path)
+def test_a_folder_that_another_run_holds_is_left_alone(folder, tmp_path, capsys):
     with multiprocessing.get_context("fork").Pool(1) as other:
-        other.apply(enter, (run,))
-        assert train_in(folder, run, "--resume") == 2
-    assert f"{run} is in use by process" in capsys.readouterr().err
+        other.apply(hold, (tmp_path,))
+        assert train_in(folder, tmp_path) == 2
+    assert f"{tmp_path} is in use by process" in capsys.readouterr().err
 
 
 HELD = contextlib.ExitStack()
 
 
-def enter(folder):
+def hold(folder):
     HELD.enter_context(distributed.held(folder))
 
 
@@ -232,8 +221,9 @@ def test_a_best_that_could_not_be_written_is_not_taken_for_the_best(folder, tmp_
     (tmp_path / "predictions.json").symlink_to("/dev/full")
     assert train_in(folder, tmp_path, "--epochs", 2) == 0
     assert read_checkpoint(tmp_path / "best.pt")["epoch"] == 2
-    warnings = capsys.readouterr().err
-    assert "best.pt was not written" in warnings and "No space left" in warnings and "one before" not in warnings
+    first, *_ = warnings = capsys.readouterr().err.splitlines()
+    assert first.count("was not written") == 1 and "predictions.json was not written: No space left" in first
+    assert any("best.pt was not written: No space left" in line for line in warnings)
 
 
 def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path):
@@ -261,60 +251,47 @@ def test_a_write_that_fails_midway_warns_and_leaves_the_old_checkpoint(tmp_path,
     (tmp_path / "last.pt.tmp").symlink_to("/dev/full")  # a device on which every write finds the disk full
     assert not train.save(path, {"step": 7})
     assert read_checkpoint(path)["step"] == 0
-    assert "last.pt was not written, the one before it stays" in capsys.readouterr().err
+    assert "last.pt was not written: No space left on device; an older one stays" in capsys.readouterr().err
     assert train.save(path, {"step": 7})  # there is room again
     assert read_checkpoint(path)["step"] == 7
 
 
 @pytest.mark.parametrize("signals", [False, True])
 def test_a_run_that_cannot_save_says_so_and_does_not_end_well(folder, tmp_path, monkeypatch, capsys, signals, still):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if signals:
         signal_at(1, signal.SIGTERM, monkeypatch)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # a checkpoint has 10 MB
-    try:
-        code = train_in(folder, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert train_in(folder, tmp_path) == (143 if signals else 1)
     said = capsys.readouterr()
-    assert code == (143 if signals else 1) and "could not be" in said.out + said.err
-    assert "is the best" not in said.out and "goes on" not in said.out and not list(tmp_path.glob("*.pt"))
+    assert "could not be" in said.out + said.err and "last.pt was not written: No space left" in said.err
+    assert "the best" not in said.out and "goes on" not in said.out and not list(tmp_path.glob("*.pt*"))
+
+
+def full_disk(state, file):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # ---- Files that are read ---------------------------------------------------------------------------------------------
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.system, ("touch exploded",)
 
 
 def spoil(checkpoint, path, how):
     """A file that is no checkpoint of this run, in one of the ways that occur."""
     if how == "truncated":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "foreign":
-        path.write_text("<html>404</html>")
-    elif how == "code":
-        torch.save({**checkpoint, "extra": Bomb()}, path)
     elif how == "list":
         torch.save([1, 2], path)
     else:
         torch.save({name: value for name, value in checkpoint.items() if name != how}, path)
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "foreign", "code", "list", "optimizer", "model"])
-def test_a_file_that_is_no_checkpoint_is_named_and_never_runs_code(folder, trained, tmp_path, monkeypatch, capsys, how):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("how", ["truncated", "list", "optimizer", "model"])
+def test_a_file_that_is_no_checkpoint_is_named_and_stays(folder, trained, tmp_path, capsys, how):
     path = tmp_path / "last.pt"
     path.write_bytes((trained / "last.pt").read_bytes())
     spoil(read_checkpoint(path), path, how)
     broken = path.read_bytes()
     assert train_in(folder, tmp_path, "--resume") == 2
-    assert "last.pt" in capsys.readouterr().err
-    assert path.read_bytes() == broken and not Path("exploded").exists()
+    assert "last.pt" in capsys.readouterr().err and path.read_bytes() == broken
 
 
 def test_init_takes_every_tensor_that_fits_and_names_the_others(folder, trained, capsys):
@@ -326,80 +303,39 @@ def test_init_takes_every_tensor_that_fits_and_names_the_others(folder, trained,
     assert same({k: v for k, v in model.items() if k not in odd}, {k: v for k, v in given.items() if k not in odd})
 
 
-RESNET18 = ("--preset", "released", "--set", "backbone=resnet18")
-
-
-def test_pretrained_weights_on_disk_need_no_network_and_freeze_their_norms(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(socket, "socket", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    net = torchvision.models.resnet18()
-    torch.nn.init.constant_(net.layer2[0].conv1.weight, 0.25)
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(net.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
-    model = start(flags_of(folder, "out", *RESNET18))
-    assert (model.backbone.stages[2][0].conv1.weight == 0.25).all()
-    norms = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    assert norms and all(norm.frozen and not norm.weight.requires_grad for norm in norms)
-
-
 def test_a_backbone_that_init_leaves_empty_gets_its_own_weights(folder, trained, tmp_path, monkeypatch):
     net = torchvision.models.resnet18()
     monkeypatch.setattr(train, "imagenet", lambda backbone: {"resnet18": net.state_dict()}[backbone])
-    flags = flags_of(folder, "out", "--init", trained / "last.pt")
-    resnet = [*flags, "--set", "backbone=resnet18"]
-    model = start(resnet)
+    resnet = [*flags_of(folder, "out"), "--set", "backbone=resnet18"]
+    fresh = start(resnet)
+    assert torch.equal(fresh.backbone.stages[2][0].conv1.weight, net.layer2[0].conv1.weight)
+    init = ["--init", str(trained / "last.pt")]
+    model = start([*resnet, *init])
     assert torch.equal(model.backbone.stages[2][0].conv1.weight, net.layer2[0].conv1.weight)
     assert torch.equal(model.label_embed.weight, weights(trained)["label_embed.weight"])
     torch.nn.init.constant_(net.layer2[0].conv1.weight, 0.25)
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    model = start([*resnet, "--backbone-weights", str(tmp_path / "net.pt")])
+    model = start([*resnet, *init, "--backbone-weights", str(tmp_path / "net.pt")])
     assert (model.backbone.stages[2][0].conv1.weight == 0.25).all()
     monkeypatch.setattr(train, "imagenet", None)  # not asked where --init fills the backbone, or nobody wants weights
-    start(flags)
-    start([*resnet, "--backbone-weights", "none"])
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 cut"])
-def test_a_damaged_download_is_named_with_what_to_do(folder, tmp_path, monkeypatch, capsys, content):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(content)
-    assert train_in(folder, tmp_path / "out", *RESNET18) == 2
-    message = capsys.readouterr().err
-    assert str(file) in message and "delete it" in message and "Traceback" not in message
-
-
-@pytest.mark.parametrize("backbone, named", [("resnet18", "https://download"), ("swin_l", "Swin-Transformer")])
-def test_weights_that_cannot_be_had_are_named_with_the_way_out(folder, tmp_path, monkeypatch, backbone, named):
-    monkeypatch.setenv("https_proxy", "http://localhost:9")  # where nobody answers
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=f"{named}.*--backbone-weights"):
-        train.imagenet(backbone)
+    start([*flags_of(folder, "out"), *init])
+    start([*resnet, *init, "--backbone-weights", "none"])
 
 
 # ---- Numbers that are not finite -------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_ends_with_step_term_rate_and_images(folder, tmp_path, monkeypatch, capsys):
-    criterion, calls = train.Criterion.forward, []
-
-    def poisoned(self, *args):
-        calls.append(1)
-        losses = criterion(self, *args)
-        return {
-            name: loss * math.nan if len(calls) == 5 and name == "dice_1" else loss for name, loss in losses.items()
-        }
-
-    monkeypatch.setattr(train.Criterion, "forward", poisoned)
+    losses = [1.0, 1.0, 1.0, 1.0, math.nan, 1.0]
+    terms = ({"class_0": torch.tensor(1.0), "dice_1": torch.tensor(x)} for x in losses)
+    monkeypatch.setattr(train, "train_step", lambda *_: (next(terms), torch.tensor(1.0)))
     assert train_in(folder, tmp_path, "--epochs", 2) == 1
     message = capsys.readouterr().err
-    assert "step 5 (epoch 2, lr " in message and "dice_1 nan" in message and "class_selection" not in message
+    assert "step 5 (epoch 2, lr " in message and "dice_1 nan" in message and "class_0" not in message
     images = json.loads(message[message.index("images [") + len("images ") : message.index("]") + 1])
     order = train.micro_batches_of(12, train.Recipe(batch_size=4), epoch=1, seed=0)[1]
     assert images == [i + 1 for i in order.flatten()]  # image ids begin with 1
-    saved = read_checkpoint(tmp_path / "last.pt")
-    assert saved["step"] == 3 and all(x.isfinite().all() for x in saved["model"].values())
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 3
 
 
 def test_predictions_that_are_not_finite_end_before_they_are_matched(folder, tmp_path, monkeypatch, capsys):
@@ -490,14 +426,3 @@ def test_a_folder_that_cannot_be_written_is_named(folder, tmp_path, capsys):
 
 def test_any_seed_of_64_bits_trains(folder, tmp_path, still):
     assert train_in(folder, tmp_path, "--seed", 2**64 - 1) == 0
-
-
-def test_faults_in_the_data_stop_a_run_before_its_first_step(tmp_path, capsys):
-    write_images(tmp_path, "train", 3)
-    write_images(tmp_path, "val", 1)
-    path = tmp_path / "annotations" / "instances_train.json"
-    content = json.loads(path.read_text())
-    content["annotations"][1]["category_id"] = 91
-    path.write_text(json.dumps(content))
-    assert train_in(tmp_path, tmp_path / "out") == 2
-    assert "91" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -14,7 +14,6 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 import torch
@@ -32,8 +31,6 @@ from small_runs import (
     exit_code,
     flags_of,
     gradient_of,
-    log_of,
-    write_images,
 )
 from util import distributed
 from util.distributed import LoadingError, batches_of
@@ -81,28 +78,38 @@ def two_processes(rank, threads, folder, out):
         seen[how] = gradient_of(steps, *batches)
     steps.model.load_state_dict(start)
     seen["metrics"], seen["results"] = evaluate.evaluate(steps.model, val_set, torch.device("cpu"))
-    steps.parallel.train()(micro_batches["shared"][0][0])
-    seen["own statistics"] = torch.cat([buffer.flatten() for buffer in steps.model.buffers()])
-    distributed.share_statistics(steps.model)
-    seen["shared statistics"] = torch.cat([buffer.flatten() for buffer in steps.model.buffers()])
 
-    # a run, whose criterion gives NaN in process 1 at the third step
+    # A run of one step an epoch: its criterion gives NaN in process 1 at the second; resumed, it gets a signal there.
     seeds, step, criterion = [], train.train_step, train.Criterion.forward
 
-    def watched(*arguments):
+    def watched(model, *rest):
         seeds.append(torch.initial_seed())
-        return step(*arguments)
+        if (rank, len(seeds)) == (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        done = step(model, *rest)
+        seen.setdefault("own statistics", statistics(model))
+        return done
 
     def poisoned(self, *arguments):
         losses = criterion(self, *arguments)
-        return {name: x * math.nan if (rank, len(seeds)) == (1, 3) else x for name, x in losses.items()}
+        return {name: x * math.nan if (rank, len(seeds)) == (1, 2) else x for name, x in losses.items()}
 
-    train.train_step, train.Criterion.forward = watched, poisoned
-    args = train.parse_training(flags_of(folder, out / "run"))
-    seen["end"] = exit_code(train.train, args, torch.device("cpu"))
+    def evaluated(model, *rest):
+        seen["statistics"] = statistics(model)
+        return {"AP_box": 5.0, "AP_mask": 5.0}, []
+
+    train.train_step, train.Criterion.forward, train.evaluate = watched, poisoned, evaluated
+    train.Log.evaluation = lambda *_: None
+    train.join = lambda name: torch.device("cpu")  # has joined
+    flags = flags_of(folder, out, "--epochs", 2, "--batch-size", 12, "--resume")
+    seen["ends"] = [exit_code(train.main, flags) for _ in range(2)]
     seen["seeds"] = seeds
-    torch.save(seen, out / f"{rank}.pt")
+    torch.save(seen, out / f"{rank}.seen")
     dist.destroy_process_group()
+
+
+def statistics(model):
+    return torch.cat([buffer.flatten().clone() for buffer in model.buffers()])
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +117,8 @@ def pair(folder, tmp_path_factory):
     """(what rank 0 saw, what rank 1 saw)"""
     out = tmp_path_factory.mktemp("pair")
     torch.multiprocessing.spawn(two_processes, (torch.get_num_threads(), folder, out), nprocs=2)
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    seen = [torch.load(out / f"{rank}.seen", weights_only=True) for rank in (0, 1)]
+    return [{**of_rank, "saved step": read_checkpoint(out / "last.pt")["step"]} for of_rank in seen]
 
 
 @pytest.fixture(scope="module")
@@ -141,44 +149,43 @@ def test_evaluation_by_two_processes_equals_that_of_one_to_the_digit(sets, pair)
 
 def test_all_processes_evaluate_with_the_statistics_of_the_checkpoint(pair):
     assert not torch.equal(pair[0]["own statistics"], pair[1]["own statistics"])
-    for seen in pair:
-        assert torch.equal(seen["shared statistics"], pair[0]["own statistics"])
+    assert all(torch.equal(seen["statistics"], pair[0]["own statistics"]) for seen in pair)
 
 
 def test_each_process_and_step_draws_noise_of_its_own(pair):
-    assert len({*pair[0]["seeds"], *pair[1]["seeds"]}) == 6
+    assert len({*pair[0]["seeds"][:2], *pair[1]["seeds"][:2]}) == 4
 
 
-def test_a_loss_that_is_not_finite_in_one_process_ends_all_together(pair):
-    assert [seen["end"] for seen in pair] == [1, 1]
+def test_a_loss_that_is_not_finite_or_a_signal_in_one_process_ends_all(pair):
+    assert [seen["ends"] for seen in pair] == [[1, 143], [1, 143]]
+    assert pair[0]["saved step"] == 2
 
 
 # ---- Starting --------------------------------------------------------------------------------------------------------
 
 
-def test_gpus_are_started_where_a_cluster_has_set_rank_for_one_process(monkeypatch):
+def cluster(monkeypatch, **variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("world", ["1", ""])
+def test_gpus_are_started_where_a_cluster_has_set_rank_for_one_process(monkeypatch, world):
     started = []
     monkeypatch.setattr(train, "launch", lambda program, arguments, processes: started.append(processes) or 0)
-    for world in ("1", ""):
-        for name, value in {"RANK": "0", "WORLD_SIZE": world}.items():
-            monkeypatch.setenv(name, value)
-        assert exit_code(train.main, ["--gpus", "4", "--device", "cpu"]) == 0
-    assert started == [4, 4]
+    cluster(monkeypatch, RANK="0", WORLD_SIZE=world)
+    assert exit_code(train.main, ["--gpus", "4", "--device", "cpu"]) == 0 and started == [4]
 
 
-@pytest.mark.parametrize(
-    ("world", "here", "said"), [("8", "2", "started 2 processes here"), ("2", "", "leave out --gpus"), ("x", "", "'x'")]
-)
+@pytest.mark.parametrize("world, here, said", [("8", "2", "2 processes here"), ("2", "", "--gpus"), ("x", "", "'x'")])
 def test_gpus_are_refused_where_a_launcher_started_another_number(monkeypatch, capsys, world, here, said):
-    for name, value in {"RANK": "0", "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": here}.items():
-        monkeypatch.setenv(name, value)
+    cluster(monkeypatch, RANK="0", WORLD_SIZE=world, LOCAL_WORLD_SIZE=here)
     assert exit_code(train.main, ["--gpus", "4", "--device", "cpu"]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_one_process_joins_nobody_whatever_a_cluster_has_set(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no-such-host.invalid"}.items():
-        monkeypatch.setenv(name, value)
+    cluster(monkeypatch, RANK="0", WORLD_SIZE="1", MASTER_ADDR="no-such-host.invalid")
     assert distributed.join("cpu") == torch.device("cpu") and not dist.is_initialized()
 
 
@@ -188,8 +195,7 @@ def test_one_gpu_by_its_number_is_for_one_process_alone(monkeypatch):
     assert distributed.join("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="no GPU number 2.*finds 2"):
         distributed.join("cuda:2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    cluster(monkeypatch, RANK="0", WORLD_SIZE="2")
     with pytest.raises(ValueError, match="--device cuda gives each its own"):
         distributed.join("cuda:1")
 
@@ -224,42 +230,44 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 print("up", os.environ["RANK"], os.environ["WORLD_SIZE"], signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, flush=True)
 if os.environ["RANK"] == "1" and sys.argv[1] == "2":
     sys.exit(2)
-if os.environ["RANK"] == "1" and sys.argv[1] == "killed":
-    os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(100)
 """
 
 
-def launched(tmp_path, *arguments, ignore=None):
-    """A launcher of two processes, in a process of its own."""
-    (tmp_path / "rank.py").write_text(RANK)
+def launched(tmp_path, program, *arguments, ignore=None):
+    """A launcher of two processes, in a process of its own, and the file that gets what all of them say."""
+    said = tmp_path / "said"
 
     def start():
-        os.dup2(os.open(tmp_path / "said", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
+        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
         os.dup2(1, 2)
         if ignore:
             signal.signal(ignore, signal.SIG_IGN)
-        os._exit(distributed.launch(str(tmp_path / "rank.py"), [*arguments], 2))
+        os._exit(distributed.launch(str(program), [*arguments], 2))
 
     process = multiprocessing.get_context("fork").Process(target=start)
     process.start()
-    said = tmp_path / "said"
-    limit = time.monotonic() + 60
-    while not (said.exists() and said.read_text().count("up") == 2) and time.monotonic() < limit:
+    return process, said
+
+
+def small_ranks(tmp_path, *arguments, ignore=None):
+    """A launcher of two processes that do nothing but wait, once they are up."""
+    (tmp_path / "rank.py").write_text(RANK)
+    process, said = launched(tmp_path, tmp_path / "rank.py", *arguments, ignore=ignore)
+    while process.is_alive() and not (said.exists() and said.read_text().count("up") == 2):
         time.sleep(0.02)
     return process, said
 
 
-@pytest.mark.parametrize("how, code, words", [("2", 2, ""), ("killed", 137, "process 1 was killed by SIGKILL")])
-def test_a_process_that_fails_ends_the_others_with_its_exit_code(tmp_path, monkeypatch, capfd, how, code, words):
+def test_a_process_that_fails_ends_the_others_with_its_exit_code(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "wait", lambda process, timeout=None: None)  # no patience
-    process, _ = launched(tmp_path, how)
+    process, _ = small_ranks(tmp_path, "2")
     process.join(30)
-    assert process.exitcode == code and words in capfd.readouterr().err
+    assert process.exitcode == 2
 
 
 def test_processes_get_the_signals_of_their_launcher(tmp_path):
-    process, said = launched(tmp_path, "waits", ignore=signal.SIGHUP)
+    process, said = small_ranks(tmp_path, "waits", ignore=signal.SIGHUP)
     os.kill(process.pid, signal.SIGHUP)  # nohup
     os.kill(process.pid, signal.SIGUSR1)
     process.join(30)
@@ -268,7 +276,7 @@ def test_processes_get_the_signals_of_their_launcher(tmp_path):
 
 
 def test_a_second_ctrl_c_kills_processes_that_wait(tmp_path):
-    process, said = launched(tmp_path, "waits", "stays")
+    process, said = small_ranks(tmp_path, "waits", "stays")
     os.kill(process.pid, signal.SIGTERM)
     while str(int(signal.SIGTERM)) not in said.read_text().split():
         time.sleep(0.02)
@@ -278,31 +286,16 @@ def test_a_second_ctrl_c_kills_processes_that_wait(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_the_death_of_one_and_save_on_a_signal(tmp_path):
-    folder, out = tmp_path / "data", tmp_path / "run"
-    write_images(folder, "train", 2000)  # an epoch of 500 steps, so that all of this happens in it
-    write_images(folder, "val", 1)
-
-    def start(*more):
-        """train.py --gpus 2, once its first step is logged."""
-        (out / "log.jsonl").unlink(missing_ok=True)
-        command = [sys.executable, "train.py", *flags_of(folder, out, "--gpus", 2, *more)]
-        process = subprocess.Popen(command, cwd=HERE, stdout=PIPE, stderr=PIPE, text=True)
-        while process.poll() is None and not ((out / "log.jsonl").exists() and log_of(out)):
-            time.sleep(0.05)
-        return process
-
-    job = start()
-    ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+def test_the_death_of_one_process_ends_all_with_a_line(folder, tmp_path, capfd):
+    flags = flags_of(folder, tmp_path / "run", "--epochs", 10_000)
+    process, said = launched(tmp_path, HERE / "train.py", *flags)
+    while not (tmp_path / "run" / "log.jsonl").exists() and process.is_alive():
+        time.sleep(0.05)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[1]), signal.SIGKILL)
-    _, errors = job.communicate(timeout=100)
-    assert job.returncode == 128 + signal.SIGKILL and "process 1 was killed" in errors and "Traceback" not in errors
-
-    job = start("--resume")
-    job.terminate()
-    output, _ = job.communicate(timeout=100)
-    stopped = read_checkpoint(out / "last.pt")["step"]
-    assert job.returncode == 143 and f"a signal ended this after step {stopped}" in output and stopped > 0
+    process.join(100)
+    assert process.exitcode == 128 + signal.SIGKILL
+    assert "process 1 was killed by SIGKILL" in capfd.readouterr().err and "Traceback" not in said.read_text()
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
@@ -368,7 +361,7 @@ def test_a_damaged_first_image_is_told_where_shared_memory_is_short(monkeypatch)
 @pytest.mark.parametrize("free, workers", [(2**40, 4), (900_000, 2), (500_000, 1), (64_000, 0), (0, 0)])
 def test_as_many_workers_start_as_shared_memory_has_room_for(monkeypatch, capsys, free, workers):
     monkeypatch.setattr(distributed.shutil, "disk_usage", lambda path: USAGE(free))
-    distributed.warn_of_shared_memory.cache_clear()
+    distributed.say_once.cache_clear()
     assert loaded(Numbers(), 4) == ([*range(8)], workers)
     said = capsys.readouterr().out
     assert said.count("\n") == (workers < 4) and ("room for" in said) == (workers < 4)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle
 
-from datasets.geometry import AUGMENTATIONS, Geometry, decode, identity, large_scale_jitter, run_lengths, shortest_side
+from datasets.geometry import AUGMENTATIONS, Geometry, identity, large_scale_jitter, shortest_side
 
 # ---- One description for pixels, polygons and masks ------------------------------------------------------------------
 
@@ -39,13 +39,17 @@ def filled(rectangle, height, width):
     return mask
 
 
+def bitmask(geometry, mask):
+    return geometry.bitmask(rle.encode(np.asfortranarray(mask)))
+
+
 @given(st.data(), st.integers(2, 40), st.integers(2, 40))
 @settings(deadline=None, max_examples=200)
 def test_polygons_and_bitmasks_of_one_region_stay_one_region(source, height, width):
     x0, y0, x1, y1 = rectangle = source.draw(rectangles(height, width))
     geometry = source.draw(geometries(height, width, largest=4))
     polygon = geometry.polygons([[x0, y0, x1, y0, x1, y1, x0, y1]], height, width)
-    assert np.array_equal(polygon, geometry.bitmask(filled(rectangle, height, width)))
+    assert np.array_equal(polygon, bitmask(geometry, filled(rectangle, height, width)))
 
 
 @given(st.data(), st.integers(2, 40), st.integers(2, 40))
@@ -55,7 +59,7 @@ def test_pixels_move_exactly_as_masks_do(source, height, width):
     geometry = source.draw(geometries(height, width))
     image = geometry.image(Image.fromarray(mask * 255).convert("RGB"))
     # Enlarged twice, a white corner keeps 9/16 of its brightness, 143, above the padding's 128 and what spills, 112.
-    assert np.array_equal(np.asarray(image)[..., 0] > 140, geometry.bitmask(mask) == 1)
+    assert np.array_equal(np.asarray(image)[..., 0] > 140, bitmask(geometry, mask) == 1)
 
 
 @given(st.data(), st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(1, 60))
@@ -66,7 +70,7 @@ def test_a_crop_is_a_part_of_the_whole(source, height, width, new_height, new_wi
     top, left = source.draw(st.integers(0, new_height - 1)), source.draw(st.integers(0, new_width - 1))
     whole = Geometry((new_height, new_width), (new_height, new_width))
     crop = whole._replace(offset=(top, left), output=(new_height - top, new_width - left))
-    assert np.array_equal(crop.bitmask(mask), whole.bitmask(mask)[top:, left:])
+    assert np.array_equal(bitmask(crop, mask), bitmask(whole, mask)[top:, left:])
     picture = Image.fromarray(random.integers(0, 256, (height, width, 3)).astype(np.uint8))
     part, image = (np.asarray(g.image(picture)).astype(int) for g in (crop, whole))
     assert abs(part - image[top:, left:]).max() <= 2  # Pillow resizes in two passes, each rounded to whole grey values
@@ -87,8 +91,8 @@ def test_the_crop_of_a_polygon_is_cut_from_pycocotools_whole_mask(corners, heigh
 
 def test_a_bitmask_is_read_at_the_centres_of_the_pixels():
     mask = np.tile(np.array([0, 1, 0], np.uint8), (3, 3))
-    assert Geometry((1, 3), (1, 3)).bitmask(mask).tolist() == [[1, 1, 1]]
-    assert Geometry((3, 3), (2, 2), (1, 1), transpose=True).bitmask(mask).tolist() == [[1, 1], [1, 1]]
+    assert bitmask(Geometry((1, 3), (1, 3)), mask).tolist() == [[1, 1, 1]]
+    assert bitmask(Geometry((3, 3), (2, 2), (1, 1), transpose=True), mask).tolist() == [[1, 1], [1, 1]]
 
 
 def test_an_image_is_resized_bilinearly():
@@ -159,22 +163,3 @@ def test_an_image_that_fits_is_as_large_as_the_square_allows():
     assert AUGMENTATIONS["none"](96, None, 200, 100) == Geometry((48, 96), (96, 96))
     assert AUGMENTATIONS["none"](96, None, 1, 1000) == Geometry((96, 1), (96, 96))
     assert identity(None, 200, 100) == Geometry((100, 200), (100, 200))
-
-
-# ---- Run-length encoding ---------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 99), st.floats(0, 1))
-@settings(deadline=None, max_examples=100)
-def test_run_lengths_decode_as_pycocotools_decodes_them(height, width, seed, share):
-    mask = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
-    assert np.array_equal(decode(rle.encode(np.asfortranarray(mask))), mask)
-
-
-@pytest.mark.parametrize("counts", ["\x10", "P", "\x80", "1P", "p0"])
-def test_run_lengths_that_are_malformed_are_none(counts):
-    assert run_lengths(counts) is None
-
-
-def test_run_lengths_are_read_from_text_and_from_bytes():
-    assert run_lengths("04") == run_lengths(b"04") == [0, 4]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,7 @@ def programs(monkeypatch):
             assert Path(value["--ckpt"]).name == "last.pt"
             value["--json"].write_text(json.dumps({"AP_box": 10.0 * len(called), "AP_mask": 30.0}))
             return
+        parse_training([*map(str, flags)])
         folder = Path(flags[flags.index("--out") + 1])
         folder.mkdir(parents=True, exist_ok=True)
         epochs = int(flags[flags.index("--epochs") + 1])
@@ -182,13 +184,15 @@ def test_a_table_has_the_spread_over_seeds_and_the_gain_seed_by_seed():
     assert [line[1:5] for line in paper_tables.lines_of(one)] == [["10.0", "-", "", ""], ["-", "-", "-", "-"]]
 
 
-def test_a_run_is_trained_and_evaluated_by_the_programs_themselves(folder, tmp_path, capfd):
-    flags = [*SMALL, "--data", str(folder)]
-    metrics = paper_tables.finish(flags, tmp_path / "run")
-    assert (tmp_path / "run/last.pt").exists() and metrics["images"] == 5 and "AP_mask" in metrics
-    before = (tmp_path / "run/last.pt").stat().st_mtime_ns
-    assert paper_tables.finish(flags, tmp_path / "run") == metrics
-    assert (tmp_path / "run/last.pt").stat().st_mtime_ns == before
+def test_a_finished_run_is_evaluated_once_by_the_program_itself(folder, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    flags = [*SMALL, "--data", str(folder), "--epochs", "2"]
+    metrics = paper_tables.finish(flags, run)
+    assert metrics["images"] == 5 and "AP_mask" in metrics
+    before = [(run / name).stat().st_mtime_ns for name in ("last.pt", "metrics.json")]
+    assert paper_tables.finish(flags, run) == metrics
+    assert [(run / name).stat().st_mtime_ns for name in ("last.pt", "metrics.json")] == before
 
 
 def test_a_program_that_fails_ends_the_table_with_its_exit_code(monkeypatch):

@@ -98,11 +98,10 @@ def test_the_gradient_of_the_whole_model_is_clipped_and_unscaled(images, amp):
 
 def test_each_group_learns_at_its_rate(folder, tmp_path, monkeypatch, score):
     rates = []
-    step = train.train_step
 
-    def recorded(model, criterion, optimizer, *rest):
+    def recorded(model, criterion, optimizer, *_):
         rates.append([group["lr"] for group in optimizer.param_groups])
-        return step(model, criterion, optimizer, *rest)
+        return {"class_0": torch.tensor(1.0)}, torch.tensor(1.0)
 
     monkeypatch.setattr(train, "train_step", recorded)
     assert train_in(folder, tmp_path, "--set", "backbone_lr=0.5", "--set", "warmup=1") == 0
@@ -122,7 +121,7 @@ def test_a_batch_without_objects_trains():
     assert all(map(math.isfinite, steps.losses.values())) and sum(steps.losses.values()) > 0
 
 
-def test_a_run_denoises_evaluates_and_trains_as_its_settings_say(folder, tmp_path, monkeypatch, score, capsys):
+def test_a_run_denoises_evaluates_and_trains_as_its_settings_say(four, tmp_path, monkeypatch, score, capsys):
     noise, amps, training = set(), [], []
     step, evaluate = train.train_step, train.evaluate
 
@@ -139,10 +138,10 @@ def test_a_run_denoises_evaluates_and_trains_as_its_settings_say(folder, tmp_pat
     monkeypatch.setattr(train, "train_step", watched)
     monkeypatch.setattr(train, "amp_for", lambda device, backbone: {"tiny": "bf16"}[backbone])
     monkeypatch.setattr(train, "evaluate", lambda *args: amps.append(args[-1]) or evaluate(*args))
-    assert train_in(folder, tmp_path, "--epochs", 2) == 0
+    assert train_in(four, tmp_path, "--epochs", 2) == 0
     assert noise == {(8, Recipe.tiny().label_noise)}
-    assert set(amps) == {"bf16"} and "autocast bf16" in capsys.readouterr().out
-    assert training == [True] * 6  # also after the evaluation of the first epoch
+    assert amps == ["bf16"] * 4 and "autocast bf16" in capsys.readouterr().out
+    assert training == [True, True]  # also after the evaluation of the first epoch
 
 
 # ---- What people watch -----------------------------------------------------------------------------------------------
@@ -150,15 +149,10 @@ def test_a_run_denoises_evaluates_and_trains_as_its_settings_say(folder, tmp_pat
 
 def test_the_first_lines_tell_device_kernel_data_model_and_recipe(folder, tmp_path, still, capsys):
     assert train_in(folder, tmp_path) == 0
-    lines = capsys.readouterr().out.splitlines()
-    said = (
-        "device: CPU",
-        "deform_attn: ",
-        "12 training and 5 validation images, 3 classes (box, plate, tile)",
-        "model: tiny",
-        "1 x 3 steps of 4 images, lr 1.0e-03",
-    )
-    assert all(part in line for part, line in zip(said, lines, strict=False)) and len(lines) > len(said)
+    lines = iter(capsys.readouterr().out.splitlines())
+    for said in ("device: CPU", "deform_attn: ", "12 training and 5 validation images, 3 classes (box, plate, tile)"):
+        assert said in next(lines)
+    assert "tiny" in next(lines) and "1 x 3 steps of 4 images, lr 1.0e-03" in next(lines)
 
 
 def test_the_log_has_every_loss_the_rate_the_speed_and_ap(trained):
@@ -215,23 +209,19 @@ def test_the_progress_bar_moves_with_every_step(folder, tmp_path, monkeypatch, s
 
 def test_images_with_more_objects_than_queries_are_counted(folder, tmp_path, capsys):
     assert train_in(folder, tmp_path, "--check", "--set", "selection=(12,2)") == 0
-    said = capsys.readouterr().out
-    assert "4 training images have more objects than the model has queries (2)" in said and "selection" in said
+    said = "4 training images have more objects than the model has queries, 2: see --set selection"
+    assert said in capsys.readouterr().out
 
 
-def test_to_check_the_data_takes_one_process(folder, tmp_path, monkeypatch, capsys):
+def test_check_decodes_every_image_in_one_process_and_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "launch", None)
-    assert train_in(folder, tmp_path, "--check", "--gpus", "4") == 0
-    assert "is sound" in capsys.readouterr().out
-
-
-def test_check_decodes_every_image_and_trains_nothing(tmp_path, capsys):
     write_images(tmp_path, "train", 3)
     write_images(tmp_path, "val", 2)
-    assert train_in(tmp_path, tmp_path / "out", "--check") == 0
+    flags = tmp_path, tmp_path / "out", "--check", "--gpus", 4
+    assert train_in(*flags) == 0
     assert "3 training and 2 validation images" in capsys.readouterr().out and not (tmp_path / "out").exists()
     (tmp_path / "val" / "2.png").write_bytes(b"no image")
-    assert train_in(tmp_path, tmp_path / "out", "--check") == 2
+    assert train_in(*flags) == 2
     assert "2.png" in capsys.readouterr().err
 
 

@@ -96,10 +96,7 @@ def test_torchvisions_weights_are_checked_and_run_no_code(monkeypatch):
 @pytest.mark.parametrize(
     "error, message",
     [
-        (
-            OSError("no network"),
-            "https://.*pth cannot be downloaded (no network): give the file with --backbone-weights,",
-        ),
+        (OSError("no network"), "https://.*pth cannot be downloaded (no network): give .* --backbone-weights,"),
         (RuntimeError("bad hash\nmore"), "/hub/checkpoints/resnet18-.*pth is damaged (bad hash): delete it, and it is"),
         (EOFError(), "checkpoints/resnet18-.*pth is damaged (EOFError): delete it, and it is"),
     ],
@@ -213,13 +210,9 @@ def test_a_bare_state_dict_of_the_tiny_model_tells_its_sizes():
 
 def test_where_nothing_fits_two_names_of_each_side_are_shown():
     odd = {"a.weight": torch.zeros(7), "b.weight": torch.zeros(7), "c": torch.zeros(7)}
-    with pytest.raises(
-        ValueError, match="^no tensor .*: the file has a.weight and b.weight, the model backbone.* and "
-    ):
+    with pytest.raises(ValueError, match="^no tensor .* the file has a.weight and b.weight, the model backbone.* and "):
         load_weights(build(), odd, partial=True)
-    with pytest.raises(
-        ValueError, match="^it holds no .*MaskDINO .* has a.weight and b.weight, .* --backbone-weights$"
-    ):
+    with pytest.raises(ValueError, match="^it holds no .*MaskDINO .* a.weight and b.weight, .* --backbone-weights$"):
         config_of(odd)
     with pytest.raises(ValueError, match="^its backbone is none of resnet18, .*swin_l, tiny$"):
         config_of(build().state_dict() | {"backbone.stages.0.0.weight": torch.zeros(64, 3, 4, 4)})
@@ -341,11 +334,6 @@ def test_a_damaged_file_is_named(tmp_path, content):
         load_weights(build(), tmp_path / "broken.pth")
 
 
-def test_a_field_of_a_checkpoints_config_that_nobody_knows_is_named():
-    with pytest.raises(ValueError, match="^its config .* not know: colour, size$"):
-        config_of({"config": {**dataclasses.asdict(SMALL), "size": 7, "colour": "red"}})
-
-
 # ---- What a checkpoint knows -----------------------------------------------------------------------------------------
 
 
@@ -392,6 +380,8 @@ def test_a_file_that_holds_no_model_or_another_is_named(tmp_path):
         load_weights(build(), tmp_path / "inside.pt")
     with pytest.raises(ValueError, match="^.*a.pt does not fit: these .* tensors do not fit, and nothing was loaded:"):
         saved(tmp_path / "a.pt", build(), config=dataclasses.asdict(SMALL) | {"dim": 64})
+    with pytest.raises(ValueError, match="^.*a.pt does not fit: .* unexpected keyword argument 'colour'$"):
+        saved(tmp_path / "a.pt", build(), config=dataclasses.asdict(SMALL) | {"colour": "red"})
     (tmp_path / "a.ckpt").write_bytes(b'\x20\0\0\0\0\0\0\0{"__metadata__":{}}')
     with pytest.raises(ValueError, match="a.ckpt is in safetensors format: save its tensors with torch.save$"):
         load_model(tmp_path / "a.ckpt")

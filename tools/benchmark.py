@@ -1,15 +1,15 @@
 """Time, memory, operators and synchronisations of the model and of a training step: `python -m tools.benchmark`.
 
     seconds    the median of repeats, after two warm-ups
-    peak GB    the most that PyTorch allocates on a GPU; on a CPU, that the process holds, with Python and its libraries
-    operators  that are called, without those that only view memory: about as many kernels as a GPU has to launch
+    peak GB    allocated by PyTorch on a GPU; on a CPU held by the process, with Python and its libraries
+    operators  without those that only view memory: about as many kernels as a GPU has to launch
     waits      synchronisations: how often the host reads what was computed from the model's weights
 
 Inference is that of one image of COCO's size, up to the factors of its masks; a training step is `train_step` of
-train.py. Images are noise with seven rectangles each, weights are random. Operators and waits are those of this device,
-so a CPU shows for what a GPU would make the host wait. bf16 is left out where there are no instructions for it.
+train.py. Images are noise with seven rectangles each, weights are random. Operators and waits are counted on any
+device, so a CPU shows where a GPU would make the host wait. bf16 is left out where there are no instructions for it.
 
-Two versions are compared in turn, as a machine's speed wanders, each by its own copy of this program:
+To compare two versions, run both in turn, as a machine's speed wanders:
 
     for i in 1 2 3; do for d in OLD NEW; do (cd $d && python -m tools.benchmark --repeats 1); done; done
 """
@@ -55,16 +55,15 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_}
 def made_up_batch(images: int, size: tuple[int, int], num_classes: int) -> tuple[Tensor, list[dict]]:
     """Images of noise [B 3 H W] uint8, and targets as those of a data set: rectangles."""
     generator = torch.Generator().manual_seed(0)
-    y = (torch.arange(size[0]) / size[0])[:, None]
+    y = torch.arange(size[0])[:, None] / size[0]
     x = torch.arange(size[1]) / size[1]
     targets = []
     for image_id in range(images):
-        centers = 0.3 + 0.4 * torch.rand(OBJECTS, 2, generator=generator)
-        sides = 0.1 + 0.4 * torch.rand(OBJECTS, 2, generator=generator)
-        masks = [(abs(x - cx) < w / 2) & (abs(y - cy) < h / 2) for (cx, cy), (w, h) in zip(centers, sides)]
+        boxes = torch.tensor([0.3, 0.3, 0.1, 0.1]) + 0.4 * torch.rand(OBJECTS, 4, generator=generator)
+        cx, cy, w, h = boxes.T[..., None, None]
+        masks = (abs(x - cx) < w / 2) & (abs(y - cy) < h / 2)
         labels = torch.randint(num_classes, (OBJECTS,), generator=generator)
-        boxes = torch.cat((centers, sides), 1)
-        targets.append({"labels": labels, "boxes": boxes, "masks": torch.stack(masks), "image_id": image_id})
+        targets.append({"labels": labels, "boxes": boxes, "masks": masks, "image_id": image_id})
     return torch.randint(256, (images, 3, *size), dtype=torch.uint8, generator=generator), targets
 
 
@@ -155,15 +154,14 @@ def peak_gigabytes(work, device):
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() / 1e9
-    forget = Path("/proc/self/clear_refs")
-    process = Path("/proc/self/status")
-    if not forget.exists():
+    process = Path("/proc/self")
+    if not process.exists():
         work()
         return math.nan
     ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-    forget.write_text("5")
+    (process / "clear_refs").write_text("5")  # the peak starts anew
     work()
-    return int(re.search(r"VmHWM:\s+(\d+)", process.read_text())[1]) / 1e6
+    return int(re.search(r"VmHWM:\s+(\d+)", (process / "status").read_text())[1]) / 1e6
 
 
 def measured(model, work, device, repeats):
@@ -185,14 +183,14 @@ def median_seconds(work, device, repeats):
     for _ in range(repeats):
         begin = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        getattr(torch, device.type).synchronize()
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--preset", choices=["paper", "released", "maskdino", "tiny"], default="paper", help="(%(default)s)")
@@ -201,12 +199,7 @@ def main(arguments=None):
     add("--checkpoint-activations", action="store_true", help="recompute activations, as train.py does with this flag")
     add("--compile", action="store_true", help="each also compiled, as train.py does with this flag")
     add("--repeats", type=at_least(1), default=3, help="the median of so many is printed (%(default)s)")
-    add(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(%(default)s)",
-    )
+    add("--device", choices=["cpu", "cuda"], default=default, help="(%(default)s)")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -216,17 +209,17 @@ def main(arguments=None):
     print(f"{name}, PyTorch {torch.__version__}, {status(device)}, {datetime.date.today()}")
     print(shlex.join(["python", "-m", "tools.benchmark", *arguments]))
     print(f"\n{args.preset:15}{'images':12}{'type':5}{'seconds':>9}{'peak GB':>9}{'operators':>11}{'waits':>7}")
-    sizes = {"inference": (1, *PHOTO), "training step": (args.batch_size, args.image_size, args.image_size)}
+    recipe = Recipe.tiny() if args.preset == "tiny" else Recipe()
+    square = args.image_size, args.image_size
     for amp in ("off", "bf16"):
         if emulates(device, amp):
             print(f"bf16: no instructions for it on this {device.type}, left out")
             continue
-        for name, (images, *size) in sizes.items():
+        for name, images, size in (("inference", 1, PHOTO), ("training step", args.batch_size, square)):
             model = new_model(args.preset, device, args.checkpoint_activations)
             if name == "inference":
                 work = inference(model, device, amp, size)
             else:
-                recipe = Recipe.tiny() if args.preset == "tiny" else Recipe()
                 work = training_step(model, recipe, device, amp, size, images)
             shape = f"{images}x{size[0]}x{size[1]}"
             figures = measured(model, work, device, args.repeats)

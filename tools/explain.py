@@ -3,8 +3,8 @@
     python -m tools.explain --ckpt runs/demo/best.pt image.jpg                  explained.html
     python -m tools.explain --ckpt di.pt --against maskdino.pt image.jpg        beside a second model's boxes and masks
 
-The page is one file that a browser opens without a network. Its numbers are made here, from `model(image, trace=True)`
-and from what goes into three modules; explain.html shows them. From Python: `page(trained, picture)` is the HTML.
+The page is one file that a browser opens without a network. Its numbers are made here, from `model(image, trace=True)`;
+explain.html shows them. From Python: `page(trained, picture)` is the HTML.
 """
 
 import argparse
@@ -18,265 +18,195 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as nnf
+from contourpy import contour_generator
 from PIL import Image
-from scipy import ndimage
-from torchvision.ops import box_iou, masks_to_boxes
+from torchvision.ops import box_iou, nms
 from torchvision.transforms.functional import pil_to_tensor
 
 from datasets.geometry import shortest_side
 from datasets.images import read_image
-from dimaskdino import cell_centers, full_size_boxes, full_size_masks, mask_logits
+from dimaskdino import cell_centers, full_size_boxes, full_size_masks, mask_logits, select, sine_of_grid
 from util.flags import user_path
 from util.log import try_output, unused
 from util.weights import load_model
 
 MOST = 9  # objects on the page: keys 1 to 9
 SCORE = 0.3  # least score of an object
-SAME = 0.5  # IoU from which two masks show the same object
+SAME = 0.5  # IoU from which two boxes show the same object
 LISTENED = 10  # tokens that Eq. 2 draws for each
-INTERACTION = "interactions.0.layers.0.attention"
-RESIDUAL = "residual.cross_attention"
-BATO = "bato.attention"
 
 
-class Story:
-    """An image's way through a model: the trace, the inputs of some modules, and the objects that it finds.
-
-    Lengths are in pixels of the resized image, boxes are (x0, y0, x1, y1). objects: the queries, best first, that reach
-    SCORE and show different objects larger than a token; if there is none, the best query.
-    """
-
-    def __init__(self, trained, picture, test_size):
-        self.model = trained.model.eval()
-        self.picture = shortest_side(*test_size)(None, *picture.size).image(picture)
-        self.modules = dict(self.model.named_modules())
-        self.inputs = {}
-        hooks = [
-            self.modules[place].register_forward_pre_hook(lambda _, x, at=place: self.inputs.update({at: x}))
-            for place in (INTERACTION, RESIDUAL, BATO)
-            if place in self.modules
-        ]
-        try:
-            self.outputs = self.model(pil_to_tensor(self.picture)[None], trace=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.trace = self.outputs["trace"]
-        self.level_shapes = self.inputs[RESIDUAL][4]
-        self.index_1 = self.trace["index_1"][0].numpy()
-        self.index_2 = self.trace["index_2"][0].numpy()
-        self.size = self.picture.height, self.picture.width
-        self.padded = np.array([side + -side % 32 for side in self.picture.size])  # of x, of y
-        self.scores = self.outputs["logits"][0].float().sigmoid()
-        self.objects = self.find_objects()
-        x, y = (cell_centers(self.level_shapes, None).numpy() * self.padded).astype(int).T
-        inside = (x < self.picture.width) & (y < self.picture.height)
-        masks = self.masks_of(self.outputs, self.objects).numpy()
-        self.on = np.zeros((len(masks), len(x)), bool)  # [n N]: which tokens have their centre on which object
-        self.on[:, inside] = masks[:, y[inside], x[inside]]
-
-    def find_objects(self):
-        best = self.scores.amax(-1)
-        count = int((best >= SCORE).sum().clamp(1, 100))
-        order = best.topk(count).indices.tolist()
-        token = np.prod(self.padded) / np.prod(self.level_shapes[0])
-        found = []
-        masks = []
-        for query, mask in zip(order, self.masks_of(self.outputs, order)):
-            if mask.sum() >= token and not any(overlap(mask[None], other[None]) >= SAME for other in masks):
-                found.append(query)
-                masks.append(mask)
-        return found[:MOST] or order[:1]
-
-    def masks_of(self, prediction, queries):
-        """Masks [n H W] (bool) of queries in a prediction of the model."""
-        return full_size_masks(mask_logits(prediction, 0, queries), self.size, self.size)[0]
-
-    def boxes_of(self, prediction, queries):
-        """Boxes [n 4] of queries in a prediction of the model."""
-        return full_size_boxes(prediction, 0, queries, self.size, self.size)
-
-    def layers_of(self, query):
-        """Eq. 9: in each layer, a query's box, its mask, and the IoU of the box and the one around the mask."""
-        layers = []
-        for prediction in self.outputs["layers"]:
-            mask = self.masks_of(prediction, [query])[0]
-            box = self.boxes_of(prediction, [query])
-            fit = float(box_iou(box, around(mask)))
-            layers.append({"box": rounded(box[0], 1), "mask": mask_png(mask), "fit": round(fit, 3)})
-        return layers
-
-    def attention(self, place):
-        """The weights [Q K] of an attention of the model, mean over its heads: it is called again on what it got."""
-        _, query, key, value = self.inputs[place][:4]
-        return self.modules[place].mha(query, key, value, need_weights=True)[1][0].float().numpy()
-
-    def selection(self, index, tokens):
-        """Eq. 1, 3: selected tokens, the score and the label of each one's best class, and the share on an object."""
-        best = self.model.det_head.classifier(tokens[0].float()).sigmoid().max(-1)
-        return {
-            "index": index.tolist(),
-            "scores": rounded(best.values, 3),
-            "labels": best.indices.tolist(),
-            "on": mean(self.on.any(0)[index]),
-        }
-
-    def samples(self, query):
-        """Eq. 4: where a query reads T_i, as (x, y, level, weight) [h*L*P 4]. The weights sum to 1."""
-        attention = self.modules[RESIDUAL]
-        config = self.model.config
-        x, position, reference = self.inputs[RESIDUAL][:3]
-        token = (x + position)[0, query]
-        shape = config.heads, config.levels, config.points
-        offsets = attention.offsets(token).float().view(*shape, 2)
-        weights = attention.weights(token).float().view(config.heads, -1).softmax(-1).view(*shape, 1) / config.heads
-        center, size = reference[0, query].float().chunk(2)
-        points = (center + offsets * size * (0.5 / config.points)) * torch.from_numpy(self.padded)
-        level = torch.arange(config.levels)[:, None, None].expand(*shape, 1)
-        return rounded(torch.cat([points, level, weights], -1).flatten(0, 2), 5)
-
-    def guides(self):
-        """Eq. 5 to 7: the object that each guiding token's prediction shows [G], -1 for none, its box [G 4], and the
-        cosine of it and of each object's most alike guiding token [n G]."""
-        config = self.model.config
-        layers = self.outputs["layers"]
-        prediction = {"Q_bal": layers[1], "T_s2": layers[0], "T_s1": self.outputs["selection"]}[config.guidance]
-        queries = torch.arange(prediction["logits"].shape[1])
-        if config.guiding_tokens:
-            scores = self.model.det_head.classifier(self.trace[config.guidance][0].float()).amax(-1)
-            queries = scores.topk(min(config.guiding_tokens, len(scores))).indices
-        fits = overlap(mask_logits(self.outputs, 0, self.objects) > 0, mask_logits(prediction, 0, queries) > 0)
-        own = fits.argmax(1)
-        owner = torch.where(fits.amax(0) >= SAME, fits.argmax(0), -1)
-        for i in reversed(range(len(own))):
-            owner[own[i]] = i
-        unit = nnf.normalize(self.trace["T_g"][0].float(), dim=1)
-        return {
-            "object": owner.tolist(),
-            "boxes": rounded(self.boxes_of(prediction, queries), 1),
-            "alike": rounded(unit[own] @ unit.T, 2),
-        }
+def run(trained, picture, test_size):
+    """The model's outputs for a PIL image, that image as the model got it, and the boxes [Q 4] in its pixels."""
+    picture = shortest_side(*test_size)(None, *picture.size).image(picture)
+    outputs = trained.model(pil_to_tensor(picture)[None], trace=True)
+    return outputs, picture, boxes_of(outputs, picture)
 
 
-def around(mask):
-    """The box [1 4] around the largest piece of a mask [H W]."""
-    pieces, count = ndimage.label(mask.numpy())
-    if not count:
-        return torch.zeros(1, 4)
-    largest = 1 + np.bincount(pieces.flatten())[1:].argmax()
-    return masks_to_boxes(torch.from_numpy(pieces == largest)[None]) + torch.tensor([0, 0, 1, 1])
-
-
-def overlap(a, b):
-    """The IoU of masks [n H W] and [m H W]: [n m]"""
-    a = a.flatten(1).float()
-    b = b.flatten(1).float()
-    both = a @ b.T
-    return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)
-
-
-# ---- What the page gets: numbers, bytes, images ----------------------------------------------------------------------
-
-
-def rounded(x, digits):
-    return np.round(np.asarray(x, float), digits).tolist()
-
-
-def mean(values):
-    return round(float(values.mean()), 4) if values.size else None
-
-
-def heat(values):
-    """Values from 0 on as bytes in base64, 255 for the largest."""
-    top = float(max(values.max(), 1e-9))
-    return {"top": top, "bytes": base64.b64encode((values / top * 255).round().astype(np.uint8).tobytes()).decode()}
-
-
-def attention_share(weights, keys, queries):
-    """How much of its attention [Q K] each query gives to some keys: as heat, the mean of some queries and of the rest,
-    and by chance. keys [K], queries [Q]: bool."""
-    share = weights[:, keys].sum(1)
-    return {"on": mean(share[queries]), "off": mean(share[~queries]), "chance": mean(keys)} | heat(share)
-
-
-def png(image, **options):
-    """An image as an address that holds it."""
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True, **options)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def mask_png(mask):
-    """A mask [H W], orange, transparent elsewhere."""
-    image = Image.fromarray(mask.numpy().astype(np.uint8))
-    image.putpalette((0, 0, 0, 224, 138, 0))
-    return png(image, transparency=0)
-
-
-def as_colours(story):
-    """The finest level of T_i and of T_bal as images: the three directions in which they vary most are red, green and
-    blue."""
-    height, width = story.level_shapes[0]
-    maps = np.stack([story.trace[name][0, : height * width].float().numpy() for name in ("T_i", "T_bal")])
-    maps -= maps.mean(1, keepdims=True)
-    directions = np.linalg.svd(np.concatenate(maps), full_matrices=False)[2][:3].T
-    low, high = np.percentile(maps @ directions, (2, 98), 1, keepdims=True)
-    colours = ((maps @ directions - low) / (high - low + 1e-9)).clip(0, 1)
-    return [png(Image.fromarray(x.reshape(height, width, 3))) for x in (255 * colours).round().astype(np.uint8)]
+def boxes_of(prediction, picture):
+    """The boxes [Q 4] of a prediction as (x0, y0, x1, y1) in pixels of the image that the model got."""
+    size = picture.height, picture.width
+    return full_size_boxes(prediction, 0, slice(None), size, size)
 
 
 @torch.inference_mode()
 def page_data(trained, picture, against=None):
-    """All that the page shows of a PIL image, as built-in types."""
-    story = Story(trained, picture, trained.test_size)
-    model = story.model
-    T_s1 = story.trace["T_s1"]
-    T_s2 = story.trace["T_s2"]
+    """All that the page shows of a PIL image, as built-in types. Lengths are in pixels of the image that the model got.
+
+    Objects are the queries whose best class reaches SCORE, best first, but one for each object; or the best query.
+    """
+    outputs, picture, boxes = run(trained, picture, trained.test_size)
+    model = trained.model
+    trace = outputs["trace"]
+    height, width = (4 * side for side in outputs["pixels"].shape[2:])  # with padding
+    strides = [8 * 2**level for level in range(model.config.levels)]
+    levels = [(-(-height // stride), -(-width // stride)) for stride in strides]
+    scores, labels = outputs["logits"][0].sigmoid().sort(descending=True)  # [Q K]
+    distinct = nms(boxes, scores[:, 0], SAME)
+    queries = distinct[: (scores[distinct, 0] >= SCORE).sum().clamp(1, MOST)]  # [n]
+    masks, _ = full_size_masks(mask_logits(outputs, 0, queries), (height, width), (height, width))
+    x, y = (cell_centers(levels, None) * torch.tensor([width, height])).long().T
+    on = masks[:, y, x]  # [n N]: which tokens have their centre on which object
     data = {
         "config": dataclasses.asdict(model.config),
         "classes": trained.classes,
-        "picture": png(story.picture),
-        "size": story.picture.size,
-        "padded": story.padded.tolist(),
-        "levels": story.level_shapes,
-        "shapes": {name: list(x.shape[1:]) for name, x in story.trace.items()},
-        "first": story.selection(story.index_1, T_s1),
-        "second": story.selection(story.index_2, model.interactions[-1].norm(T_s2) if model.interactions else T_s2),
-        "on": mean(story.on.any(0)),
-        "objects": [],
+        "picture": png(picture),
+        "size": picture.size,
+        "padded": [width, height],
+        "levels": levels,
+        "shapes": {name: list(x.shape[1:]) for name, x in trace.items()},
+        "queries": queries.tolist(),
+        "labels": labels[queries, :5].tolist(),
+        "scores": scores[queries, :5].tolist(),
+        "layers": [layers_of(outputs, query, picture) for query in queries.tolist()],
+        "probability": (100 * mask_logits(outputs, 0, queries).sigmoid()).round().int().flatten(1).tolist(),
+        **de_imbalance(model, trace, queries, on, torch.tensor([width, height])),
     }
-    for query in story.objects:
-        best = story.scores[query].sort(descending=True)
-        data["objects"].append({
-            "query": query,
-            "classes": [*zip(best.indices[:5].tolist(), rounded(best.values[:5], 3))],
-            "layers": story.layers_of(query),
-            "probability": heat(mask_logits(story.outputs, 0, [query])[0].float().sigmoid().numpy()),
-            "samples": story.samples(query),
-        })  # fmt: skip
-    if model.interactions:
-        weights = story.attention(INTERACTION)
-        listened = (-weights).argsort(1, kind="stable")[:, :LISTENED]
-        data["listens"] = {"to": listened.tolist(), "weights": rounded(np.take_along_axis(weights, listened, 1), 4)}
-        for one, on in zip(data["objects"], story.on[:, story.index_1]):
-            one["listens"] = attention_share(weights, on, on)
     if model.config.bato:
-        weights = story.attention(BATO)
-        data["guides"] = story.guides()
-        data["colours"] = as_colours(story)
-        for i, (one, on) in enumerate(zip(data["objects"], story.on)):
-            one["attend"] = attention_share(weights, np.array(data["guides"]["object"]) == i, on)
+        data |= bato(model, outputs, levels, boxes[queries], on, picture)
     if against:
-        other = Story(against, picture, trained.test_size)
-        same = overlap(mask_logits(story.outputs, 0, story.objects) > 0, mask_logits(other.outputs, 0) > 0).argmax(1)
-        data["against"] = [other.layers_of(query) for query in same.tolist()]
+        others, picture, other_boxes = run(against, picture, trained.test_size)
+        same = box_iou(boxes[queries], other_boxes).argmax(1)
+        data["against"] = [layers_of(others, query, picture) for query in same.tolist()]
     return data
+
+
+def layers_of(outputs, query, picture):
+    """Eq. 9: in each layer, a query's box, its mask, and the IoU of the box and that around the mask."""
+    layers = []
+    for prediction in outputs["layers"]:
+        size = picture.height, picture.width
+        masks, _ = full_size_masks(mask_logits(prediction, 0, [query]), size, size)
+        path, around = outline(masks[0])
+        box = boxes_of(prediction, picture)[query]
+        layers.append({"box": box.tolist(), "mask": path, "fit": box_iou(box[None], around).item()})
+    return layers
+
+
+def outline(mask):
+    """A mask [H W] as an SVG path, halfway between its pixels' centres and those outside, and the box [1 4] around its
+    largest piece."""
+    lines = [line - 0.5 for line in contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5)]
+    largest = max(lines, key=lambda line: np.ptp(line, 0).prod(), default=np.zeros((1, 2)))
+    path = ""
+    for line in lines:
+        steps = np.diff(line, axis=0)
+        turns = line[:-1][(steps != np.roll(steps, 1, 0)).any(1)]  # between them a line goes straight on
+        path += "M" + "L".join(f"{x:g} {y:g}" for x, y in turns) + "z"
+    return path, torch.tensor([[*largest.min(0), *largest.max(0)]])
+
+
+def de_imbalance(model, trace, queries, on, padded):
+    """Eq. 1 to 4: which tokens are selected, whom they listen to, and where the queries [n] read T_i."""
+    T_s1 = trace["T_s1"]
+    T_s2 = trace["T_s2"]
+    normed = model.interactions[-1].norm(T_s2) if model.interactions else T_s2
+    data = {"on": mean(on.any(0))}
+    for name, index, tokens in (("first", trace["index_1"][0], T_s1), ("second", trace["index_2"][0], normed)):
+        best = model.det_head.classes(tokens)[0].sigmoid().max(1)
+        data[name] = {
+            "index": index.tolist(),
+            "scores": best.values.tolist(),
+            "labels": best.indices.tolist(),
+            "on": mean(on.any(0)[index]),
+        }
+    if model.interactions:
+        placed = T_s1 + model.interactions[0].position(trace["box_s1"])
+        weights = model.interactions[0].layers[0].attention.mha(placed, placed, T_s1)[1][0]  # [k1 k1]
+        most = weights.topk(min(LISTENED, len(weights)))
+        data["to"] = most.indices.tolist()
+        data["weights"] = most.values.tolist()
+        data["listens"] = [shares(weights, mask, mask) for mask in on[:, trace["index_1"][0]]]
+    attention = model.residual.cross_attention
+    position = model.position(trace["box_s2"])
+    token = model.residual.self_attention(T_s2, T_s2 + position, T_s2 + position, T_s2) + position
+    shape = len(queries), model.config.heads, model.config.levels, model.config.points
+    offsets = attention.offsets(token)[0, queries].view(*shape, 2)
+    weights = attention.weights(token)[0, queries].view(*shape[:2], -1).softmax(-1).view(*shape, 1) / shape[1]
+    center, size = trace["box_s2"][0, queries, None, None, None].chunk(2, -1)
+    points = (center + offsets * size * (0.5 / shape[3])) * padded
+    level = torch.arange(shape[2])[:, None, None].expand(*shape, 1)
+    data["samples"] = torch.cat([points, level, weights], -1).flatten(1, 3).tolist()  # of a query, weights sum to 1
+    return data
+
+
+def bato(model, outputs, levels, boxes, on, picture):
+    """Eq. 5 to 8: the object that each guiding token's box shows, -1 for none; the cosine of all guiding tokens and the
+    one that shows an object best; how much every token attends to the guiding tokens of each object; and T_i and T_bal
+    at the finest level, in which the three directions that vary most are red, green and blue."""
+    trace = outputs["trace"]
+    guidance = model.config.guidance
+    stages = {"Q_bal": outputs["layers"][1], "T_s2": outputs["layers"][0], "T_s1": outputs["selection"]}
+    guide_boxes = boxes_of(stages[guidance], picture)
+    if model.config.guiding_tokens:
+        _, best = select(model.det_head.scores(trace[guidance]), model.config.guiding_tokens)
+        guide_boxes = guide_boxes[best[0]]
+    fits = box_iou(boxes, guide_boxes)
+    own = fits.argmax(1)
+    owner = torch.where(fits.amax(0) >= SAME, fits.argmax(0), -1)
+    owner[own] = torch.arange(len(own))
+    unit = nnf.normalize(trace["T_g"][0], dim=1)
+    placed = trace["T_i"] + sine_of_grid(levels, model.config.dim, None)
+    weights = model.bato.attention.mha(placed, trace["T_g"], trace["T_g"])[1][0]  # [N G]
+    height, width = levels[0]
+    maps = torch.cat([trace["T_i"], trace["T_bal"]])[:, : height * width]
+    maps = maps - maps.mean(1, keepdim=True)
+    maps = maps @ torch.linalg.svd(maps.flatten(0, 1), full_matrices=False).Vh[:3].T
+    low, high = maps.quantile(torch.tensor([0.02, 0.98]), 1, keepdim=True)
+    pixels = ((maps - low) / (high - low + 1e-9)).clamp(0, 1).mul(255).byte().unflatten(1, (height, width))
+    return {
+        "guides": owner.tolist(),
+        "guide_boxes": guide_boxes.tolist(),
+        "alike": (unit[own] @ unit.T).tolist(),
+        "attends": [shares(weights, owner == i, mask) for i, mask in enumerate(on)],
+        "colours": [png(Image.fromarray(x.numpy())) for x in pixels],
+    }
+
+
+def shares(weights, keys, queries):
+    """How much of its attention [Q K] each query gives to some keys [K] (bool), the mean of this over some queries [Q]
+    (bool) and over the others, and what it is by chance."""
+    share = weights[:, keys].sum(1)
+    return {"of": share.tolist(), "on": mean(share[queries]), "off": mean(share[~queries]), "chance": mean(keys)}
+
+
+def mean(values):
+    return values.float().mean().item()
+
+
+def png(image):
+    """An image as an address that holds it."""
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def page(trained, picture, against=None):
     """The page as HTML. trained, against: models as load_model returns them; picture: a PIL image, RGB."""
-    data = json.dumps(page_data(trained, picture, against), allow_nan=False, separators=(",", ":"))
-    return Path(__file__).with_suffix(".html").read_text().replace("/*DATA*/ null", data.replace("<", "\\u003c"))
+    data = json.dumps(page_data(trained, picture, against))
+    short = json.loads(data, parse_float=lambda x: round(float(x), 4), parse_constant=lambda nan: None)
+    text = json.dumps(short, separators=(",", ":")).replace("<", "\\u003c")
+    return Path(__file__).with_suffix(".html").read_text().replace("/*DATA*/ null", text)
 
 
 def main(arguments=None):

@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from datasets import Source, open_dataset
 from datasets.coco import evenly_spaced, read_record
 from datasets.geometry import identity
-from evaluate import coco_results, find, load_model, run_lengths
+from evaluate import coco_results, encode, find, load_model
 from train import choose_config, choose_recipe, parse_training, setting
 from util.flags import at_least, user_path
 from util.log import try_output, unused
@@ -296,7 +296,7 @@ def figure3(args):
         image_id = dataset.image_ids[index]
         image = read_record(dataset.folder, dataset.images[image_id])
         for trained in models:
-            found = find(trained, image, SCORE, None, run_lengths)
+            found = find(trained, image, SCORE, None, encode)
             pictures.append(draw(image, coco_results(found, image_id, dataset.category_ids), names))
         pictures.append(draw(image, dataset.annotations[image_id], names))
     titles = [f"{number}: {name_of(trained.model.config)}" for number, trained in enumerate(models, 1)]

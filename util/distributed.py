@@ -10,6 +10,7 @@ import fcntl
 import functools
 import multiprocessing.queues
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -20,12 +21,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -47,14 +46,20 @@ def launch(program: str, arguments: list[str], processes: int) -> int:
     (torchrun would add a traceback for each wrong flag, and end when the terminal closes, even under nohup.)
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on any free port
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    sizes = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "TORCHELASTIC_RESTART_COUNT": 0}
-    threads = {"OMP_NUM_THREADS": max(1, os.cpu_count() // processes)}
+    common = {
+        "OMP_NUM_THREADS": max(1, os.cpu_count() // processes),
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+    }
     ranks = []
     received = []
     for rank in range(processes):
-        settings = {**threads, **os.environ, **meeting, **sizes, "RANK": rank, "LOCAL_RANK": rank}
-        environment = {name: str(value) for name, value in settings.items()}
+        environment = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
         command = [sys.executable, program, *arguments]
         ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent))
 
@@ -65,7 +70,7 @@ def launch(program: str, arguments: list[str], processes: int) -> int:
             rank.send_signal(signal.SIGKILL if again else number)
 
     catch_signals(pass_on)
-    codes = [None] * processes
+    codes = [None]
     while None in codes and not any(codes):
         time.sleep(0.1)
         codes = [rank.poll() for rank in ranks]
@@ -73,15 +78,15 @@ def launch(program: str, arguments: list[str], processes: int) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             rank.wait(5)
         rank.kill()
-    for rank, code in enumerate(codes):
-        if code and code < 0:
-            print(f"process {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
-            return 128 - code
-    return next(filter(None, codes), 0)
+    code = min(filter(None, codes), default=0)
+    if code >= 0:
+        return code
+    print(f"process {codes.index(code)} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+    return 128 - code
 
 
 def end_with_parent() -> None:
-    """Asks the system to send this process SIGTERM when its parent dies."""
+    """Asks Linux to send this process SIGTERM when its parent dies."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -89,10 +94,7 @@ def end_with_parent() -> None:
 
 def launched_processes() -> int:
     """The number of processes that a launcher such as torchrun has started; 1 without one."""
-    try:
-        return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
-    except ValueError:
-        raise ValueError(f"WORLD_SIZE in the environment is {os.environ['WORLD_SIZE']!r}, not a number") from None
+    return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
 
 
 def join(name: str | None) -> torch.device:
@@ -106,15 +108,11 @@ def join(name: str | None) -> torch.device:
     processes = launched_processes()
     if device.type == "cuda":
         if device.index is not None and processes > 1:
-            raise ValueError(
-                f"{device} is one GPU, and there are {processes} processes: --device cuda gives each its own"
-            )
+            raise ValueError(f"{device} is one GPU for {processes} processes: --device cuda gives each its own")
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ValueError(
-                f"this machine has no GPU number {index} (from 0 on): torch finds {torch.cuda.device_count()}; "
-                "ask for fewer with --gpus, or use --device cpu"
-            )
+            told = f"this machine has no GPU number {index} (from 0 on): torch finds {torch.cuda.device_count()}"
+            raise ValueError(f"{told}; ask for fewer with --gpus, or use --device cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     else:
@@ -127,24 +125,14 @@ def join(name: str | None) -> torch.device:
 
 def keep_memory() -> None:
     """Makes glibc keep freed memory, which it would give back to the system and ask for again in each step."""
-    M_TRIM_THRESHOLD = -1  # of malloc.h
-    M_TOP_PAD = -2
-    M_MMAP_THRESHOLD = -3
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**28)):
-            libc.mallopt(parameter, size)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 2**28)  # M_TOP_PAD
 
 
 # ---- Deciding together -----------------------------------------------------------------------------------------------
-
-
-def gather(value: Any) -> list:
-    """The values of all processes, in all processes."""
-    values = [value] * rank_and_world()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
 
 
 def any_rank(flag: Any) -> bool:
@@ -155,9 +143,22 @@ def any_rank(flag: Any) -> bool:
     return bool(flag)
 
 
-def problems_of_all(problem: str) -> list[str]:
-    """The problems of all processes, in all processes; "" is none."""
-    return list(filter(None, gather(problem))) if any_rank(problem) else []
+def together(action: Callable[[], Any], kind: type[Exception] = ValueError) -> Any:
+    """Calls action() in all processes; returns its result. An error of a kind, or of the system, in one is raised in
+    all."""
+    result = None
+    problem = ""
+    try:
+        result = action()
+    except (kind, OSError) as error:
+        problem = str(error)
+    if any_rank(problem):
+        problems = [problem]
+        if dist.is_initialized():
+            problems *= dist.get_world_size()
+            dist.all_gather_object(problems, problem)
+        raise kind("\n".join(dict.fromkeys(filter(None, problems))))
+    return result
 
 
 def on_every_rank(action: Callable[[], Any]) -> Any:
@@ -165,17 +166,13 @@ def on_every_rank(action: Callable[[], Any]) -> Any:
 
     If it raises ValueError or OSError in one process, all of them end with that message and exit code 2.
     """
-    result = None
-    for first in (True, False):
-        problem = ""
-        if (rank_and_world()[0] == 0) == first:
-            try:
-                result = action()
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        if problems := problems_of_all(problem):
-            stop(problems[0], 2)
-    return result
+    first = rank_and_world()[0] == 0
+    try:
+        early = together(action if first else lambda: None)
+        late = together(lambda: None if first else action())
+    except ValueError as error:
+        stop(error, 2)
+    return early if first else late
 
 
 def stop(message: object, code: int) -> None:
@@ -194,6 +191,9 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
+say_once = functools.cache(say)
+
+
 def print_anything() -> None:
     """Makes stdout and stderr escape letters that the terminal lacks (\\u0000), rather than fail."""
     for stream in (sys.stdout, sys.stderr):
@@ -201,30 +201,7 @@ def print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def share_statistics(model: nn.Module) -> None:
-    """Broadcasts the batch statistics of process 0, which are those of the checkpoint."""
-    for buffer in model.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Makes a folder and locks it, in process 0: a second program gets a ValueError that names the first.
-
-    The lock ends with its process, however that ends. A folder that stays empty is removed.
-    """
-    if rank_and_world()[0] != 0:
-        yield
-        return
-    made = not folder.exists()
-    with lock(folder / "lock") as file:
-        try:
-            yield
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                if made:
-                    folder.rmdir()
+# ---- Folders ---------------------------------------------------------------------------------------------------------
 
 
 def unwritable(path: Path, error: OSError) -> OSError:
@@ -233,25 +210,39 @@ def unwritable(path: Path, error: OSError) -> OSError:
     return OSError(f"nothing can be written to {path}: {reason}")
 
 
-def lock(path: Path) -> TextIO:
-    """Opens and locks a file, which names this process, for as long as it lives; workers do not inherit the lock."""
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Makes a folder and locks it, in process 0: a second program gets a ValueError that names the first.
+
+    The lock ends with its process, however that ends; workers do not inherit it. A folder that stays empty is removed.
+    """
+    if rank_and_world()[0] != 0:
+        yield
+        return
+    new = not folder.exists()
+    path = folder / "lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
     except OSError as error:
-        raise unwritable(path.parent, error) from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        holder = path.read_text().strip() or "another process"
-        raise ValueError(f"{path.parent} is in use by {holder}: wait for its end, or choose another --out") from None
-    except OSError:
-        return file  # a file system without locks
-    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-        return lock(path)  # the process that held it has just removed it
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-    return file
+        raise unwritable(folder, error) from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = path.read_text().strip() or "another process"
+            raise ValueError(f"{folder} is in use by {holder}: wait for its end, or choose another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if new:
+                    folder.rmdir()
 
 
 # ---- Signals ---------------------------------------------------------------------------------------------------------
@@ -295,8 +286,6 @@ class LoadingError(ValueError):
 
 def batches_of(loader: DataLoader) -> Iterator:
     """Yields the batches of a loader, with as many workers as shared memory has room for. Raises LoadingError."""
-    problem = ""
-    batches = None
     try:
         loader.num_workers = workers_that_fit(loader)
         loader.worker_init_fn = prepare_worker
@@ -305,25 +294,19 @@ def batches_of(loader: DataLoader) -> Iterator:
         yield from batches
     except (ValueError, OSError, MemoryError) as error:
         # An error in a worker arrives with its traceback as the message, whose last line is the worker's message.
-        lines = str(error).strip().splitlines() or ["MemoryError"]
-        problem = re.sub(r"^\w+Error: ", "", lines[-1])
-        if problem == "MemoryError":
-            problem = "there is too little memory to load an image"
+        message = re.sub(r"^\w+Error:? ?", "", str(error).strip().rpartition("\n")[2])
+        raise LoadingError(message or "there is too little memory to load an image") from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        problem = (
+        raise LoadingError(
             "a worker, a process that loads images, has failed or was killed, as the system does where memory or "
             "shared memory (/dev/shm) is short: fewer --workers need less, 0 none"
-        )
-    finally:
-        del batches  # and with it the workers
-    if problem:
-        raise LoadingError(problem)
+        ) from None
 
 
 def workers_that_fit(loader: DataLoader) -> int:
-    """The number of a loader's workers whose batches fit into shared memory."""
+    """As many of a loader's workers as shared memory has room for."""
     asked = loader.num_workers
     if not asked or not os.path.isdir("/dev/shm"):
         return asked
@@ -331,20 +314,12 @@ def workers_that_fit(loader: DataLoader) -> int:
     if free > asked * ROOM:
         return asked
     loader.num_workers = 0
-    tensors = [x for x in tree_leaves(next(iter(loader), ())) if isinstance(x, torch.Tensor)]
-    size = sum(x.nbytes for x in tensors)
-    fit = min(asked, free // max(1, 4 * size))  # a worker prepares two batches, which may have more objects
+    size = len(pickle.dumps(next(iter(loader), None)))
+    fit = min(asked, free // (4 * size))  # a worker prepares two batches, which may have more objects
     if fit < asked:
-        warn_of_shared_memory(asked, fit)
+        used = f"{fit} of {asked} --workers, so {fit or 'none'} will load images"
+        say_once(f"shared memory (/dev/shm) has room for {used}; docker run --shm-size=8g makes more")
     return fit
-
-
-@functools.cache  # once
-def warn_of_shared_memory(asked: int, fit: int) -> None:
-    say(
-        f"shared memory (/dev/shm) has room for {fit} of {asked} --workers, so {fit or 'none'} will load images; "
-        "docker run --shm-size=8g makes more"
-    )
 
 
 def prepare_worker(worker: int) -> None:

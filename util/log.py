@@ -11,14 +11,17 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
 
 import deform_attn_cuda
 from datasets.coco import evenly_spaced
-from util.distributed import rank_and_world, say, unwritable
+from datasets.images import shortened
+from util.distributed import rank_and_world, say, unwritable, warn_of_emulation
 from util.pictures import SCORE, draw_dataset
 
 PICTURES = 8  # validation images drawn after each epoch, always the same ones
@@ -29,55 +32,59 @@ PICTURES = 8  # validation images drawn after each epoch, always the same ones
 
 def try_output(path: Path, is_folder: bool = True) -> None:
     """Raises OSError, which names the path, unless a file, or files in a folder, can be written."""
-    place = path if is_folder else path.parent
-    made = [p for p in (place, *place.parents) if not p.exists()]
+    folder = path if is_folder else path.parent
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
         if not is_folder and path.exists():
             path.open("a").close()
     except OSError as error:
         raise unwritable(path, error) from None
-    finally:
-        for folder in made:
-            if folder.is_dir():
-                folder.rmdir()
-
-
-def numbered(path: Path, suffix: str = "") -> Iterator[Path]:
-    """The path, and then with _2, _3, ... behind its name, before the suffix."""
-    yield path
-    for number in itertools.count(2):
-        yield path.with_name(f"{path.name.removesuffix(suffix)}_{number}{suffix}")
 
 
 def unused(path: Path) -> Path:
-    """The path of a file or, where it is taken, the first free one with a number."""
-    return next(free for free in numbered(path, path.suffix) if not free.exists())
+    """The path of a file or folder or, where it is taken, the first free one with _2, _3, ... behind its stem."""
+    free = path
+    for number in itertools.count(2):
+        if not free.exists():
+            return free
+        free = path.with_stem(f"{path.stem}_{number}")
 
 
 def new_folder(path: Path) -> Path:
-    """Makes a folder or, where the path is taken, one with a number; safe against others who do so at the same time."""
-    for folder in numbered(path):
+    """Makes a folder whose path is unused; safe against others who do so at the same time."""
+    while True:
+        folder = unused(path)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder
 
 
-def write_json(path: Path, value: object, indent: int | None = None) -> None:
-    """Writes a file and moves it into place, so that it is never seen in part. Raises OSError, which names the file."""
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of another only once it is complete. Raises OSError, which names it."""
     special = path.exists() and not path.is_file()  # /dev/stdout or a pipe: written to, never replaced
     unfinished = path if special else path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(value, indent=indent))
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            if not special:
+                os.fsync(file.fileno())
         if not special:
             os.replace(unfinished, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save reports some of the system's errors as RuntimeError
         if not special:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
-        raise OSError(f"{path} was not written: {error.strerror}") from None
+        raise OSError(f"{path} was not written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def write_json(path: Path, value: object, indent: int | None = None) -> None:
+    """Writes a file so that it is never seen in part. Raises OSError, which names it."""
+    with replaced(path) as file:
+        file.write(json.dumps(value, indent=indent).encode())
 
 
 PAPER = [name + suffix for name in ("AP_box", "AP_mask") for suffix in ("", "_S", "_M", "_L")]
@@ -99,12 +106,12 @@ def table(rows: Iterable[tuple[str, dict]], columns: Sequence[str] = PAPER) -> s
 
 
 @contextlib.contextmanager
-def tolerant(path):
+def tolerant(what):
     """Turns an OSError into a warning, so that the run goes on."""
     try:
         yield
     except OSError as error:
-        print(f"warning: {path} was not written ({error})", file=sys.stderr)
+        print(f"warning: {what}: {error}", file=sys.stderr)
 
 
 class Log:
@@ -121,31 +128,26 @@ class Log:
         self.tensorboard = None
         terminal = self.active and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
-        if self.active and (records := self.records()):
-            kept = [json.dumps(record) + "\n" for record in records if record["step"] <= saved_step]
-            with tolerant(out / "log.jsonl"):
-                (out / "log.jsonl").write_text("".join(kept))
+        self.records = []  # the lines of log.jsonl
+        path = out / "log.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # a line that was cut short
+                self.records.append(json.loads(line))
+        self.records = [record for record in self.records if record["step"] <= saved_step]
         if self.active:
+            with tolerant("log.jsonl"), replaced(path) as file:
+                file.write("".join(json.dumps(record) + "\n" for record in self.records).encode())
             with contextlib.suppress(Exception):  # a TensorBoard that is not installed, too old, or broken
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tensorboard = SummaryWriter(out)
 
-    def records(self):
-        """The lines of log.jsonl, without one that was cut short."""
-        records = []
-        path = self.out / "log.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return records
-
     def write(self, step, values):
         values = {k: v if v is None else float(f"{v:.6g}") for k, v in values.items()}
-        record = {"epoch": round(step / self.steps_per_epoch, 4), "step": step, **values}
-        with tolerant(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        with tolerant(f"{self.out} for TensorBoard"):
+        self.records.append({"epoch": round(step / self.steps_per_epoch, 4), "step": step, **values})
+        with tolerant("log.jsonl"), open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(self.records[-1]) + "\n")
+        with tolerant("TensorBoard"):
             for name, value in values.items() if self.tensorboard else ():
                 if value is not None:
                     self.tensorboard.add_scalar(name, value, step)
@@ -154,8 +156,8 @@ class Log:
         """Logs some steps. losses: means over them; seconds: of a step; waiting: the share of it spent on loading."""
         if not self.active:
             return
-        speed = {"images_per_second": batch_size / seconds, "waiting_for_data": waiting}
         loss = sum(losses.values())
+        speed = {"images_per_second": batch_size / seconds, "waiting_for_data": waiting}
         text = f"loss {loss:.2f}, lr {lr:.1e}, {speed['images_per_second']:.1f} images/s, {waiting:.0%} waiting"
         if torch.cuda.is_initialized():
             speed["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -164,10 +166,8 @@ class Log:
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable:
             epoch = math.ceil(step / self.steps_per_epoch)
-            epochs = self.steps // self.steps_per_epoch
-            minutes = round(seconds * (self.steps - step) / 60)
-            to_go = f"{minutes // 60}:{minutes % 60:02} h to go"
-            say(f"epoch {epoch}/{epochs}, step {step}/{self.steps}: {text}, {to_go}")
+            to_go = timedelta(seconds=round(seconds * (self.steps - step)))
+            say(f"epoch {epoch}, step {step}/{self.steps}: {text}, {to_go} to go")
 
     def evaluation(self, step, metrics, results, dataset):
         """Logs an epoch. metrics: those of `average_precision`; results: COCO results of the dataset."""
@@ -175,7 +175,7 @@ class Log:
             return
         self.write(step, metrics)
         say(table([(f"epoch {step // self.steps_per_epoch}", metrics)]))
-        with tolerant(self.out):
+        with tolerant("predictions, pictures, curves"):
             write_json(self.out / "predictions.json", results)
             indices = evenly_spaced(PICTURES, len(dataset))
             score = draw_dataset(dataset, results, indices, self.out / "pictures")
@@ -186,15 +186,14 @@ class Log:
     def draw_curves(self):
         from matplotlib.figure import Figure
 
-        records = self.records()
         figure = Figure((11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        training = [record for record in records if "loss" in record]
+        training = [record for record in self.records if "loss" in record]
         for kind in ("loss", "class", "box", "giou", "mask", "dice"):  # the sum of class_0, class_1, ...
             values = [sum(v for name, v in record.items() if name.split("_")[0] == kind) for record in training]
             left.plot([record["epoch"] for record in training], values, label=kind)
         left.set(xlabel="epoch", title="losses", yscale="log")
-        evaluated = [record for record in records if "AP_box" in record]
+        evaluated = [record for record in self.records if "AP_box" in record]
         for name in ("AP_box", "AP_mask"):
             values = [math.nan if record[name] is None else record[name] for record in evaluated]
             right.plot([record["epoch"] for record in evaluated], values, "o-", label=name)
@@ -207,17 +206,14 @@ class Log:
 
 def describe(args, device, amp, model, train_set, val_set):
     """Prints the device, the path of deformable attention, the data and the model."""
-    world = rank_and_world()[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     kernel = deform_attn_cuda.status(device.type)
     deform_attn_cuda.SAID.add(kernel)
-    classes = ", ".join(train_set.classes[:8]) + (", ..." if len(train_set.classes) > 8 else "")
-    backbone = model.config.backbone
+    images = f"{len(train_set):,} training and {len(val_set):,} validation images"
+    classes = f"{len(train_set.classes)} classes ({shortened(train_set.classes)})"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"device: {name}{f' x {world}' if world > 1 else ''}, autocast {amp}")
+    say(f"device: {name} x {rank_and_world()[1]}, autocast {amp}")
+    warn_of_emulation(device, amp)
     say(kernel)
-    say(
-        f"data: {args.data}, {len(train_set):,} training and {len(val_set):,} validation images, "
-        f"{len(train_set.classes)} classes ({classes})"
-    )
-    say(f"model: {args.preset}{'' if backbone == args.preset else f', {backbone}'}, {parameters:.1f} M parameters")
+    say(f"data: {args.data}, {images}, {classes}")
+    say(f"model: {args.preset}, backbone {model.config.backbone}, {parameters:.1f} M parameters")

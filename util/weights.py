@@ -25,77 +25,65 @@ from dimaskdino import RESNETS, SWINS, Backbone, Config, DIMaskDINO
 
 # Names in the files of others -> names here, read top to bottom: every line that matches is applied.
 RENAMES = [
-    # ImageNet backbones: torchvision's names, detectron2's, Microsoft's
-    (r"^(conv1|bn1)\.", r"backbone.stages.0.\1."),
-    (r"^layer(\d)\.", r"backbone.stages.\1."),
-    (r"^(stem|res\d|patch_embed|layers|norm\d)\.", r"backbone.\1."),
-    (r"^features\.(\d)\.", lambda m: f"backbone.stages.{int(m[1]) // 2}.{m[1]}."),
-    # detectron2's ResNet
-    (r"^backbone\.stem\.conv1\.norm", "backbone.stages.0.bn1"),
+    # Backbones: in files of ImageNet's weights their names have no prefix
+    (r"^(?=(conv1|bn1|layer\d|features|stem|res\d|patch_embed|layers|norm\d)\.)", "backbone."),
+    # torchvision
+    (r"^backbone\.(conv1|bn1)\.", r"backbone.stages.0.\1."),
+    (r"^backbone\.layer(\d)\.", r"backbone.stages.\1."),
+    (r"^backbone\.features\.(\d)\.", lambda m: f"backbone.stages.{int(m[1]) // 2}.{m[1]}."),
+    # detectron2, whose convolutions hold their norm
     (r"^backbone\.stem", "backbone.stages.0"),
     (r"^backbone\.res(\d)", lambda m: f"backbone.stages.{int(m[1]) - 1}"),
-    (r"^(backbone\..*)conv(\d)\.norm", r"\1bn\2"),
-    (r"^(backbone\..*)shortcut\.norm", r"\1downsample.1"),
-    (r"^(backbone\..*)shortcut", r"\1downsample.0"),
+    (r"conv(\d)\.norm", r"bn\1"),
+    (r"\b(shortcut|adapter_1|layer_1|mask_output_conv)\.norm", r"\1.1"),
+    (r"\b(shortcut|adapter_1|layer_1|mask_output_conv)\.(weight|bias)", r"\1.0.\2"),
+    (r"shortcut", "downsample"),
     # Microsoft's Swin
     (r"^backbone\.patch_embed\.proj", "backbone.stages.0.0.0"),
     (r"^backbone\.patch_embed\.norm", "backbone.stages.0.0.2"),
     (r"^backbone\.layers\.(\d)\.blocks", lambda m: f"backbone.stages.{m[1]}.{2 * int(m[1]) + 1}"),
     (r"^backbone\.layers\.(\d)\.downsample", lambda m: f"backbone.stages.{int(m[1]) + 1}.{2 * int(m[1]) + 2}"),
-    (r"^(backbone\..*\.mlp)\.fc1", r"\1.0"),
-    (r"^(backbone\..*\.mlp)\.fc2", r"\1.3"),
+    (r"\.mlp\.fc1", ".mlp.0"),
+    (r"\.mlp\.fc2", ".mlp.3"),
     (r"^backbone\.norm(\d)", r"backbone.norms.\1"),
-    # The pixel decoder of MaskDINO and DI-MaskDINO: T_i, F_cnn and the pixel embedding
-    (r"^sem_seg_head\.pixel_decoder\.input_proj", "encoder.projections"),
-    (r"^sem_seg_head\.pixel_decoder\.transformer\.level_embed", "encoder.level_embed"),
-    (r"^sem_seg_head\.pixel_decoder\.transformer\.encoder\.layers", "encoder.layers"),
-    (r"^(encoder\.layers\.\d)\.self_attn\.", r"\1.attention."),
-    (r"^(encoder\.layers\.\d)\.norm1", r"\1.attention.norm"),
-    (r"^(encoder\.layers\.\d)\.norm2", r"\1.ffn.norm"),
-    (r"^sem_seg_head\.pixel_decoder\.adapter_1\.norm", "encoder.lateral.1"),
-    (r"^sem_seg_head\.pixel_decoder\.adapter_1", "encoder.lateral.0"),
-    (r"^sem_seg_head\.pixel_decoder\.layer_1\.norm", "seg_head.fuse.1"),
-    (r"^sem_seg_head\.pixel_decoder\.layer_1", "seg_head.fuse.0"),
-    (r"^sem_seg_head\.pixel_decoder\.mask_features", "seg_head.embed"),
-    # Eq. 1
-    (r"^sem_seg_head\.predictor\.enc_output\.", "transform.0."),
-    (r"^sem_seg_head\.predictor\.enc_output_norm", "transform.1"),
-    # Heads; the authors' files hold them under several names
-    (r"^sem_seg_head\.predictor\.(oldm\.|decoder\.)?class_embed", "det_head.classifier"),
-    (r"^sem_seg_head\.predictor\.(decoder\.)?mask_embed", "seg_head.mask_mlp"),
-    (r"^sem_seg_head\.predictor\.(decoder\.)?_?bbox_embed(\.\d)?\.layers", "det_head.box_mlp.layers"),
-    (r"^sem_seg_head\.predictor\.decoder[._]norm", "head_norm"),
-    (r"^sem_seg_head\.predictor\.label_enc", "label_embed"),
-    # Eq. 2
-    (r"^sem_seg_head\.predictor\.(oldm\.|_?oldm_)bbox_embed(\.\d)?\.layers", "interactions.0.box_mlp.layers"),
-    (r"^sem_seg_head\.predictor\.oldm[._]norm", "interactions.0.norm"),
-    (r"^sem_seg_head\.predictor\.oldm\.ref_point_head", "interactions.0.position"),
-    (r"^sem_seg_head\.predictor\.oldm\.layers", "interactions.0.layers"),
-    (r"^(interactions\.0\.layers\.\d)\.self_attn", r"\1.attention.mha"),
-    (r"^(interactions\.0\.layers\.\d)\.norm1", r"\1.attention.norm"),
-    (r"^(interactions\.0\.layers\.\d)\.norm2", r"\1.ffn.norm"),
-    # Eq. 4 is their decoder's first layer, Eq. 9 the others
-    (r"^sem_seg_head\.predictor\.decoder\.ref_point_head", "position"),
-    (r"^sem_seg_head\.predictor\.decoder\.layers\.0", "residual"),
-    (r"^sem_seg_head\.predictor\.decoder\.layers\.(\d+)", lambda m: f"decoder.{int(m[1]) - 1}"),
-    (r"^(residual|decoder\.\d)\.self_attn", r"\1.self_attention.mha"),
-    (r"^(residual|decoder\.\d)\.norm2", r"\1.self_attention.norm"),
+    # MaskDINO and DI-MaskDINO: T_i, F_cnn and the pixel embedding
+    (r"^sem_seg_head\.(pixel_decoder|predictor)\.", "theirs."),
+    (r"^theirs\.input_proj", "encoder.projections"),
+    (r"^theirs\.transformer\.(encoder\.)?(layers|level_embed)", r"encoder.\2"),
+    (r"^theirs\.adapter_1", "encoder.lateral"),
+    (r"^theirs\.layer_1", "seg_head.fuse"),
+    (r"^theirs\.mask_features", "seg_head.embed"),
+    (r"^theirs\.decoder\.mask_output_conv", "seg_head.update"),
+    # Eq. 1, and the heads, which the authors' files hold under several names
+    (r"^theirs\.enc_output\.", "transform.0."),
+    (r"^theirs\.enc_output_norm", "transform.1"),
+    (r"^theirs\.(oldm\.|decoder\.)?class_embed", "det_head.classifier"),
+    (r"^theirs\.(decoder\.)?mask_embed", "seg_head.mask_mlp"),
+    (r"^theirs\.(decoder\.)?_?bbox_embed(\.\d)?\.layers", "det_head.box_mlp.layers"),
+    (r"^theirs\.decoder[._]norm", "head_norm"),
+    (r"^theirs\.label_enc", "label_embed"),
+    # Eq. 2, Eq. 4 (the first layer of their decoder), Eq. 8 and Eq. 9
+    (r"^theirs\._?oldm[._]", "interactions.0."),
+    (r"^interactions\.0\.bbox_embed(\.\d)?\.layers", "interactions.0.box_mlp.layers"),
+    (r"^theirs\.decoder\.layers\.0", "residual"),
+    (r"^theirs\.decoder\.layers\.(\d+)", lambda m: f"decoder.{int(m[1]) - 1}"),
+    (r"^theirs\.(decoder\.)?query_guide_feature_update", "bato"),
+    (r"(^theirs\.decoder\.)?ref_point_head", "position"),
+    # Inside layers
     (r"^(residual|decoder\.\d)\.cross_attn", r"\1.cross_attention"),
     (r"^(residual|decoder\.\d)\.norm1", r"\1.cross_attention.norm"),
+    (r"^(residual|decoder\.\d)\.self_attn", r"\1.self_attention.mha"),
+    (r"^(residual|decoder\.\d)\.norm2", r"\1.self_attention.norm"),
     (r"^(residual|decoder\.\d)\.norm3", r"\1.ffn.norm"),
-    # Eq. 8, and the refreshed pixel embedding
-    (r"^sem_seg_head\.predictor\.(decoder\.)?query_guide_feature_update", "bato"),
+    (r"^(encoder\.layers\.\d)\.self_attn", r"\1.attention"),
+    (r"^(interactions\.0\.layers\.\d)\.self_attn", r"\1.attention.mha"),
     (r"^bato\.multihead_attn", "bato.attention.mha"),
-    (r"^bato\.norm1", "bato.attention.norm"),
-    (r"^bato\.norm2", "bato.ffn.norm"),
-    (r"^sem_seg_head\.predictor\.decoder\.mask_output_conv\.norm", "seg_head.update.1"),
-    (r"^sem_seg_head\.predictor\.decoder\.mask_output_conv", "seg_head.update.0"),
-    # Inside layers
+    (r"^((encoder|interactions|bato)\b.*)\.norm1", r"\1.attention.norm"),
+    (r"^((encoder|interactions|bato)\b.*)\.norm2", r"\1.ffn.norm"),
+    (r"^((encoder|interactions|residual|decoder|bato)\b.*)\.linear(\d)", r"\1.ffn.linear\3"),
     (r"\.sampling_offsets", ".offsets"),
     (r"\.attention_weights", ".weights"),
-    (r"\.value_proj", ".value"),
-    (r"\.output_proj", ".output"),
-    (r"^((encoder\.layers|interactions|residual|decoder|bato)\b.*?)\.?linear(\d)", r"\1.ffn.linear\3"),
+    (r"\.(value|output)_proj", r".\1"),
 ]
 COCO = {  # category_id -> name; ids that nothing has are called N/A there
     category_id: name
@@ -132,23 +120,31 @@ def read_checkpoint(path):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(10)[8:] == b'{"':
                 raise ValueError(f"{path} is in safetensors format: save its tensors with torch.save") from None
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"{path} cannot be read as weights (cut short, or not a file of tensors): {reason}") from error
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class ArrayUnpickler(pickle.Unpickler):
     """Admits numpy arrays and built-in types, which is what detectron2's .pkl files hold, and nothing else."""
 
+    admitted = {
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
+        "numpy._core.multiarray._reconstruct": np._core.multiarray._reconstruct,
+        "numpy._core.multiarray.scalar": np._core.multiarray.scalar,
+        "collections.OrderedDict": dict,
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how Python 2's bytes travel
+    }
+
     def find_class(self, module, name):
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray, name)
-        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 2's bytes travel
-            return lambda text, encoding: text.encode("latin1")
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        raise ValueError(f"it asks for {module}.{name}, which is no array")
+        asked = f"{module}.{name}".replace("numpy.core.", "numpy._core.")  # its older name
+        if asked not in self.admitted:
+            raise ValueError(f"it asks for {asked}, which is no array")
+        return self.admitted[asked]
 
 
 def state_dict_of(checkpoint):
@@ -185,10 +181,7 @@ def translate(checkpoint):
 def config_of(checkpoint):
     """The Config of a checkpoint: saved with it, or recognised from the names and shapes of its tensors."""
     if "config" in checkpoint:
-        fields = checkpoint["config"]
-        if unknown := fields.keys() - {field.name for field in dataclasses.fields(Config)}:
-            raise ValueError(f"its config has fields that this version does not know: {', '.join(sorted(unknown))}")
-        return Config(**fields)
+        return Config(**checkpoint["config"])
     state, _ = translate(checkpoint)
     if not {"det_head.classifier.weight", "head_norm.weight"} <= state.keys():
         found = names_of(state, ("det_head.classifier.weight", "head_norm.weight"))
@@ -196,7 +189,6 @@ def config_of(checkpoint):
             f"it holds no DI-MaskDINO or MaskDINO model ({found}); a backbone's weights go to --backbone-weights"
         )
     backbone = backbone_of(state)
-    bato = "bato.ffn.norm.weight" in state
     if backbone == "tiny":
         preset = Config.tiny()
     elif "seg_head.update.0.weight" in state:
@@ -212,7 +204,7 @@ def config_of(checkpoint):
         encoder_layers=count(state, "encoder.layers"),
         decoder_layers=1 + count(state, "decoder"),
         selection=preset.selection if count(state, "interactions") else preset.selection[-1:],
-        bato=bato,
+        bato="bato.ffn.norm.weight" in state,
     )
 
 
@@ -325,17 +317,15 @@ def load_model(path, device="cpu") -> Trained:
         source = Source(**checkpoint["source"]) if "source" in checkpoint else None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit: {error}") from None
-    classes = checkpoint.get("classes")
-    category_ids = checkpoint.get("category_ids")
-    named = classes is not None
-    if not named and model.config.num_classes == len(COCO):
-        classes = list(COCO.values())
-        category_ids = list(COCO)
+    labels = range(model.config.num_classes)
+    named = "classes" in checkpoint
+    classes = checkpoint.get("classes", [f"class {label}" for label in labels])
+    category_ids = checkpoint.get("category_ids", [*labels])
+    if not named and len(labels) == len(COCO):
+        classes = [*COCO.values()]
+        category_ids = [*COCO]
         source = source or Source("coco")
-    elif not named:
-        classes = [f"class {label}" for label in range(model.config.num_classes)]
     test_size = tuple(checkpoint.get("recipe", {}).get("test_size", (800, 1333)))
-    category_ids = category_ids or list(range(len(classes)))
     return Trained(model.to(device).eval(), classes, category_ids, test_size, source, named)
 
 
@@ -353,5 +343,4 @@ def imagenet(backbone):
         raise ValueError(message) from None
     except Exception as error:  # the readers raise a dozen types on damaged files
         path = os.path.join(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged ({reason}): delete it, and it is downloaded again") from None
+        raise ValueError(f"{path} is damaged ({first_line(error)}): delete it, and it is downloaded again") from None

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: the source of deform_attn_cuda, compiled with a warp that takes turns, as a path."""
+"""The CUDA kernels on a CPU: the source of deform_attn_cuda, compiled for a simulated warp, as a path."""
 
 import ctypes
 import functools
@@ -12,31 +12,34 @@ import deform_attn_cuda
 SOURCE = Path(__file__).parent / "cuda_on_cpu.cpp"
 
 
-def compile_path(nvcc, library, adds):
-    """A function like `deform_attn` from the CUDA source: for sm_90, which adds FOUR numbers at once, or adding ONE."""
-    flags = ["-O1", "-std=c++20", "-shared", "-Xcompiler=-fPIC,-w", f"-I{deform_attn_cuda.HERE}", f"-DADD_{adds}"]
+def compile_path(nvcc, library):
+    """A function like `deform_attn` from the CUDA source, as sm_90 runs it."""
+    flags = ["-O1", "-std=c++20", "-shared", "-Xcompiler=-fPIC,-w", f"-I{deform_attn_cuda.HERE}"]
     subprocess.run([nvcc, *flags, "-o", library, SOURCE], check=True)
-    return functools.partial(CudaSource.apply, ctypes.CDLL(str(library)))
+    return functools.partial(CudaSource.apply, ctypes.CDLL(str(library)).run)
 
 
 class CudaSource(torch.autograd.Function):
     """Runs the library's kernels on tensors of a CPU."""
 
     @staticmethod
-    def call(library, backward, level_shapes, value, reference, offsets, logits, *others):
-        (B, N, h, c), (Q, L, P) = value.shape, (logits.shape[dim] for dim in (1, 3, 4))
-        sizes = [B, N, h, c, Q, L, P, reference.dim() == 3, backward, *(x for shape in level_shapes for x in shape)]
-        data = [x.data_ptr() for x in (value, reference, offsets, logits, *others)]
-        arrays = (ctypes.c_int * len(sizes))(*sizes), (ctypes.c_void_p * len(data))(*data)
-        library.run(str(value.dtype).encode(), *arrays)
+    def call(run, level_shapes, value, reference, offsets, logits, output, *grads):
+        sizes = [*value.shape, *logits.shape[1::2], logits.shape[4], reference.dim() == 3]  # B N h c Q L P boxes
+        start = 0
+        for H, W in level_shapes:
+            sizes += W, H, start
+            start += H * W
+        data = [x.data_ptr() for x in (value, reference, offsets, logits, output, *grads)]
+        run(str(value.dtype).encode(), (ctypes.c_int * len(sizes))(*sizes), (ctypes.c_void_p * 9)(*data))
 
     @staticmethod
-    def forward(context, library, value, level_shapes, *others):
-        context.library_and_levels = library, level_shapes
+    def forward(context, run, value, level_shapes, *others):
+        context.run = run
+        context.level_shapes = level_shapes
         context.save_for_backward(value, *others)
         B, _, h, c = value.shape
         output = value.new_full((B, others[1].shape[1], h * c), torch.nan)  # what is to be written whole
-        CudaSource.call(library, False, level_shapes, value, *others, output)
+        CudaSource.call(run, level_shapes, value, *others, output)
         return output
 
     @staticmethod
@@ -48,6 +51,5 @@ class CudaSource(torch.autograd.Function):
             torch.full_like(offsets, torch.nan),
             torch.full_like(logits, torch.nan),
         ]
-        library, level_shapes = context.library_and_levels
-        CudaSource.call(library, True, level_shapes, *tensors, grad_output.contiguous(), *grads)
+        CudaSource.call(context.run, context.level_shapes, *tensors, grad_output.contiguous(), *grads)
         return None, grads[0].to(value.dtype), None, *grads[1:]

@@ -1,7 +1,7 @@
 // Runs the kernels of cuda_kernel.cu on a CPU, a warp at a time, for the tests where there is no GPU.
 //
-// Each thread of a warp is a coroutine. At a shuffle it leaves its number and lets the next one run, so it reads when
-// all have left theirs. Warps share nothing but memory that they add to, and run one after the other.
+// Each thread of a warp is a coroutine. At a shuffle it stores its number and switches to the next one; when its turn
+// comes again, all have stored theirs. Warps share nothing but memory that they add to, and run one after the other.
 #include <cuda_runtime_api.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -92,29 +92,32 @@ void atomicAdd(float4* to, float4 x) {
 
 using std::exp, std::floor, std::fmax, std::fmin, std::min;
 #define __launch_bounds__(...)
+#define ADD_FOUR  // as on sm_90
 #define LAUNCH(kernel, blocks, stream, ...) launch(blocks, THREADS, [&] { kernel(__VA_ARGS__); })
 #include "cuda_kernel.cu"
 
 namespace deform_attn {
 
 template <typename V, typename A>
-void run(const CudaProblem& problem, bool backward, void** data) {
+void run(const Problem& problem, void** data) {
   const auto as = [&](int i) { return static_cast<A*>(data[i]); };
   const Inputs<V, A> inputs = {static_cast<const V*>(data[0]), as(1), as(2), as(3)};
-  V* const output = static_cast<V*>(data[4]);  // or its gradient
-  if (backward) launch_backward<V, A>(problem, output, inputs, {as(5), as(6), as(7), as(8)}, nullptr);
+  V* const output = static_cast<V*>(data[4]);
+  if (as(5)) launch_backward<V, A>(problem, output, inputs, {as(5), as(6), as(7), as(8)}, nullptr);
   else launch_forward<V, A>(problem, inputs, output, nullptr);
 }
 
-// s: B N h c Q L P, 1 for boxes, 1 for the backward, then H and W of each level; data: value, reference, offsets,
-// logits, output, or for the backward grad_output and the gradients of the inputs.
-extern "C" void run(const char* type, const int* s, void** data) {
-  const CudaProblem problem = problem_of(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s + 9);
+// sizes: B N h c Q L P, 1 for boxes, then W, H and first token of each level. data: value, reference, offsets, logits,
+// output; or for the backward grad_output, and the gradients of the inputs, which are null otherwise.
+extern "C" void run(const char* type, const int* sizes, void** data) {
+  const int *s = sizes, *levels = sizes + 8;
+  Problem problem = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7] == 1};
+  for (int i = 0; i < problem.L; ++i) problem.levels[i] = {levels[3 * i], levels[3 * i + 1], levels[3 * i + 2]};
   const std::string name = type;
-  if (name == "torch.float32") run<float, float>(problem, s[8], data);
-  if (name == "torch.float64") run<double, double>(problem, s[8], data);
-  if (name == "torch.float16") run<__half, float>(problem, s[8], data);
-  if (name == "torch.bfloat16") run<__nv_bfloat16, float>(problem, s[8], data);
+  if (name == "torch.float32") run<float, float>(problem, data);
+  if (name == "torch.float64") run<double, double>(problem, data);
+  if (name == "torch.float16") run<__half, float>(problem, data);
+  if (name == "torch.bfloat16") run<__nv_bfloat16, float>(problem, data);
 }
 
 }  // namespace deform_attn
