@@ -691,13 +691,6 @@ def test_the_model_exports_for_any_batch_and_multiples_of_32_from_96_on():
             close(program(images)[name], model(images)[name])
 
 
-def test_the_model_compiles_to_one_graph_in_training():
-    model, images, targets = build().train(), pictures(1, 3, 64, 96), objects(2, size=(64, 96))
-    denoising = denoising_queries(targets, 5, 9)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # the graph alone: no compiler, so no minutes
-    assert len(compiled(images, denoising)["denoising"]) == 1 + model.config.decoder_layers
-
-
 # ---- From predictions to objects -------------------------------------------------------------------------------------
 
 
