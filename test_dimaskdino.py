@@ -31,7 +31,7 @@ from dimaskdino import (
     sine_of_grid,
     token_anchors,
 )
-from losses import Denoising, denoising_queries
+from losses import Denoising
 from small_attention import DEVICES, TOLERANCES, assert_agrees, inputs, problems
 from small_models import RELEASED, SMALL, TRAINING, build, close, factors_of, law, objects, pictures, step
 from util.weights import load_weights
