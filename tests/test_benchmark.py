@@ -57,9 +57,13 @@ def test_the_table_has_a_row_for_each_type_that_the_machine_computes_in(emulated
     monkeypatch.setattr(benchmark, "emulates", lambda device, amp: emulated and amp == "bf16")
     if not emulated:
         monkeypatch.setattr(benchmark, "measured", lambda *_: "1.0 1.0 1 1")
-    benchmark.main(["--preset", "tiny", "--image-size", "64", "--batch-size", "1", "--repeats", "1", "--device", "cpu"])
+    monkeypatch.setattr(benchmark, "compile_in_place", lambda model: None)
+    flags = ["--preset", "tiny", "--image-size", "64", "--batch-size", "1", "--repeats", "1", "--device", "cpu"]
+    benchmark.main([*flags, "--compile"] if emulated else flags)
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if line.startswith(("inference", "training step"))]
     assert [row[-5] for row in rows] == (["fp32"] * 2 if emulated else ["fp32"] * 2 + ["bf16"] * 2)
     assert all(float(figure.replace(",", "")) > 0 for row in rows for figure in row[-4:-1])
+    compiled = [line.split() for line in printed.splitlines() if line.startswith("  compiled")]
+    assert [row[2] for row in compiled] == (["fp32"] * 2 if emulated else [])
     assert ("left out" in printed) == emulated and torch.__version__ in printed
