@@ -112,7 +112,7 @@ struct Points {
   using Whole = decltype(Real() < Real());
   int first, size;
   Whole W = {}, H = {}, start = {};  // of each point's level
-  A some_offsets[2 * LANES] = {}, some_weights[LANES] = {};
+  A some_offsets[2 * LANES] = {}, some_weights[LANES] = {};  // of a group that is not full
   Whole token[4];
   Real count[4];          // weight * bilinear coefficient; 0 outside of the level
   Real inside[4];         // 1, or 0 outside of the level
@@ -129,6 +129,7 @@ struct Points {
   }
 
   // offsets, weights: of all points of the query and head.
+  template <bool DERIVATIVES>
   void locate(const Reference<A>& reference, const A* offsets, const A* weights) {
     offsets += 2 * first;
     weights += first;
@@ -136,34 +137,41 @@ struct Points {
       offsets = std::copy_n(offsets, 2 * size, some_offsets) - 2 * size;
       weights = std::copy_n(weights, size, some_weights) - size;
     }
+    const Real zero = {};
     Real x, y;
     split_pairs(offsets, x, y, std::make_integer_sequence<int, LANES>());
-    const Real w = load<LANES>(weights), zero = {};
+    const Real w = load<LANES>(weights);
     const Real W_real = __builtin_convertvector(W, Real), H_real = __builtin_convertvector(H, Real);
-    cells_x = W_real * reference.width + reference.cells;
-    cells_y = H_real * reference.height + reference.cells;
-    x = x * cells_x + (W_real * reference.x - A(0.5));
-    y = y * cells_y + (H_real * reference.y - A(0.5));
+    const Real one_x = W_real * reference.width + reference.cells;
+    const Real one_y = H_real * reference.height + reference.cells;
+    x = x * one_x + (W_real * reference.x - A(0.5));
+    y = y * one_y + (H_real * reference.y - A(0.5));
     x = x < A(-2) ? zero - 2 : x > W_real ? W_real : x;  // far outside is outside, and NaN stays
     y = y < A(-2) ? zero - 2 : y > H_real ? H_real : y;
     Whole column = __builtin_convertvector(x, Whole), line = __builtin_convertvector(y, Whole);
     column += __builtin_convertvector(column, Real) > x;  // a true comparison is -1: truncation becomes floor
     line += __builtin_convertvector(line, Real) > y;
-    dx = x - __builtin_convertvector(column, Real);
-    dy = y - __builtin_convertvector(line, Real);
+    const Real right = x - __builtin_convertvector(column, Real);
+    const Real bottom = y - __builtin_convertvector(line, Real);
     const Whole has_left = (column >= 0) & (column < W), has_right = (column >= -1) & (column + 1 < W);
     const Whole has_top = (line >= 0) & (line < H), has_bottom = (line >= -1) & (line + 1 < H);
     const Whole top_left = line * W + column;
-    const Real outside = (dx - dx) + (dy - dy);  // 0, or NaN where the location is
+    const Real outside = (right - right) + (bottom - bottom);  // 0, or NaN where the location is
     const auto set_corner = [&](int k, Whole is_inside, Whole index, Real coefficient) {
       token[k] = start + (is_inside & index);
       count[k] = w * (is_inside ? coefficient : outside);
-      inside[k] = is_inside ? zero + 1 : zero;
+      if constexpr (DERIVATIVES) inside[k] = is_inside ? zero + 1 : zero;
     };
-    set_corner(0, has_top & has_left, top_left, (1 - dy) * (1 - dx));
-    set_corner(1, has_top & has_right, top_left + 1, (1 - dy) * dx);
-    set_corner(2, has_bottom & has_left, top_left + W, dy * (1 - dx));
-    set_corner(3, has_bottom & has_right, top_left + W + 1, dy * dx);
+    set_corner(0, has_top & has_left, top_left, (1 - bottom) * (1 - right));
+    set_corner(1, has_top & has_right, top_left + 1, (1 - bottom) * right);
+    set_corner(2, has_bottom & has_left, top_left + W, bottom * (1 - right));
+    set_corner(3, has_bottom & has_right, top_left + W + 1, bottom * right);
+    if constexpr (DERIVATIVES) {
+      dx = right;
+      dy = bottom;
+      cells_x = one_x;
+      cells_y = one_y;
+    }
   }
 };
 
@@ -196,7 +204,7 @@ void forward(const Problem& problem, const V* value, const A* references, const 
   for (int64_t query = first; query < last; ++query) {
     const int64_t row = (image * problem.Q + query) * problem.h + head;
     const Reference<A> reference(problem, references, image, query);
-    for (auto& points : blocks) points.locate(reference, offsets + 2 * row * all, weights + row * all);
+    for (auto& points : blocks) points.template locate<false>(reference, offsets + 2 * row * all, weights + row * all);
     for_channels<A>(problem.c, [&]<int LANES, int VECTORS>(int64_t channel) {
       constexpr int SUMS = std::clamp(8 / VECTORS, 1, 4);  // they need not wait for each other, and fit into registers
       Vector<A, LANES> sum[SUMS][VECTORS] = {};
@@ -233,19 +241,22 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
     const Reference<A> reference(problem, references, image, query);
     A grad_x = 0, grad_y = 0, grad_width = 0, grad_height = 0;  // of the reference
     for (auto& points : blocks) {
-      points.locate(reference, offsets + 2 * row * all, weights + row * all);
+      points.template locate<true>(reference, offsets + 2 * row * all, weights + row * all);
       Vector<A, 4> dot[4] = {};  // grad_output . value of each corner
       for_channels<A>(c, [&]<int LANES, int VECTORS>(int64_t channel) {
         Vector<A, LANES> grad[VECTORS];
         for (int j = 0; j < VECTORS; ++j) grad[j] = load<LANES>(grad_output + row * c + channel + j * LANES);
         for (int p = 0; p < points.size; ++p) {
           Vector<A, LANES> product[4] = {};
-          for (int k = 0; k < 4; ++k)
+          for (int k = 0; k < 4; ++k) {
+            const int64_t element = points.token[k][p] * stride + channel;
+            const A count = points.count[k][p];
             for (int j = 0; j < VECTORS; ++j) {
-              const int64_t element = points.token[k][p] * stride + channel + j * LANES;
-              product[k] += load<LANES>(value + element) * grad[j];
-              store<LANES>(grad_value + element, load<LANES>(grad_value + element) + grad[j] * points.count[k][p]);
+              A* const sum = grad_value + element + j * LANES;
+              product[k] += load<LANES>(value + element + j * LANES) * grad[j];
+              store<LANES>(sum, load<LANES>(sum) + grad[j] * count);
             }
+          }
           dot[p] += lane_sums<A>(fold<A>(product[0]), fold<A>(product[1]), fold<A>(product[2]), fold<A>(product[3]));
         }
       });

@@ -25,9 +25,10 @@ using at::Tensor;
 Problem problem_of(const Tensor& value, IntArrayRef level_shapes, const Tensor& reference, const Tensor& offsets,
                    const Tensor& logits, const Tensor& grad_output) {
   const auto require = [&](bool fits) {
-    TORCH_CHECK_VALUE(fits, "deform_attn: shapes, types or devices do not fit one another, or are not the kernel's: ",
-                      "value ", value.sizes(), " ", value.scalar_type(), ", level_shapes ", level_shapes,
-                      ", reference ", reference.sizes(), ", offsets ", offsets.sizes(), ", logits ", logits.sizes());
+    TORCH_CHECK_VALUE(fits, "deform_attn: arguments do not fit one another, or the ", MAX_LEVELS, " levels and 2^31 "
+                      "elements of a kernel: value ", value.sizes(), " ", value.scalar_type(), ", level_shapes ",
+                      level_shapes, ", reference ", reference.sizes(), ", offsets ", offsets.sizes(), ", logits ",
+                      logits.sizes());
   };
   require(value.dim() == 4 && offsets.dim() == 6);
   const int64_t B = value.size(0), N = value.size(1), h = value.size(2), c = value.size(3);
