@@ -175,14 +175,6 @@ struct Points {
   }
 };
 
-// Points [begin, end) of a query and head, LANES by LANES.
-template <typename A, int LANES>
-std::vector<Points<A, LANES>> points_of(const Problem& problem, int begin, int end) {
-  std::vector<Points<A, LANES>> all;
-  for (int first = begin; first < end; first += LANES) all.emplace_back(problem, first, end);
-  return all;
-}
-
 // Calls visit.operator()<LANES, VECTORS>(channel) for blocks of LANES * VECTORS channels that make up c.
 template <typename A, typename Visit>
 inline void for_channels(int64_t c, Visit visit) {
@@ -200,15 +192,17 @@ void forward(const Problem& problem, const V* value, const A* references, const 
              int64_t image, int64_t head, int64_t first, int64_t last) {
   const int64_t stride = problem.h * problem.c, all = problem.L * problem.P;
   value += image * problem.N * stride + head * problem.c;
-  auto blocks = points_of<A, std::min(16, WIDEST<A>)>(problem, 0, all);
+  constexpr int TOGETHER = std::min(16, WIDEST<A>);
+  std::vector<Points<A, TOGETHER>> groups;
+  for (int first = 0; first < all; first += TOGETHER) groups.emplace_back(problem, first, int(all));
   for (int64_t query = first; query < last; ++query) {
     const int64_t row = (image * problem.Q + query) * problem.h + head;
     const Reference<A> reference(problem, references, image, query);
-    for (auto& points : blocks) points.template locate<false>(reference, offsets + 2 * row * all, weights + row * all);
+    for (auto& points : groups) points.template locate<false>(reference, offsets + 2 * row * all, weights + row * all);
     for_channels<A>(problem.c, [&]<int LANES, int VECTORS>(int64_t channel) {
       constexpr int SUMS = std::clamp(8 / VECTORS, 1, 4);  // they need not wait for each other, and fit into registers
       Vector<A, LANES> sum[SUMS][VECTORS] = {};
-      for (const auto& points : blocks)
+      for (const auto& points : groups)
         for (int p = 0; p < points.size; ++p)
           for (int k = 0; k < 4; ++k)
             for (int j = 0; j < VECTORS; ++j) {
@@ -235,12 +229,12 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
   for (int64_t token = range.start, end = token + int64_t(range.W) * range.H; token < end; ++token)
     for (int64_t channel = 0; channel < c; ++channel) grad_value[token * stride + channel] = 0;
 
-  auto blocks = points_of<A, 4>(problem, level * problem.P, (level + 1) * problem.P);
-  for (int64_t query = 0; query < problem.Q; ++query) {
-    const int64_t row = (image * problem.Q + query) * problem.h + head;
-    const Reference<A> reference(problem, references, image, query);
-    A grad_x = 0, grad_y = 0, grad_width = 0, grad_height = 0;  // of the reference
-    for (auto& points : blocks) {
+  const int begin = int(level) * problem.P, end = begin + problem.P;
+  for (int first = begin; first < end; first += 4) {
+    Points<A, 4> points(problem, first, end);
+    for (int64_t query = 0; query < problem.Q; ++query) {
+      const int64_t row = (image * problem.Q + query) * problem.h + head;
+      const Reference<A> reference(problem, references, image, query);
       points.template locate<true>(reference, offsets + 2 * row * all, weights + row * all);
       Vector<A, 4> dot[4] = {};  // grad_output . value of each corner
       for_channels<A>(c, [&]<int LANES, int VECTORS>(int64_t channel) {
@@ -248,20 +242,18 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
         for (int j = 0; j < VECTORS; ++j) grad[j] = load<LANES>(grad_output + row * c + channel + j * LANES);
         for (int p = 0; p < points.size; ++p) {
           Vector<A, LANES> product[4] = {};
-          for (int k = 0; k < 4; ++k) {
-            const int64_t element = points.token[k][p] * stride + channel;
-            const A count = points.count[k][p];
+          for (int k = 0; k < 4; ++k)
             for (int j = 0; j < VECTORS; ++j) {
-              A* const sum = grad_value + element + j * LANES;
-              product[k] += load<LANES>(value + element + j * LANES) * grad[j];
-              store<LANES>(sum, load<LANES>(sum) + grad[j] * count);
+              const int64_t element = points.token[k][p] * stride + channel + j * LANES;
+              product[k] += load<LANES>(value + element) * grad[j];
+              store<LANES>(grad_value + element, load<LANES>(grad_value + element) + grad[j] * points.count[k][p]);
             }
-          }
           dot[p] += lane_sums<A>(fold<A>(product[0]), fold<A>(product[1]), fold<A>(product[2]), fold<A>(product[3]));
         }
       });
+      A grad_x = 0, grad_y = 0, grad_width = 0, grad_height = 0;  // of the reference
       for (int p = 0; p < points.size; ++p) {
-        const int64_t at = row * all + points.first + p;
+        const int64_t at = row * all + first + p;
         const A w = weights[at], dx = points.dx[p], dy = points.dy[p];
         A d[4];
         for (int k = 0; k < 4; ++k) d[k] = dot[p][k] * points.inside[k][p];
@@ -275,14 +267,15 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
         grad_width += x * range.W * offsets[2 * at];
         grad_height += y * range.H * offsets[2 * at + 1];
       }
-    }
-    if (grad_reference) {
-      *grad_reference++ = grad_x;
-      *grad_reference++ = grad_y;
-    }
-    if (grad_reference && problem.boxes) {
-      *grad_reference++ = grad_width * (A(0.5) / problem.P);
-      *grad_reference++ = grad_height * (A(0.5) / problem.P);
+      if (grad_reference) {
+        A* const grad = grad_reference + query * (problem.boxes ? 4 : 2);
+        grad[0] += grad_x;
+        grad[1] += grad_y;
+        if (problem.boxes) {
+          grad[2] += grad_width * (A(0.5) / problem.P);
+          grad[3] += grad_height * (A(0.5) / problem.P);
+        }
+      }
     }
   }
 }
