@@ -30,10 +30,10 @@ from dimaskdino import mask_logits
 # For the cost of matching and for the loss alike (released code).
 WEIGHTS = {"class": 4.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0}
 DETECTION = ("class", "box", "giou")
-# What is computed at a time bounds the memory, and glibc keeps what is smaller than 32 MB for the next time.
-MOST_CANDIDATES = 2**21  # of the points of importance sampling
-MOST_LOGITS = 2**22  # of the sampled masks that are matched
-MOST_PIXELS = 2**25  # of the objects' masks as float32
+# How much is computed at a time, which bounds the memory. What is smaller than 32 MB, glibc uses again.
+MOST_CANDIDATES = 2**21  # for importance sampling
+MOST_LOGITS = 2**22  # at the points of matching
+MOST_PIXELS = 2**25  # of objects' masks, as float32
 
 
 def to_device(array, device):
@@ -53,7 +53,7 @@ class Denoising(NamedTuple):
     pairs: list  # the slots that hold an object and its index: (queries [m], objects [m]) of each image, on the CPU
 
     def to(self, device):
-        labels, boxes_logit = (x.to(device, non_blocking=True) for x in (self.labels, self.boxes_logit))
+        labels, boxes_logit = (x.to(device, non_blocking=True) for x in self[:2])
         return self._replace(labels=labels, boxes_logit=boxes_logit)
 
     def attention_mask(self, queries):
@@ -73,8 +73,8 @@ def denoising_queries(targets, num_classes, queries=100, label_noise=0.2, box_no
     counts = [len(target["labels"]) for target in targets]
     size = max(counts)
     groups = queries // size if size else 0
-    labels = torch.cat([target["labels"] for target in targets]).repeat(groups)
-    boxes = torch.cat([target["boxes"] for target in targets]).repeat(groups, 1)
+    labels = torch.cat([t["labels"] for t in targets]).repeat(groups)
+    boxes = torch.cat([t["boxes"] for t in targets]).repeat(groups, 1)
 
     replaced = (torch.rand_like(labels.float()) < label_noise).nonzero()[:, 0]
     labels[replaced] = torch.randint_like(labels[replaced], 0, num_classes)
@@ -106,12 +106,12 @@ def random_points(number, points, device):
 
 def smallest(values, number):
     """Indices [m number] of the smallest values in each row of values [m n], in any order."""
-    if values.device.type != "cpu":
+    if not values.is_cpu:
         return values.topk(number, largest=False, sorted=False).indices
     rows = np.array_split(values.numpy(), torch.get_num_threads())
     with ThreadPoolExecutor() as pool:  # a third of topk's time
-        chosen = pool.map(lambda some: np.argpartition(some, number)[:, :number], rows)
-    return torch.from_numpy(np.concatenate([*chosen]))
+        index = pool.map(lambda some: np.argpartition(some, number)[:, :number], rows)
+        return torch.from_numpy(np.concatenate([*index]))
 
 
 def sample(maps, points):
@@ -300,8 +300,8 @@ class Criterion(nn.Module):
         logits = torch.cat(logits)
         inside = torch.cat(inside)
         p = logits.sigmoid()
-        bce = (nnf.softplus(logits).sum(1) - torch.einsum("mp,mp->m", logits, inside)) / logits.shape[1]
-        dice = 1 - (2 * torch.einsum("mp,mp->m", p, inside) + 1) / (p.sum(1) + inside.sum(1) + 1)
+        bce = (nnf.softplus(logits).sum(1) - (logits * inside).sum(1)) / logits.shape[1]
+        dice = 1 - (2 * (p * inside).sum(1) + 1) / (p.sum(1) + inside.sum(1) + 1)
         pairs_of_sets = [len(predicted.get(name, ())) for name in sets]
         return sums(bce, pairs_of_sets), sums(dice, pairs_of_sets)
 
@@ -311,13 +311,13 @@ class Criterion(nn.Module):
         where the mask is least certain, and 1/4 P random ones."""
         kept = int(0.75 * self.points)
         points = masks.new_empty(len(masks), self.points, 2)
+        points[:, kept:] = random_points(len(masks), self.points - kept, masks.device)
         step = max(1, MOST_CANDIDATES // (3 * self.points))
         for some, of_some in zip(masks.split(step), points.split(step)):
             candidates = random_points(len(some), 3 * self.points, masks.device)
             certainty = sample(some[:, None], candidates)[:, 0].abs_()
-            least = torch.view_as_complex(candidates).gather(1, smallest(certainty, kept))
-            of_some[:, :kept] = torch.view_as_real(least)
-            of_some[:, kept:] = random_points(len(some), self.points - kept, masks.device)
+            chosen = torch.view_as_complex(candidates).gather(1, smallest(certainty, kept))
+            of_some[:, :kept] = torch.view_as_real(chosen)
         return points
 
 
@@ -332,23 +332,21 @@ def indices(pairs, targets):
 def matched_masks(sets, pairs):
     """Mask logits [m H/4 W/4] of each set's matched queries, image by image: {name: logits}. Sets with the same pixels
     share one product for each image."""
+    found = {name: [] for name, prediction in sets.items() if "pixels" in prediction}
     together = {}
-    for name, prediction in sets.items():
-        if "pixels" in prediction:
-            together.setdefault(id(prediction["pixels"]), []).append(name)
-    found = {}
+    for name in found:
+        together.setdefault(id(sets[name]["pixels"]), []).append(name)
     for names in together.values():
         pixels = sets[names[0]]["pixels"]
         embedding = torch.cat([sets[name]["mask_embedding"] for name in names], 1)  # [B Q C], the sets side by side
         first_query = np.cumsum([0, *(sets[name]["mask_embedding"].shape[1] for name in names)])
-        by_image = []
         for b, (embedding_b, pixels_b) in enumerate(zip(embedding.unbind(), pixels.unbind())):
             queries = [first + pairs[name][b][0] for first, name in zip(first_query, names)]
             matched = embedding_b.index_select(0, to_device(np.concatenate(queries), pixels.device))
-            product = torch.einsum("qc,chw->qhw", matched, pixels_b).float()
-            by_image.append(product.split([len(x) for x in queries]))
-        found |= {name: torch.cat(of_set) for name, of_set in zip(names, zip(*by_image))}
-    return {name: found[name] for name in sets if name in found}  # in the order of the sets
+            masks = torch.einsum("qc,chw->qhw", matched, pixels_b).float()
+            for name, of_set in zip(names, masks.split([len(x) for x in queries])):
+                found[name].append(of_set)
+    return {name: torch.cat(masks) for name, masks in found.items()}
 
 
 def sums(values, sizes):

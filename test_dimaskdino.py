@@ -155,7 +155,7 @@ def test_images_are_normalised_by_imagenets_mean_and_deviation():
 
 
 def test_frozen_batch_norms_do_and_train_the_convolutions_as_in_evaluation():
-    backbone, images = Backbone("tiny"), torch.rand(2, 3, 64, 64)
+    backbone, images = build().backbone.double(), torch.rand(2, 3, 64, 64).double()
     backbone.train()(images)
     before = backbone.eval()(images)
     convolutions = [m.weight for m in backbone.modules() if isinstance(m, nn.Conv2d)]
@@ -167,6 +167,15 @@ def test_frozen_batch_norms_do_and_train_the_convolutions_as_in_evaluation():
         close(a, b)
     assert all(torch.equal(state[name], x) for name, x in backbone.state_dict().items())
     assert not any(m.weight.requires_grad for m in backbone.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@torch.no_grad()
+def test_maps_and_convolutions_are_channels_last():
+    model = build(**RELEASED)
+    out = model(pictures(2, 3, 64, 96), trace=True)
+    maps = (out["trace"]["F_cnn"], *(x["pixels"] for x in out["layers"]))
+    weights = (m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in (*maps, *weights))
 
 
 @torch.no_grad()

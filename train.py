@@ -60,7 +60,7 @@ from util.distributed import (
 )
 from util.flags import add_data_flags, add_device_flags, at_least, source_of, user_path
 from util.log import Log, describe, replaced
-from util.weights import imagenet, load_weights, read_checkpoint
+from util.weights import imagenet, load_backbone, load_weights, read_checkpoint
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 1000  # steps, beside the end of each epoch
@@ -285,7 +285,7 @@ def build_model(args, config, checkpoint=None):
     if weights is None and empty and config.backbone != "tiny":
         weights = imagenet(config.backbone)
     if weights not in (None, "none"):
-        load_weights(model, weights)
+        load_backbone(model, weights)
     return model
 
 

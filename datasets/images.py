@@ -27,6 +27,8 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return upright_rgb(image)
+    except FileNotFoundError:
+        raise ValueError(f"{path} cannot be read as an image: there is no such file") from None
     except Exception as error:  # Pillow's readers raise a dozen types on damaged files, documented or not
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read as an image: {reason}") from None

@@ -33,8 +33,8 @@ def deform_attn(value, level_shapes, reference, offsets, logits):
 
     value         [B N h c]      tokens of all levels, each level row by row, N = sum of H * W; any float type
     level_shapes  [(H, W), ...]  integers, one pair for each of the L levels
-    reference     [Q 2]          reference points: centres (x, y), and offsets are in cells of their level,
-                  or [B Q 4]     boxes (cx, cy, w, h), and an offset of P reaches from the centre to the border.
+    reference     [Q 2]          reference points (x, y): an offset of 1 is one cell of its level
+                  or [B Q 4]     reference boxes (cx, cy, w, h): an offset of P reaches from the centre to the border.
                                  In units of the level: (0, 0) is the top left, (1, 1) the bottom right corner,
                                  (i + 0.5) / W the centre of cell i
     offsets       [B Q h L P 2]  (x, y). Outside of the level there are zeros (`grid_sample` with

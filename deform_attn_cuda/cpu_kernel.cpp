@@ -112,7 +112,7 @@ struct Points {
   using Whole = decltype(Real() < Real());
   int first, size;
   Whole W = {}, H = {}, start = {};  // of each point's level
-  A some_offsets[2 * LANES] = {}, some_weights[LANES] = {};
+  A some_offsets[2 * LANES] = {}, some_weights[LANES] = {};  // of a group that is not full
   Whole token[4];
   Real count[4];          // weight * bilinear coefficient; 0 outside of the level
   Real inside[4];         // 1, or 0 outside of the level
@@ -129,6 +129,7 @@ struct Points {
   }
 
   // offsets, weights: of all points of the query and head.
+  template <bool DERIVATIVES>
   void locate(const Reference<A>& reference, const A* offsets, const A* weights) {
     offsets += 2 * first;
     weights += first;
@@ -136,44 +137,43 @@ struct Points {
       offsets = std::copy_n(offsets, 2 * size, some_offsets) - 2 * size;
       weights = std::copy_n(weights, size, some_weights) - size;
     }
+    const Real zero = {};
     Real x, y;
     split_pairs(offsets, x, y, std::make_integer_sequence<int, LANES>());
-    const Real w = load<LANES>(weights), zero = {};
+    const Real w = load<LANES>(weights);
     const Real W_real = __builtin_convertvector(W, Real), H_real = __builtin_convertvector(H, Real);
-    cells_x = W_real * reference.width + reference.cells;
-    cells_y = H_real * reference.height + reference.cells;
-    x = x * cells_x + (W_real * reference.x - A(0.5));
-    y = y * cells_y + (H_real * reference.y - A(0.5));
+    const Real one_x = W_real * reference.width + reference.cells;
+    const Real one_y = H_real * reference.height + reference.cells;
+    x = x * one_x + (W_real * reference.x - A(0.5));
+    y = y * one_y + (H_real * reference.y - A(0.5));
     x = x < A(-2) ? zero - 2 : x > W_real ? W_real : x;  // far outside is outside, and NaN stays
     y = y < A(-2) ? zero - 2 : y > H_real ? H_real : y;
     Whole column = __builtin_convertvector(x, Whole), line = __builtin_convertvector(y, Whole);
     column += __builtin_convertvector(column, Real) > x;  // a true comparison is -1: truncation becomes floor
     line += __builtin_convertvector(line, Real) > y;
-    dx = x - __builtin_convertvector(column, Real);
-    dy = y - __builtin_convertvector(line, Real);
+    const Real right = x - __builtin_convertvector(column, Real);
+    const Real bottom = y - __builtin_convertvector(line, Real);
     const Whole has_left = (column >= 0) & (column < W), has_right = (column >= -1) & (column + 1 < W);
     const Whole has_top = (line >= 0) & (line < H), has_bottom = (line >= -1) & (line + 1 < H);
     const Whole top_left = line * W + column;
-    const Real outside = (dx - dx) + (dy - dy);  // 0, or NaN where the location is
+    const Real outside = (right - right) + (bottom - bottom);  // 0, or NaN where the location is
     const auto set_corner = [&](int k, Whole is_inside, Whole index, Real coefficient) {
       token[k] = start + (is_inside & index);
       count[k] = w * (is_inside ? coefficient : outside);
-      inside[k] = is_inside ? zero + 1 : zero;
+      if constexpr (DERIVATIVES) inside[k] = is_inside ? zero + 1 : zero;
     };
-    set_corner(0, has_top & has_left, top_left, (1 - dy) * (1 - dx));
-    set_corner(1, has_top & has_right, top_left + 1, (1 - dy) * dx);
-    set_corner(2, has_bottom & has_left, top_left + W, dy * (1 - dx));
-    set_corner(3, has_bottom & has_right, top_left + W + 1, dy * dx);
+    set_corner(0, has_top & has_left, top_left, (1 - bottom) * (1 - right));
+    set_corner(1, has_top & has_right, top_left + 1, (1 - bottom) * right);
+    set_corner(2, has_bottom & has_left, top_left + W, bottom * (1 - right));
+    set_corner(3, has_bottom & has_right, top_left + W + 1, bottom * right);
+    if constexpr (DERIVATIVES) {
+      dx = right;
+      dy = bottom;
+      cells_x = one_x;
+      cells_y = one_y;
+    }
   }
 };
-
-// Points [begin, end) of a query and head, LANES by LANES.
-template <typename A, int LANES>
-std::vector<Points<A, LANES>> points_of(const Problem& problem, int begin, int end) {
-  std::vector<Points<A, LANES>> all;
-  for (int first = begin; first < end; first += LANES) all.emplace_back(problem, first, end);
-  return all;
-}
 
 // Calls visit.operator()<LANES, VECTORS>(channel) for blocks of LANES * VECTORS channels that make up c.
 template <typename A, typename Visit>
@@ -192,15 +192,17 @@ void forward(const Problem& problem, const V* value, const A* references, const 
              int64_t image, int64_t head, int64_t first, int64_t last) {
   const int64_t stride = problem.h * problem.c, all = problem.L * problem.P;
   value += image * problem.N * stride + head * problem.c;
-  auto blocks = points_of<A, std::min(16, WIDEST<A>)>(problem, 0, all);
+  constexpr int TOGETHER = std::min(16, WIDEST<A>);
+  std::vector<Points<A, TOGETHER>> groups;
+  for (int first = 0; first < all; first += TOGETHER) groups.emplace_back(problem, first, int(all));
   for (int64_t query = first; query < last; ++query) {
     const int64_t row = (image * problem.Q + query) * problem.h + head;
     const Reference<A> reference(problem, references, image, query);
-    for (auto& points : blocks) points.locate(reference, offsets + 2 * row * all, weights + row * all);
+    for (auto& points : groups) points.template locate<false>(reference, offsets + 2 * row * all, weights + row * all);
     for_channels<A>(problem.c, [&]<int LANES, int VECTORS>(int64_t channel) {
       constexpr int SUMS = std::clamp(8 / VECTORS, 1, 4);  // they need not wait for each other, and fit into registers
       Vector<A, LANES> sum[SUMS][VECTORS] = {};
-      for (const auto& points : blocks)
+      for (const auto& points : groups)
         for (int p = 0; p < points.size; ++p)
           for (int k = 0; k < 4; ++k)
             for (int j = 0; j < VECTORS; ++j) {
@@ -227,13 +229,13 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
   for (int64_t token = range.start, end = token + int64_t(range.W) * range.H; token < end; ++token)
     for (int64_t channel = 0; channel < c; ++channel) grad_value[token * stride + channel] = 0;
 
-  auto blocks = points_of<A, 4>(problem, level * problem.P, (level + 1) * problem.P);
-  for (int64_t query = 0; query < problem.Q; ++query) {
-    const int64_t row = (image * problem.Q + query) * problem.h + head;
-    const Reference<A> reference(problem, references, image, query);
-    A grad_x = 0, grad_y = 0, grad_width = 0, grad_height = 0;  // of the reference
-    for (auto& points : blocks) {
-      points.locate(reference, offsets + 2 * row * all, weights + row * all);
+  const int begin = int(level) * problem.P, end = begin + problem.P;
+  for (int first = begin; first < end; first += 4) {
+    Points<A, 4> points(problem, first, end);
+    for (int64_t query = 0; query < problem.Q; ++query) {
+      const int64_t row = (image * problem.Q + query) * problem.h + head;
+      const Reference<A> reference(problem, references, image, query);
+      points.template locate<true>(reference, offsets + 2 * row * all, weights + row * all);
       Vector<A, 4> dot[4] = {};  // grad_output . value of each corner
       for_channels<A>(c, [&]<int LANES, int VECTORS>(int64_t channel) {
         Vector<A, LANES> grad[VECTORS];
@@ -249,8 +251,9 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
           dot[p] += lane_sums<A>(fold<A>(product[0]), fold<A>(product[1]), fold<A>(product[2]), fold<A>(product[3]));
         }
       });
+      A grad_x = 0, grad_y = 0, grad_width = 0, grad_height = 0;  // of the reference
       for (int p = 0; p < points.size; ++p) {
-        const int64_t at = row * all + points.first + p;
+        const int64_t at = row * all + first + p;
         const A w = weights[at], dx = points.dx[p], dy = points.dy[p];
         A d[4];
         for (int k = 0; k < 4; ++k) d[k] = dot[p][k] * points.inside[k][p];
@@ -264,14 +267,15 @@ void backward(const Problem& problem, const V* grad_output, const V* value, cons
         grad_width += x * range.W * offsets[2 * at];
         grad_height += y * range.H * offsets[2 * at + 1];
       }
-    }
-    if (grad_reference) {
-      *grad_reference++ = grad_x;
-      *grad_reference++ = grad_y;
-    }
-    if (grad_reference && problem.boxes) {
-      *grad_reference++ = grad_width * (A(0.5) / problem.P);
-      *grad_reference++ = grad_height * (A(0.5) / problem.P);
+      if (grad_reference) {
+        A* const grad = grad_reference + query * (problem.boxes ? 4 : 2);
+        grad[0] += grad_x;
+        grad[1] += grad_y;
+        if (problem.boxes) {
+          grad[2] += grad_width * (A(0.5) / problem.P);
+          grad[3] += grad_height * (A(0.5) / problem.P);
+        }
+      }
     }
   }
 }

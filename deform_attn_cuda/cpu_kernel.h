@@ -15,7 +15,7 @@ struct Kernels {
   void (*forward)(const Problem&, const V* value, const A* reference, const A* offsets, const A* weights, V* output,
                   int64_t image, int64_t head, int64_t first, int64_t last);
   // Gradients that belong to one image, head and level: its rows of grad_value, its points of grad_offsets and
-  // grad_weights, and its own grad_reference for all queries, which may be null.
+  // grad_weights, and its own grad_reference for all queries, which is zero before and may be null.
   void (*backward)(const Problem&, const V* grad_output, const V* value, const A* reference, const A* offsets,
                    const A* weights, A* grad_value, A* grad_reference, A* grad_offsets, A* grad_weights, int64_t image,
                    int64_t head, int64_t level);

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -25,9 +26,10 @@ using at::Tensor;
 Problem problem_of(const Tensor& value, IntArrayRef level_shapes, const Tensor& reference, const Tensor& offsets,
                    const Tensor& logits, const Tensor& grad_output) {
   const auto require = [&](bool fits) {
-    TORCH_CHECK_VALUE(fits, "deform_attn: shapes, types or devices do not fit one another, or are not the kernel's: ",
-                      "value ", value.sizes(), " ", value.scalar_type(), ", level_shapes ", level_shapes,
-                      ", reference ", reference.sizes(), ", offsets ", offsets.sizes(), ", logits ", logits.sizes());
+    TORCH_CHECK_VALUE(fits, "deform_attn: arguments do not fit one another, or the ", MAX_LEVELS, " levels and 2^31 "
+                      "elements of a kernel: value ", value.sizes(), " ", value.scalar_type(), ", level_shapes ",
+                      level_shapes, ", reference ", reference.sizes(), ", offsets ", offsets.sizes(), ", logits ",
+                      logits.sizes());
   };
   require(value.dim() == 4 && offsets.dim() == 6);
   const int64_t B = value.size(0), N = value.size(1), h = value.size(2), c = value.size(3);
@@ -115,7 +117,7 @@ FourTensors backward_cpu(const Tensor& grad_output_, const Tensor& value_, IntAr
   Tensor grad_value = at::empty(value.sizes(), offsets.options());
   Tensor grad_offsets = at::empty_like(offsets), grad_weights = at::empty_like(weights);
   const int64_t B = problem.B, h = problem.h, L = problem.L, Q = problem.Q, R = reference.size(-1);
-  Tensor grad_reference = at::empty({B, reference_requires_grad ? h * L : 0, Q, R}, offsets.options());
+  Tensor grad_reference = at::zeros({B, reference_requires_grad ? h * L : 0, Q, R}, offsets.options());
   const int64_t grain = 1 + 32768 / (1 + Q * problem.P * (problem.c + 16));
   with_kernels(value, [&]<typename V, typename A>(const Kernels<V, A>& kernels) {
     at::parallel_for(0, B * h * L, grain, [&](int64_t begin, int64_t end) {

@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 import train
-from dimaskdino import Config
+from dimaskdino import Config, Norm
 from small_runs import FOUR, Steps, batch_of, flags_of, log_of, open_training, same, train_in, weights, write_images
 from util import distributed
 from util.weights import read_checkpoint
@@ -320,6 +320,16 @@ def test_a_backbone_that_init_leaves_empty_gets_its_own_weights(folder, trained,
     monkeypatch.setattr(train, "imagenet", None)  # not asked where --init fills the backbone, or nobody wants weights
     start([*flags_of(folder, "out"), *init])
     start([*resnet, *init, "--backbone-weights", "none"])
+
+
+def test_of_a_whole_model_backbone_weights_are_those_of_its_backbone(folder, trained):
+    flags = ["--seed", "1", "--backbone-weights", str(trained / "best.pt")]
+    model = start(flags_of(folder, "out", *flags))
+    fresh = start(flags_of(folder, "out", "--seed", "1"))
+    given = weights(trained, "best.pt")
+    assert all(norm.frozen for norm in model.backbone.modules() if isinstance(norm, Norm))
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, given[name] if name.startswith("backbone.") else fresh.state_dict()[name])
 
 
 # ---- Numbers that are not finite -------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_an_unreadable_image_is_named_and_no_other_is_affected(tmp_path, content
         (lambda path: path.write_text("P6 15000 13000 255 "), "truncated"),  # Pillow's own limit is 178 million
         (lambda path: path.write_text("P6 35000 30000 255 "), "1050000000 pixels"),
         (lambda path: path.mkdir(), "Is a directory"),
-        (lambda path: None, "No such file"),
+        (lambda path: None, "there is no such file"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_the_reason(tmp_path, make, words):

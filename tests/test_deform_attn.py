@@ -30,7 +30,7 @@ from small_attention import (
 SIZES = [size for shape in LEVELS for size in shape]
 every_type = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 both_paths = pytest.mark.parametrize("path", [deform_attn, deform_attn_pytorch])
-both_references = pytest.mark.parametrize("boxes", [False, True], ids=["centres", "boxes"])
+both_references = pytest.mark.parametrize("boxes", [False, True], ids=["points", "boxes"])
 
 
 def needs_kernel(device, dtype=torch.float32):
@@ -67,7 +67,7 @@ def path_and_device(request):
     return deform_attn, request.param
 
 
-def test_an_offset_is_in_cells_of_its_level_from_a_centre():
+def test_an_offset_is_in_cells_of_its_level_from_a_point():
     centre, offsets = torch.tensor([[0.5, 0.25]]), torch.tensor([[1.0, -2.0], [1.0, -2.0]]).view(1, 1, 1, 2, 1, 2)
     locations = locate([(8, 10), (4, 5)], centre, offsets).view(2, 2)
     torch.testing.assert_close(locations, torch.tensor([[0.5 + 1 / 10, 0.25 - 2 / 8], [0.5 + 1 / 5, 0.25 - 2 / 4]]))
@@ -170,17 +170,17 @@ def test_older_processors_get_the_same_results(capability):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["dense boxes", "permuted centres", "no queries"])
+@pytest.mark.parametrize("kind", ["boxes", "permuted points", "no queries"])
 def test_the_operators_pass_opcheck(kind, device):
     needs_kernel(device)
     Q = 0 if kind == "no queries" else 7
-    value, *others = inputs(Q=Q, boxes=kind == "dense boxes", dtype=torch.float32, device=device)
-    if kind == "permuted centres":
+    value, *others = inputs(Q=Q, boxes=kind == "boxes", dtype=torch.float32, device=device)
+    if kind == "permuted points":
         value = value.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_()
         others = [t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in others]
     torch.library.opcheck(torch.ops.deform_attn.forward.default, (value, SIZES, *others))
     plain = [t.detach() for t in (torch.ones(2, Q, 15, device=device), value, *others)]
-    arguments = *plain[:2], SIZES, *plain[2:], kind == "dense boxes"  # whether the reference asks for its gradient
+    arguments = *plain[:2], SIZES, *plain[2:], kind == "boxes"  # whether the reference requires a gradient
     torch.library.opcheck(torch.ops.deform_attn.backward.default, arguments)
 
 
@@ -366,7 +366,7 @@ def test_more_than_2_to_the_31_elements_are_addressed():
 
 
 @needs_gpu
-def test_deterministic_algorithms_are_asked_for_in_vain():
+def test_asking_for_deterministic_algorithms_is_an_error():
     needs_kernel("cuda")
     torch.use_deterministic_algorithms(True)
     try:

@@ -54,7 +54,7 @@ def images_of(folder):
     return train.open_data(args, train.choose_recipe(args))
 
 
-def two_processes(rank, threads, folder, out):
+def two_processes(rank, threads, folder, four, out):
     """What each of two processes sees, saved for the tests below."""
     torch.set_num_threads(threads)  # as many as in the process that compares: sums come out alike
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
@@ -101,7 +101,7 @@ def two_processes(rank, threads, folder, out):
     train.train_step, train.Criterion.forward, train.evaluate = watched, poisoned, evaluated
     train.Log.evaluation = lambda *_: None
     train.join = lambda name: torch.device("cpu")  # has joined
-    flags = flags_of(folder, out, "--epochs", 2, "--batch-size", 12, "--resume")
+    flags = flags_of(four, out, "--epochs", 2, "--resume")
     seen["ends"] = [exit_code(train.main, flags) for _ in range(2)]
     seen["seeds"] = seeds
     torch.save(seen, out / f"{rank}.seen")
@@ -113,10 +113,12 @@ def statistics(model):
 
 
 @pytest.fixture(scope="module")
-def pair(folder, tmp_path_factory):
+def pair(folder, four, tmp_path_factory):
     """(what rank 0 saw, what rank 1 saw)"""
     out = tmp_path_factory.mktemp("pair")
-    torch.multiprocessing.spawn(two_processes, (torch.get_num_threads(), folder, out), nprocs=2)
+    multiprocessing.set_forkserver_preload(["train"])  # imported once for both
+    arguments = torch.get_num_threads(), folder, four, out
+    torch.multiprocessing.start_processes(two_processes, arguments, nprocs=2, start_method="forkserver")
     seen = [torch.load(out / f"{rank}.seen", weights_only=True) for rank in (0, 1)]
     return [{**of_rank, "saved step": read_checkpoint(out / "last.pt")["step"]} for of_rank in seen]
 

@@ -279,7 +279,7 @@ def recorded_targets(g, prefix):
     return targets
 
 
-def record_randomness(monkeypatch):
+def replay_randomness(monkeypatch):
     """Points and noise are those with which the arrays were recorded: random numbers of a shape are always the same."""
     monkeypatch.setattr("losses.MOST_CANDIDATES", 2**40)  # the points of a set of predictions are drawn at once
     monkeypatch.setattr("losses.random_points", lambda number, points, _: numbers.rand(number, points, 2) * 2 - 1)
@@ -289,7 +289,7 @@ def record_randomness(monkeypatch):
 
 @pytest.fixture
 def recorded_randomness(monkeypatch):
-    record_randomness(monkeypatch)
+    replay_randomness(monkeypatch)
 
 
 CASES = [("full", "dn"), ("full", "nodn"), ("half", "dn"), ("half", "nodn"), ("none", "nodn")]
@@ -375,7 +375,7 @@ def step():
     images = torch.stack([torch.from_numpy(numbers.image(256, 320, seed)) for seed in (200, 201)])
     targets = [recorded_objects(g, image) for image in (0, 1)]
     with pytest.MonkeyPatch.context() as patch:
-        record_randomness(patch)
+        replay_randomness(patch)
         denoising = denoising_queries(targets, 80, Recipe().denoising, Recipe().label_noise)
         losses = Criterion(Recipe())(model(images, denoising), targets, denoising=denoising)
     sum(losses.values()).backward()

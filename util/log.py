@@ -43,7 +43,7 @@ def try_output(path: Path, is_folder: bool = True) -> None:
 
 
 def unused(path: Path) -> Path:
-    """The path of a file or folder or, where it is taken, the first free one with _2, _3, ... behind its stem."""
+    """The path of a file or, where it is taken, the first free one with _2, _3, ... behind its stem."""
     free = path
     for number in itertools.count(2):
         if not free.exists():
@@ -52,9 +52,9 @@ def unused(path: Path) -> Path:
 
 
 def new_folder(path: Path) -> Path:
-    """Makes a folder whose path is unused; safe against others who do so at the same time."""
-    while True:
-        folder = unused(path)
+    """Makes a folder or, where it is taken, one with _2, _3, ...; safe against others who do so at the same time."""
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder

@@ -2,6 +2,7 @@
 
 load_model       a model that is ready for use, with what its checkpoint says of it
 load_weights     fills a model that exists
+load_backbone    fills its backbone alone
 imagenet         torchvision's weights of a backbone
 read_checkpoint  the content of a file, without running any code that it may hold
 """
@@ -235,11 +236,7 @@ def load_weights(model, source, partial=False):
     lists the odd ones with both shapes and nothing is loaded. partial: keep what fits instead, for other classes or
     sizes. Returns the list of what did not fit. Pretrained batch norms are frozen, so load before making an optimizer.
     """
-    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
-    try:
-        state, foreign = translate(checkpoint)
-    except ValueError as error:
-        raise ValueError(f"{error}" if checkpoint is source else f"{source}: {error}") from None
+    state, foreign = tensors_of(source)
     own = model.state_dict()
     frozen = foreign or not any(name.endswith("num_batches_tracked") for name in state)
     if frozen:
@@ -265,6 +262,23 @@ def load_weights(model, source, partial=False):
     if frozen:
         model.backbone.freeze_norm()
     return odd
+
+
+def load_backbone(model, source):
+    """Fill a model's backbone alone, from a file of one or of a whole model, and freeze its batch norms, as those of
+    ImageNet backbones are. Raises ValueError as load_weights does."""
+    state, _ = tensors_of(source)
+    backbone = {name: x for name, x in state.items() if re.match(r"backbone\.(?!norms)", name)}
+    load_weights(model, backbone or state)
+
+
+def tensors_of(source):
+    """The tensors of a path or dict under the names of dimaskdino.py, and whether they had others."""
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
+    try:
+        return translate(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{error}" if checkpoint is source else f"{source}: {error}") from None
 
 
 def shape(state, name):

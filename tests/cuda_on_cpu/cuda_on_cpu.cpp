@@ -21,16 +21,13 @@ static jmp_buf lanes[LANES_OF_WARP], end_of_warp;
 static int lane, ended, rounds[LANES_OF_WARP];  // how many shuffles each has come to
 static double offered[2][LANES_OF_WARP];        // in this shuffle and the last one, which may still be read
 
-[[noreturn]] static void run_lane(int next) {
-  threadIdx.x += next - lane;
-  lane = next;
-  _longjmp(lanes[lane], 1);
-}
-
 static void run_others() {  // until it is this lane's turn again
   if (_setjmp(lanes[lane])) return;
   if (ended == LANES_OF_WARP) _longjmp(end_of_warp, 1);
-  run_lane((lane + 1) % LANES_OF_WARP);
+  const int next = (lane + 1) % LANES_OF_WARP;
+  threadIdx.x += next - lane;
+  lane = next;
+  _longjmp(lanes[lane], 1);
 }
 
 template <typename T>
