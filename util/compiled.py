@@ -5,10 +5,10 @@ import shutil
 import time
 
 import torch
-import torch.fx.experimental._config as shapes
 from torch import nn
 from torch._dynamo import config, maybe_mark_dynamic
 from torch._dynamo.callback import callback_handler
+from torch.fx.experimental import _config as shapes
 
 from util.distributed import say
 
