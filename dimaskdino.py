@@ -404,7 +404,7 @@ def select(scores, k, *tokens):
     `tokens` [B N ...] as [B k ...]. An image with fewer than k tokens keeps all.
     """
     best, index = scores.topk(min(k, scores.shape[1]))
-    image = torch.arange(len(index), device=index.device)[:, None]
+    image = torch.arange(index.shape[0], device=index.device)[:, None]
     return best, index, *(x[image, index] for x in tokens)
 
 
@@ -622,7 +622,9 @@ class DIMaskDINO(nn.Module):
         random = config.position_token == "random"
         self.register_buffer("random_box", torch.rand(config.selection[-1], 4) if random else None)
         initialize(self)
-        self.to(memory_format=torch.channels_last)  # maps and convolutions
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
 
     def forward(self, images, denoising=None, trace=False):
         config = self.config
