@@ -275,7 +275,8 @@ def normed_conv(inputs, outputs, kernel, stride=1, bias=False):
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch norm. Once frozen (in a state dict: without num_batches_tracked), it is part of the convolution before."""
+    """Batch norm. Once frozen (in a state dict: without num_batches_tracked), it is part of the convolution before it
+    in inference, and in training a multiplication and an addition, whose gradient does not need the input."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -285,20 +286,29 @@ class Norm(nn.BatchNorm2d):
     def frozen(self):
         return self.num_batches_tracked is None
 
+    @property
+    def folded(self):
+        return self.frozen and not torch.is_grad_enabled()
+
     def freeze(self):
         self.num_batches_tracked = None
         self.requires_grad_(False)
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        self.register_buffer("scale", scale[:, None, None, None], persistent=False)
-        self.register_buffer("shift", self.bias - self.running_mean * scale, persistent=False)
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        self.register_buffer("shift", (self.bias - self.running_mean * scale)[:, None, None], persistent=False)
 
     def convolve(self, conv, x):
-        """The convolution before this norm, with the norm in it once that is frozen."""
-        weight, bias = (conv.weight * self.scale, self.shift) if self.frozen else (conv.weight, conv.bias)
-        return conv._conv_forward(x, weight, bias)
+        """The convolution before this norm, with the norm in it where it is folded."""
+        if self.folded:
+            return conv._conv_forward(x, conv.weight * self.scale[..., None], self.shift.flatten())
+        return conv._conv_forward(x, conv.weight, conv.bias)
 
     def forward(self, x):
-        return x if self.frozen else super().forward(x)
+        if self.folded:
+            return x
+        if self.frozen:
+            return torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype))
+        return super().forward(x)
 
 
 class Backbone(nn.Module):

@@ -25,7 +25,7 @@ from scipy import ndimage
 import evaluate
 from datasets import Source, open_dataset
 from datasets import coco as data
-from datasets.geometry import identity, shortest_side
+from datasets.geometry import Geometry, identity, shortest_side
 from dimaskdino import Config, DIMaskDINO, postprocess
 from small_models import law
 from small_runs import exit_code, log_of, same, write_images
@@ -200,7 +200,8 @@ def test_operations_of_matrices_convolutions_and_attention_are_counted():
 
 
 def test_evaluation_reads_no_target_masks(folder, best, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_mask", None)
+    monkeypatch.setattr(Geometry, "polygons", None)
+    monkeypatch.setattr(Geometry, "bitmask", None)
     assert run(best, "--data", folder, "--out", tmp_path, "--speed") == 0
 
 

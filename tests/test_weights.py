@@ -83,7 +83,7 @@ def test_imagenet_backbones_load_under_every_common_naming(backbone, naming, mon
     model = build(backbone=backbone)
     assert load_weights(model, {"model": naming(source.state_dict())}) == []
     found = nn.Sequential(*model.backbone.stages)(image)
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected)  # convolutions of another memory format round differently
 
 
 def test_torchvisions_weights_are_checked_and_run_no_code(monkeypatch):
