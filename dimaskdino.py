@@ -725,9 +725,7 @@ class DIMaskDINO(nn.Module):
         """Normalises RGB in 0..255 with ImageNet's mean and deviation; pads right and bottom to a multiple of 32."""
         height, width = images.shape[-2:]
         images = images.float().contiguous(memory_format=torch.channels_last)
-        right = (width + 31) // 32 * 32 - width  # not -width % 32: sizes then stay simple for a compiler
-        bottom = (height + 31) // 32 * 32 - height
-        return nnf.pad((images - self.mean) / self.std, (0, right, 0, bottom))
+        return nnf.pad((images - self.mean) / self.std, (0, -width % 32, 0, -height % 32))
 
     def with_denoising(self, denoising, T_s2, box_s2):
         """Puts D denoising queries (see losses.Denoising) in front of T_s2: queries, boxes, attention mask, D."""

@@ -30,12 +30,10 @@ def four(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A run sets handlers for signals: put back what pytest had. In the background a shell lets Ctrl-C be ignored."""
+    """A run sets handlers for signals, and a shell in the background ignores some: a test begins with Python's own."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
