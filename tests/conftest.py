@@ -13,18 +13,18 @@ from util.distributed import SIGNALS
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_images(folder, "train", 12)
-    write_images(folder, "val", 5)
-    return folder
+    return data_of(12, 5, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def four(tmp_path_factory):
     """Data of which an epoch has a single step."""
-    folder = tmp_path_factory.mktemp("four")
-    write_images(folder, "train", 4)
-    write_images(folder, "val", 1)
+    return data_of(4, 1, tmp_path_factory.mktemp("four"))
+
+
+def data_of(train_images, val_images, folder):
+    write_images(folder, "train", train_images)
+    write_images(folder, "val", val_images)
     return folder
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo import config, maybe_mark_dynamic
 from torch._dynamo.callback import callback_handler
 from torch.fx.experimental import _config as shapes
+from torch.utils._sympy.reference import TensorReferenceAnalysis
 
 from util.distributed import say
 
@@ -24,6 +25,8 @@ def compile_in_place(model: nn.Module, **options) -> None:
         raise ValueError(f"--compile needs a C++ compiler, and {compiler} is not found: install g++, or leave it out")
     shapes.use_duck_shape = False  # that the first image is square says nothing of the next
     config.optimize_ddp = False  # it would divide the graph
+    if not hasattr(TensorReferenceAnalysis, "python_mod"):  # missing in PyTorch 2.14, where padding to 32 needs it
+        TensorReferenceAnalysis.python_mod = TensorReferenceAnalysis.mod
     compiled = torch.compile(model.forward, **options)
 
     def forward(images, denoising=None, trace=False):
