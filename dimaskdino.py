@@ -11,7 +11,7 @@
     3.2.3 Balance-Aware Tokens Optimization  (5)        DIMaskDINO.N_mask
                                              (6)        DIMaskDINO.N_box
                                              (7)        a sum in DIMaskDINO.forward
-                                             (8)        BalanceAwareTokens  (DIMaskDINO.bato)
+                                             (8)        AttentionLayer  (DIMaskDINO.bato)
     3.2.4 Transformer Decoder                (9)        DecoderLayer  (DIMaskDINO.decoder, run by N_de)
                                              (10)       DetectionHead  (DIMaskDINO.det_head)
                                              (11)       SegmentationHead  (DIMaskDINO.seg_head), mask_logits
@@ -63,7 +63,7 @@ class Config:
     """The model's sizes, and every switch that the paper ablates. The defaults are the paper."""
 
     num_classes: int = 80
-    backbone: str = "resnet50"  # resnet18, resnet50, swin_t, swin_s, swin_b, swin_l, tiny
+    backbone: str = "resnet50"
     dim: int = 256  # C, the channels of tokens and queries
     heads: int = 8
     levels: int = 4  # 1/8, 1/16, 1/32, 1/64
@@ -105,7 +105,6 @@ class Config:
         )  # fmt: skip
 
     def __post_init__(self):
-        object.__setattr__(self, "selection", tuple(self.selection))  # a checkpoint's list
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -163,7 +162,7 @@ class Attention(nn.Module):
 
 
 class AttentionLayer(nn.Module):
-    """Attention and a feed-forward network."""
+    """Attention and a feed-forward network: a layer of Eq. 2, and Eq. 8."""
 
     def __init__(self, config):
         super().__init__()
@@ -498,26 +497,6 @@ class DecoderLayer(nn.Module):
         return self.ffn(self.cross_attention(Q, position, box, memory, level_shapes))
 
 
-# ---- Balance-Aware Tokens Optimization (3.2.3, Eq. 5-8) --------------------------------------------------------------
-
-
-class BalanceAwareTokens(AttentionLayer):
-    """Eq. 8.  T_bal = MHCA(T_i, T_g): every token moves towards the guiding tokens of its object.
-
-    released code: a token's query has its position in the grid, and a feed-forward network follows;
-    guide_value="T_g_mask": the keys are T_g, the values T_g^mask.
-    """
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.value = config.guide_value
-
-    def forward(self, T_i, position, T_g, T_g_mask):
-        """T_i [B N C], its position in the grid [N C], T_g and T_g_mask [B G C] -> T_bal [B N C]"""
-        value = T_g if self.value == "T_g" else T_g_mask
-        return super().forward(T_i, T_i + position, T_g, value)
-
-
 # ---- Heads (3.2.4, Eq. 10-11) ----------------------------------------------------------------------------------------
 
 
@@ -581,11 +560,8 @@ def mask_logits(prediction, image=slice(None), queries=slice(None)):
 
 
 def part(prediction, first, last):
-    """The prediction of the queries from first up to last."""
-    some = {}
-    for name, x in prediction.items():
-        some[name] = x if name == "pixels" else x[:, first:last]  # with a slice object, D were a constant of the graph
-    return some
+    """The prediction of the queries from first up to last (a slice object would make D a constant of the graph)."""
+    return {name: x if name == "pixels" else x[:, first:last] for name, x in prediction.items()}
 
 
 # ---- The model (3.2) -------------------------------------------------------------------------------------------------
@@ -622,7 +598,7 @@ class DIMaskDINO(nn.Module):
         self.residual = DecoderLayer(config)
         of_query = config.bato and config.gtg and config.box_guide == "query"
         self.box_guide = MLP(dim, dim, dim, 3) if of_query else None
-        self.bato = BalanceAwareTokens(config) if config.bato else None
+        self.bato = AttentionLayer(config) if config.bato else None
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers - 1))
         self.position = BoxPosition(dim)
         self.head_norm = nn.LayerNorm(dim)
@@ -632,9 +608,7 @@ class DIMaskDINO(nn.Module):
         random = config.position_token == "random"
         self.register_buffer("random_box", torch.rand(config.selection[-1], 4) if random else None)
         initialize(self)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images, denoising=None, trace=False):
         config = self.config
@@ -690,8 +664,8 @@ class DIMaskDINO(nn.Module):
             T_g_box = self.N_box(guide, box_guide)  # [B G C]
             # Eq. 7  T_g = T_g^mask + T_g^box
             T_g = T_g_mask + T_g_box  # [B G C]
-            # Eq. 8  T_bal = MHCA(T_i, T_g)
-            T_bal = self.bato(T_i, grid, T_g, T_g_mask)  # [B N C]
+            # Eq. 8  T_bal = MHCA(T_i, T_g); released code: the values are T_g^mask
+            T_bal = self.bato(T_i, T_i + grid, T_g, T_g if config.guide_value == "T_g" else T_g_mask)  # [B N C]
 
         # Eq. 9  Q_ref = N_de(Q_bal, T_bal), after each of the layers l, of which Eq. 4 is the first
         Q_ref, box_ref = self.N_de(Q_1, box_0, box_1, T_bal, level_shapes, attn_mask)  # [l B D+k2 C], [l B D+k2 4]
@@ -858,9 +832,6 @@ def full_size_masks(logits, image_size, output_size):
         masks.append(inside)
         qualities.append((few.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6))
     return torch.cat(masks), torch.cat(qualities)
-
-
-# ---- One image through a fresh model, equation by equation -----------------------------------------------------------
 
 
 def main():
