@@ -16,7 +16,6 @@ from dimaskdino import SWINS, Config, DIMaskDINO, mask_logits
 from small_models import SMALL, build, microsoft_names, pictures
 from util.weights import (
     Trained,
-    coarse_to_fine,
     config_of,
     imagenet,
     load_model,
@@ -37,10 +36,14 @@ def test_weights_saved_and_loaded_give_the_same_model(tmp_path):
 
 
 def test_what_does_not_fit_is_named_with_both_shapes_and_not_loaded():
-    model, other = build(), build(num_classes=7)
+    model, other = build(), build(seed=1, num_classes=7).state_dict()
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"det_head.classifier.bias: \(7,\) in the file, \(5,\) in the model"):
-        load_weights(model, other.state_dict())
+    with pytest.raises(ValueError) as error:
+        load_weights(model, other | {f"other.{i}": torch.zeros(3) for i in range(30)})
+    first, bias, *_, last = str(error.value).splitlines()
+    assert first == "33 tensors do not fit, and nothing was loaded:"
+    assert bias == "  det_head.classifier.bias: (7,) in the file, (5,) in the model"
+    assert last == "  other.23: (3,) in the file, missing in the model"  # the twentieth
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
@@ -180,7 +183,7 @@ WRAPPINGS = {
     "both": ("module._orig_mod.", None),
     "Lightning": ("model.", "state_dict"),
     "Lightning, compiled": ("model._orig_mod.", "state_dict"),
-    "AveragedModel": ("module.", "model_state_dict"),
+    "PyTorch's tutorials": ("", "model_state_dict"),
 }
 
 
@@ -188,24 +191,19 @@ WRAPPINGS = {
 def test_weights_of_a_wrapped_model_load(prefix, key):
     model, other = build(seed=0), build(seed=1)
     wrapped = {prefix + name: x for name, x in model.state_dict().items()}
-    wrapped["n_averaged"] = torch.tensor(3)
     assert load_weights(other, {key: wrapped, "epoch": 1} if key else wrapped) == []
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in other.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "preset, backbone", [("released", "resnet18"), ("released", "swin_l"), ("maskdino", "swin_b"), ("paper", "swin_t")]
-)
-def test_a_bare_state_dict_tells_its_model(preset, backbone):
-    config = dataclasses.replace(getattr(Config, preset)(), backbone=backbone, num_classes=7, decoder_layers=4)
-    with torch.device("meta"):
-        state = DIMaskDINO(config).state_dict()
-    assert config_of(state) == config
-
-
-def test_a_bare_state_dict_of_the_tiny_model_tells_its_sizes():
-    config = dataclasses.replace(Config.tiny(), dim=32, ffn=48, encoder_layers=2, bato=False, selection=(30,))
-    assert config_of({"module." + name: x for name, x in DIMaskDINO(config).state_dict().items()}) == config
+def test_a_bare_state_dict_tells_its_model():
+    for preset, backbone, changes in [
+        ("released", "resnet18", {"decoder_layers": 4}), ("released", "swin_l", {"num_classes": 7}),
+        ("maskdino", "swin_b", {"dim": 64}), ("paper", "swin_t", {"encoder_layers": 2}),
+        ("tiny", "tiny", {"ffn": 48, "bato": False, "selection": (30,)}),
+    ]:  # fmt: skip
+        config = dataclasses.replace(getattr(Config, preset)(), backbone=backbone, **changes)
+        with torch.device("meta"):
+            assert config_of(DIMaskDINO(config).state_dict()) == config
 
 
 def test_where_nothing_fits_two_names_of_each_side_are_shown():
@@ -223,7 +221,7 @@ def test_levels_of_the_authors_decoder_alone_are_turned():
     decoder = "sem_seg_head.predictor.decoder.layers.0.cross_attn.sampling_offsets.bias"
     encoder = "sem_seg_head.pixel_decoder.transformer.encoder.layers.0.self_attn.sampling_offsets.bias"
     load_weights(model, {decoder: bias, encoder: bias}, partial=True)
-    assert torch.equal(model.residual.cross_attention.offsets.bias, coarse_to_fine(bias, SMALL))
+    assert torch.equal(model.residual.cross_attention.offsets.bias, bias.view(2, 4, 8).flip(1).flatten())
     assert torch.equal(model.encoder.layers[0].attention.offsets.bias, bias)
 
 
@@ -235,18 +233,10 @@ def test_tensors_that_stand_for_one_have_to_be_equal():
         translate({one: torch.ones(3), other: torch.zeros(3)})
 
 
-@pytest.mark.parametrize("each", [1, 2])  # weights; offsets in x and y
-def test_coarse_to_fine_turns_the_levels_of_each_head_and_nothing_else(each):
-    x = torch.arange(2 * 4 * 4 * each * 3).view(-1, 3)  # heads, levels, points
-    assert torch.equal(coarse_to_fine(x, SMALL), x.view(2, 4, 4 * each, 3).flip(1).reshape(-1, 3))
-
-
 def test_what_has_no_part_in_the_model_is_no_odd_tensor():
     source, model = torchvision.models.resnet18(weights=None).state_dict(), build(backbone="resnet18")
     extra = {"head.bias": torch.ones(3), "criterion.empty_weight": torch.ones(81), "fc.bias": torch.ones(3)}
     assert load_weights(model, source | extra) == []
-    with pytest.raises(ValueError, match=r"other.bias: \(3,\) in the file, missing in the model"):
-        load_weights(model, model.state_dict() | {"other.bias": torch.ones(3)})
 
 
 def test_norms_of_a_pretrained_backbone_are_frozen_and_stay_as_saved():
@@ -263,16 +253,6 @@ def test_norms_of_a_pretrained_backbone_are_frozen_and_stay_as_saved():
     assert not any(m.weight.requires_grad for m in norms) and not changes_in_training(model)
     load_weights(again, model.state_dict())
     assert not changes_in_training(again)
-
-
-@pytest.mark.parametrize("number, last", [(20, []), (21, ["  and 1 more"])])
-def test_twenty_odd_tensors_are_listed_and_the_others_counted(number, last):
-    model, more = build(), {f"other.{i:02}": torch.zeros(i) for i in range(number)}
-    with pytest.raises(ValueError) as error:
-        load_weights(model, model.state_dict() | more)
-    listed = [f"  other.{i:02}: ({i},) in the file, missing in the model" for i in range(20)]
-    first = f"these {number} tensors do not fit, and nothing was loaded:"
-    assert str(error.value).splitlines() == [first, *listed, *last]
 
 
 def test_a_missing_file_is_a_missing_file_and_a_folder_a_folder(tmp_path):
@@ -303,35 +283,27 @@ def test_a_file_that_carries_code_is_refused_and_nothing_of_it_runs(tmp_path, su
     assert not crater.exists()
 
 
-@pytest.mark.parametrize("module, name", [("numpy._core.multiarray", "fromfile"), ("posix", "scalar")])
-def test_a_pickle_may_ask_for_what_makes_arrays_and_for_nothing_beside_it(tmp_path, module, name):
-    (tmp_path / "odd.pkl").write_bytes(f"c{module}\n{name}\n.".encode())
-    with pytest.raises(ValueError, match=f"it asks for {module}.{name}, which is no array"):
-        read_checkpoint(tmp_path / "odd.pkl")
+def test_a_pickle_may_ask_for_what_makes_arrays_and_for_nothing_beside_it(tmp_path):
+    for module, name in ("numpy._core.multiarray", "fromfile"), ("posix", "ndarray"):
+        (tmp_path / "odd.pkl").write_bytes(f"c{module}\n{name}\n.".encode())
+        with pytest.raises(ValueError, match=f"it asks for {module}.{name}, which is no array"):
+            read_checkpoint(tmp_path / "odd.pkl")
 
 
-def test_a_pickle_of_arrays_loads(tmp_path):
+def test_a_pickle_of_arrays_loads_also_of_an_older_numpy(tmp_path):
     source, model = torchvision.models.resnet18(weights=None), build(backbone="resnet18")
-    arrays = {name: x.numpy() for name, x in detectron2_names(source.state_dict()).items()}
-    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}))
+    arrays = OrderedDict((name, x.numpy()) for name, x in detectron2_names(source.state_dict()).items())
+    content = pickle.dumps({"model": arrays, "__author__": "torchvision"}, 3).replace(b"numpy._core.", b"numpy.core.")
+    (tmp_path / "R-18.pkl").write_bytes(content)
     assert load_weights(model, tmp_path / "R-18.pkl") == []
     assert torch.equal(model.backbone.stages[0].conv1.weight, source.conv1.weight)
 
 
-def test_a_pickle_of_python_2_and_of_an_older_numpy_loads(tmp_path):
-    content = OrderedDict(model={"x": np.arange(3.0), "scale": np.float32(2)})
-    (tmp_path / "old.pkl").write_bytes(pickle.dumps(content, 2).replace(b"numpy._core.", b"numpy.core."))
-    found = read_checkpoint(tmp_path / "old.pkl")["model"]
-    assert found["x"].tolist() == [0, 1, 2] and found["scale"] == 2
-    (tmp_path / "text.pkl").write_bytes(b"\x80\x02U\x01\xe9.")  # a string of Python 2: bytes
-    assert read_checkpoint(tmp_path / "text.pkl") == "\xe9"
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a checkpoint"])
-def test_a_damaged_file_is_named(tmp_path, content):
-    (tmp_path / "broken.pth").write_bytes(content)
-    with pytest.raises(ValueError, match="broken.pth cannot be read as weights"):
-        load_weights(build(), tmp_path / "broken.pth")
+def test_a_damaged_file_is_named(tmp_path):
+    for content in (b"", b"PK\x03\x04 cut", b"not a checkpoint"):
+        (tmp_path / "broken.pth").write_bytes(content)
+        with pytest.raises(ValueError, match="broken.pth cannot be read as weights"):
+            load_weights(build(), tmp_path / "broken.pth")
 
 
 # ---- What a checkpoint knows -----------------------------------------------------------------------------------------
@@ -373,12 +345,9 @@ def test_a_loaded_model_is_on_the_device_that_is_asked_for(tmp_path):
 
 def test_a_file_that_holds_no_model_or_another_is_named(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="^.*list.pt is no checkpoint: it holds a list$"):
+    with pytest.raises(ValueError, match="list.pt cannot be read as weights .* it holds a list$"):
         load_model(tmp_path / "list.pt")
-    torch.save({"model": [1, 2]}, tmp_path / "inside.pt")
-    with pytest.raises(ValueError, match="^.*inside.pt: it holds no tensors by name but a list$"):
-        load_weights(build(), tmp_path / "inside.pt")
-    with pytest.raises(ValueError, match="^.*a.pt does not fit: these .* tensors do not fit, and nothing was loaded:"):
+    with pytest.raises(ValueError, match="^.*a.pt does not fit: [0-9]+ tensors do not fit, and nothing was loaded:"):
         saved(tmp_path / "a.pt", build(), config=dataclasses.asdict(SMALL) | {"dim": 64})
     with pytest.raises(ValueError, match="^.*a.pt does not fit: .* unexpected keyword argument 'colour'$"):
         saved(tmp_path / "a.pt", build(), config=dataclasses.asdict(SMALL) | {"colour": "red"})

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torchvision
-from einops import rearrange
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
@@ -93,8 +92,8 @@ COCO = {  # category_id -> name; ids that nothing has are called N/A there
 }
 
 # Keys under which files keep a state dict, and what wrappers of a model put before and between its names.
-CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
-WRAPPERS = r"(?<![^.])(module|model|net|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+CONTAINERS = ("model", "state_dict", "model_state_dict")
+WRAPPERS = r"(?<![^.])(module|model|_orig_mod)\."
 
 # Tensors that have no part in this model: the ImageNet classifier, Swin's last norm, cached masks, a loss's constant.
 UNUSED = r"^(fc|head|norm|stem\.fc|classifier)\.|\.attn_mask$|^criterion\.|\.num_batches_tracked$"
@@ -104,15 +103,19 @@ UNUSED = r"^(fc|head|norm|stem\.fc|classifier)\.|\.attn_mask$|^criterion\.|\.num
 
 
 def read_checkpoint(path):
-    """The content of a file of weights (.pt, .pth, .pkl), without running any code that it may hold.
+    """The dict in a file of weights (.pt, .pth, .pkl), without running any code that it may hold.
 
     Raises ValueError for a file that is cut, foreign, or holds more than arrays and plain values.
     """
     try:
         if str(path).endswith(".pkl"):
             with open(path, "rb") as file:
-                return ArrayUnpickler(file, encoding="latin1").load()
-        return torch.load(path, map_location="cpu", weights_only=True)
+                content = ArrayUnpickler(file).load()
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except IsADirectoryError:
@@ -136,9 +139,7 @@ class ArrayUnpickler(pickle.Unpickler):
         "numpy.ndarray": np.ndarray,
         "numpy.dtype": np.dtype,
         "numpy._core.multiarray._reconstruct": np._core.multiarray._reconstruct,
-        "numpy._core.multiarray.scalar": np._core.multiarray.scalar,
         "collections.OrderedDict": dict,
-        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how Python 2's bytes travel
     }
 
     def find_class(self, module, name):
@@ -150,15 +151,11 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def state_dict_of(checkpoint):
     """The tensors of a checkpoint by name, without what DistributedDataParallel, torch.compile and others add."""
-    while isinstance(checkpoint, Mapping) and (inside := [key for key in CONTAINERS if key in checkpoint]):
-        checkpoint = checkpoint[inside[0]]
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"it holds no tensors by name but a {type(checkpoint).__name__}")
-    return {
-        re.sub(WRAPPERS, "", name): torch.as_tensor(x)
-        for name, x in checkpoint.items()
-        if isinstance(x, Tensor | np.ndarray) and name != "n_averaged"  # of AveragedModel
-    }
+    for key in CONTAINERS:
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+    tensors = {name: x for name, x in checkpoint.items() if isinstance(x, Tensor | np.ndarray)}
+    return {re.sub(WRAPPERS, "", name): torch.as_tensor(x) for name, x in tensors.items()}
 
 
 def translate(checkpoint):
@@ -184,18 +181,14 @@ def config_of(checkpoint):
     if "config" in checkpoint:
         return Config(**checkpoint["config"])
     state, _ = translate(checkpoint)
-    if not {"det_head.classifier.weight", "head_norm.weight"} <= state.keys():
-        found = names_of(state, ("det_head.classifier.weight", "head_norm.weight"))
-        raise ValueError(
-            f"it holds no DI-MaskDINO or MaskDINO model ({found}); a backbone's weights go to --backbone-weights"
-        )
+    needed = {"det_head.classifier.weight", "head_norm.weight"}
+    if not needed <= state.keys():
+        found = f"no DI-MaskDINO or MaskDINO model ({names_of(state, needed)})"
+        raise ValueError(f"it holds {found}; a backbone's weights go to --backbone-weights")
     backbone = backbone_of(state)
+    preset = Config.released() if "seg_head.update.0.weight" in state else Config.paper()
     if backbone == "tiny":
         preset = Config.tiny()
-    elif "seg_head.update.0.weight" in state:
-        preset = Config.released()
-    else:
-        preset = Config.paper()
     return dataclasses.replace(
         preset,
         num_classes=len(state["det_head.classifier.bias"]),
@@ -256,8 +249,8 @@ def load_weights(model, source, partial=False):
         for name in sorted((state.keys() | own.keys()) - fitting.keys())
     ]
     if odd and not partial:
-        listed = "\n  ".join(odd[:20]) + (f"\n  and {len(odd) - 20} more" if len(odd) > 20 else "")
-        raise ValueError(f"these {len(odd)} tensors do not fit, and nothing was loaded:\n  {listed}")
+        listed = "\n  ".join(odd[:20])
+        raise ValueError(f"{len(odd)} tensors do not fit, and nothing was loaded:\n  {listed}")
     model.load_state_dict(fitting, strict=False)
     if frozen:
         model.backbone.freeze_norm()
@@ -287,15 +280,13 @@ def shape(state, name):
 
 def names_of(theirs, ours):
     """Two names of each side, by which one sees why nothing fits."""
-    theirs, ours = (" and ".join(sorted(names)[:2]) for names in (theirs, ours))
-    return f"the file has {theirs or 'no tensors'}, the model {ours}"
+    found = " and ".join(sorted(theirs)[:2]) or "no tensors"
+    return f"the file has {found}, the model {' and '.join(sorted(ours)[:2])}"
 
 
 def coarse_to_fine(x, config):
-    """The authors' decoder counts levels from the coarsest: turn the levels of its sampling offsets or weights."""
-    split = {"h": config.heads, "L": config.levels, "P": config.points}
-    x = rearrange(x, "(h L P xy) ... -> h L P xy ...", **split)
-    return rearrange(x.flip(1), "h L P xy ... -> (h L P xy) ...")
+    """Turns the levels of sampling offsets or weights [h*L*P*xy ...]: the authors' decoder counts from the coarsest."""
+    return x.unflatten(0, (config.heads, config.levels, -1)).flip(1).flatten(0, 2)
 
 
 # ---- A model that is ready for use -----------------------------------------------------------------------------------
@@ -323,8 +314,6 @@ def load_model(path, device="cpu") -> Trained:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"torch finds {torch.cuda.device_count() or 'no'} GPU here, not {device}: use the CPU")
     checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
     try:
         model = DIMaskDINO(config_of(checkpoint))
         load_weights(model, checkpoint)
