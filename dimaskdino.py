@@ -608,7 +608,9 @@ class DIMaskDINO(nn.Module):
         random = config.position_token == "random"
         self.register_buffer("random_box", torch.rand(config.selection[-1], 4) if random else None)
         initialize(self)
-        self.to(memory_format=torch.channels_last)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
 
     def forward(self, images, denoising=None, trace=False):
         config = self.config

@@ -1,7 +1,6 @@
 """A small model, made-up images and objects: what the tests of the model, the losses and the weights share."""
 
 import dataclasses
-import math
 
 import torch
 from hypothesis import settings
@@ -63,21 +62,3 @@ def factors_of(masks):
 
 def close(a, b, tolerance=1e-4):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-def microsoft_names(state):
-    """torchvision's names of a Swin Transformer -> Microsoft's."""
-    renamed = {"layers.0.blocks.1.attn_mask": torch.zeros(3)}
-    for name, x in state.items():
-        if name.startswith("features"):
-            _, n, rest = name.split(".", 2)
-            if n == "0":
-                name = "patch_embed." + rest.replace("0.", "proj.", 1).replace("2.", "norm.", 1)
-            elif int(n) % 2:
-                name = f"layers.{int(n) // 2}.blocks.{rest}".replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
-            else:
-                name = f"layers.{int(n) // 2 - 1}.downsample.{rest}"
-        if name.endswith("relative_position_index"):
-            x = x.view(2 * [math.isqrt(x.numel())])
-        renamed[name] = x
-    return renamed
