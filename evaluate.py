@@ -14,6 +14,7 @@ one, so that neither padding nor the number of processes changes a digit.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -39,7 +40,7 @@ from tqdm import tqdm
 from datasets import CocoDataset, open_dataset
 from datasets.coco import Images, evenly_spaced, require_same_classes, require_sound
 from datasets.geometry import shortest_side
-from datasets.images import find_images, read_image, upright_rgb
+from datasets.images import find_images, read_image, shortened, upright_rgb
 from dimaskdino import full_size_boxes, full_size_masks, mask_logits, postprocess, top_predictions
 from util.compiled import compile_in_place
 from util.distributed import (
@@ -126,7 +127,7 @@ def evaluate_dataset(trained, device, args):
     if dataset.annotated:
         rows = [average_precision(dataset.json, results, args.per_class) for results in layers]
         print(table((f"layer {number}" if args.layers else "DI-MaskDINO", row) for number, row in enumerate(rows)))
-        metrics = {**rows[-1], **metrics}
+        metrics |= rows[-1]
         if args.per_class:
             metrics["classes"] = dict(zip(dataset.classes, rows[-1]["classes"].values()))
             print(f"\n{table(metrics['classes'].items(), ['AP_box', 'AP_mask'])}\n")
@@ -162,9 +163,8 @@ def evaluate_images(trained, args):
     if args.data or args.val_json:
         open_data(trained, args, "val")
     elif not trained.named:
-        numbered = "they are numbered; --data takes those of a data set"
-        names_are = "COCO has as many, so those are taken" if trained.source else numbered
-        say(f"{args.ckpt} has no names of its classes: {names_are}")
+        called = shortened(trained.classes)
+        say(f"{args.ckpt} has no names of its classes: they are called {called}; --data takes those of a data set")
     names = dict(zip(trained.category_ids, trained.classes))
     default = require_writable(args, "images")
     files = find_images(args.images, args.out or default)
@@ -347,10 +347,8 @@ def objects_of(prediction, image_size, size, form, score=0.0):
     once, which = queries.unique(return_inverse=True)
     masks = []
     qualities = [class_scores.new_zeros(0)]  # for an image without objects
-    step = max(1, PIXELS // (size[0] * size[1]))
-    for first in range(0, len(once), step):
-        few = mask_logits(prediction, 0, once[first : first + step])
-        full, quality = full_size_masks(few, image_size, size)
+    for few in once.split(max(1, PIXELS // (size[0] * size[1]))) if len(once) else ():
+        full, quality = full_size_masks(mask_logits(prediction, 0, few), image_size, size)
         masks += form(full)
         qualities.append(quality)
     scores, order = (class_scores * torch.cat(qualities)[which]).sort(descending=True)
@@ -385,9 +383,8 @@ def coco_results(found, image_id, category_ids):
 
 def evaluate(model, dataset: CocoDataset, device, workers=0, amp=None) -> tuple[dict, list[dict] | None]:
     """The metrics of `average_precision` in every process, and the COCO results in process 0 (None in the others)."""
-    layers = predict_dataset(model, dataset, device, workers, amp)
-    results = None if layers is None else layers[0]
-    metrics = [None if layers is None else average_precision(dataset.json, results)]
+    [results] = predict_dataset(model, dataset, device, workers, amp) or [None]
+    metrics = [None if results is None else average_precision(dataset.json, results)]
     if dist.is_initialized():
         dist.broadcast_object_list(metrics)
     return metrics[0], results
@@ -422,29 +419,26 @@ def average_precision(truth: dict, results: list[dict], per_class: bool = False)
 
 
 @torch.inference_mode()
-def speed(model, dataset, device, amp=None, warm_up=5, most=50):
+def speed(model, dataset, device, amp=None):
     """FPS as in the paper's tables: images one at a time, already loaded, post-processed to masks of their full size;
-    and FPS without post-processing, which includes the product of the masks. Medians over the first `most` images. Also
-    the mean GFLOP of an image (see `flop_of`), and the number of parameters."""
+    and FPS without post-processing, which includes the product of the masks. Medians over the first 50 images, after
+    five to warm up. Also the mean GFLOP of an image (see `flop_of`), and the number of parameters."""
     model.eval()
-    loaded = [dataset.image(index)[0] for index in range(min(most, len(dataset)))]
-    whole = []
-    without = []
-    for step in range(warm_up + len(loaded)):
-        index = step % len(loaded)
-        image = loaded[index].to(device)
+    images = [dataset.image(index)[0].to(device) for index in range(min(50, len(dataset)))]
+    seconds = []
+    for step in range(5 + len(images)):
+        index = step % len(images)
         start = clock(device)
-        outputs = outputs_of(model, image, device, amp)
+        outputs = outputs_of(model, images[index], device, amp)
         middle = clock(device)
-        postprocess(outputs, [image.shape[-2:]], [size_of(dataset, index)])
-        whole.append(clock(device) - start)
-        without.append(middle - start)
-    of_each_size = {image.shape: image for image in loaded}
-    flop = {size: flop_of(model, image[None].to(device)) for size, image in of_each_size.items()}
+        postprocess(outputs, [images[index].shape[-2:]], [size_of(dataset, index)])
+        seconds.append((clock(device) - start, middle - start))
+    whole, without = map(statistics.median, zip(*seconds[5:]))
+    flop = functools.cache(lambda size: flop_of(model, torch.zeros(1, *size, dtype=torch.uint8, device=device)))
     return {
-        "FPS": 1 / statistics.median(whole[warm_up:]),
-        "FPS_without_postprocessing": 1 / statistics.median(without[warm_up:]),
-        "GFLOP": statistics.fmean(flop[image.shape] for image in loaded) / 1e9,
+        "FPS": 1 / whole,
+        "FPS_without_postprocessing": 1 / without,
+        "GFLOP": statistics.fmean(flop(image.shape) for image in images) / 1e9,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 

@@ -6,6 +6,7 @@ compiler, CXXFLAGS come before our own flags, and TORCH_CUDA_ARCH_LIST names the
 """
 
 import concurrent.futures
+import fcntl
 import hashlib
 import json
 import os
@@ -107,8 +108,6 @@ def run(command, *last):
 
 def compile_and_link(compiler, nvcc, no_cuda):
     """Build the library unless it is there. Returns the line that says what there is now."""
-    import fcntl  # not on Windows, where neither is a compiler that CXX could name
-
     plan, link, libraries = commands(compiler, nvcc)
     made_from = json.dumps([plan, libraries, version(*compiler), nvcc and version(nvcc), sources_digest()])
     library = BUILD / f"deform_attn-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"

@@ -105,14 +105,6 @@ def test_infinity_is_outside_and_not_a_number_stays_visible(path_and_device, box
     assert (output[0, :3] == 0).all() and output[0, 3].isnan().all()
 
 
-def test_a_logit_of_minus_infinity_leaves_its_sample_out(path_and_device):
-    path, device = path_and_device
-    value, reference, offsets, logits = inputs([(4, 4)], B=1, P=4, dtype=torch.float32, device=device)
-    logits.data[..., 1:3] = -float("inf")
-    expected = path(value, [(4, 4)], reference, offsets[..., ::3, :].contiguous(), logits[..., ::3].contiguous())
-    torch.testing.assert_close(path(value, [(4, 4)], reference, offsets, logits), expected)
-
-
 @pytest.mark.parametrize("what", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("broken", ["value", "reference", "offsets", "logits", "upstream"])
 @both_references

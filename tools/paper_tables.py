@@ -151,13 +151,6 @@ def plain(words):
     return re.sub(r"[^\w.,=]+", "-", words).strip("-")
 
 
-def finished(folder, epochs):
-    """Whether the log of a run has its last epoch."""
-    log = folder / "log.jsonl"
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []  # without one that was cut short
-    return any("AP_box" in line and json.loads(line)["epoch"] == epochs for line in lines)
-
-
 def run(program, *flags):
     """Run train.py or evaluate.py; where it fails, this program ends with its exit code."""
     child = subprocess.Popen([sys.executable, Path(__file__).parents[1] / program, *map(str, flags)])
@@ -172,13 +165,11 @@ def run(program, *flags):
 
 def finish(flags, folder):
     """Train and evaluate a run as far as that is not done yet, and return its metrics."""
-    args = parse_training(flags)
-    epochs = choose_recipe(args).epochs
     metrics = folder / "metrics.json"
-    if not finished(folder, epochs):
+    if not metrics.exists():
         print(f"\n{folder}", flush=True)
         run("train.py", *flags, "--out", folder, "--resume")
-    if not metrics.exists():
+        args = parse_training(flags)
         device = ["--device", args.device] if args.device else []
         run("evaluate.py", "--ckpt", folder / "last.pt", "--json", metrics, *device)
     return json.loads(metrics.read_text())
@@ -263,8 +254,8 @@ def figure1(args, flags):
         ap = np.array(runs, float)  # [runs layers 2]
         mean = ap.mean(0)
         layers = np.arange(ap.shape[1])
-        lines = []
         error = ap.std(0, ddof=1) if len(runs) > 1 else 0 * mean
+        lines = []
         for layer in layers:
             box, mask = ap[:, layer].T
             gap = spread(box - mask, "+")
@@ -276,8 +267,7 @@ def figure1(args, flags):
         axes.set(title=name_of(config), xlabel="layer (0: the initial prediction)", ylabel="AP, %", xticks=layers)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.15)
-        table = in_markdown(["layer", *METRICS, "gap"], lines)
-        print(f"\n{name_of(config)}, {len(runs)} checkpoint(s)\n{table}")
+        print(f"\n{name_of(config)}, {len(runs)} checkpoint(s)\n{in_markdown(['layer', *METRICS, 'gap'], lines)}")
     panels[0].legend(loc="upper left", frameon=False)
     figure.suptitle("AP of boxes and masks at every layer; above the bars the gap, AP_box - AP_mask")
     figure.savefig(args.out, format="png", dpi=150)
@@ -323,7 +313,6 @@ def main(arguments=None):
             return table(int(args.which), flags, args.seeds, args.out)
         args.out = args.out or unused(Path(f"{args.which}.png"))
         try_output(args.out, is_folder=False)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.which == "figure1":
             figure1(args, flags)
         else:

@@ -3,6 +3,7 @@
 import colorsys
 import functools
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib import font_manager, ft2font
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
+from scipy.ndimage import minimum_filter
 
 from datasets import CocoDataset
 from datasets.checks import compressed
@@ -79,22 +81,13 @@ def paint(picture, mask, rgb, zoom, line):
     coarse = max(1, line // 5)  # of a photo with 4,000 px and more, edges are drawn in steps of so many
     part = Image.fromarray(rle.decode(mask)[y : y + h, x : x + w])
     part = np.asarray(part.resize((-(-zoom * w // coarse), -(-zoom * h // coarse)), Image.Resampling.NEAREST))
-    inner = eroded(part, line // coarse)
-    inmost = eroded(inner, 1)
+    inner = minimum_filter(part, 2 * (line // coarse) + 1, mode="constant")  # erodes it, also at the image's edge
+    inmost = minimum_filter(inner, 3, mode="constant")
     shade = (1 - (inner - inmost))[..., None] * np.array(rgb, np.uint8)
     opacity = 102 * inmost + 255 * (part - inmost)
     whole = zoom * w, zoom * h
     shade, opacity = (Image.fromarray(x).resize(whole, Image.Resampling.NEAREST) for x in (shade, opacity))
     picture.paste(shade, (zoom * x, zoom * y), opacity)
-
-
-def eroded(mask, distance):
-    """The pixels of a mask [H W] of 0 and 1 that are more than so many rows and columns away from what is outside."""
-    for _ in range(distance):
-        wide = np.pad(mask, 1)
-        rows = wide[:-2] & wide[1:-1] & wide[2:]
-        mask = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
-    return mask
 
 
 def label(pen, one, rgb, names, zoom, taken):
@@ -169,22 +162,20 @@ def draw_dataset(
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = dict(zip(dataset.category_ids, dataset.classes))
-    truth = {dataset.image_ids[index]: [] for index in indices}
-    found = {image_id: [] for image_id in truth}
-    for objects, by_image in ((dataset.json["annotations"], truth), (results, found)):
-        for one in objects:
-            if one["image_id"] in by_image:
-                by_image[one["image_id"]].append(one)
-    scores = sorted((one["score"] for objects in found.values() for one in best_of_each(objects)), reverse=True)
+    image_ids = [dataset.image_ids[index] for index in indices]
+    found = defaultdict(list)
+    for result in results:
+        found[result["image_id"]].append(result)
+    scores = sorted((one["score"] for i in image_ids for one in best_of_each(found[i])), reverse=True)
     if scores and scores[0] < score:
-        score = scores[min(len(scores), max(1, sum(map(len, truth.values())))) - 1]
-    titles = ["truth", f"found, score of {score:.2g} or more"]
+        objects = sum(len(dataset.annotations[i]) for i in image_ids)
+        score = scores[min(len(scores), max(1, objects)) - 1]
     small = []
-    for image_id in truth:
+    for image_id in image_ids:
         image = read_record(dataset.folder, dataset.images[image_id])
-        pair = [draw(image, truth[image_id], names), draw(image, found[image_id], names, score)]
-        sheet(pair, titles).save(folder / f"{image_id}.png")
-        small.append(draw(image, truth[image_id], names, side=SMALL))
-        small.append(draw(image, found[image_id], names, score, SMALL))
+        both = dataset.annotations[image_id], found[image_id]
+        pair = [draw(image, objects, names, score) for objects in both]
+        sheet(pair, ["truth", f"found, score of {score:.2g} or more"]).save(folder / f"{image_id}.png")
+        small += [draw(image, objects, names, score, SMALL) for objects in both]
     sheet(small, ["truth", f"found (score {score:.2g} or more)", "truth", "found"]).save(folder / "all.png")
     return score
