@@ -61,7 +61,9 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
     report = Report()
     categories = _by_id(coco["categories"], "category", report)
     annotations = _by_id(coco["annotations"], "annotation", report)
-    images = _find_files(_by_id(coco["images"], "image", report), FileNames(folder), bool(annotations), report)
+    images = _find_files(_by_id(coco["images"], "image", report), FileNames(folder), report)
+    if annotations:  # of a test set, results under every id are wanted
+        _merge_copies(images, report.warnings)
     if not categories:
         report.fatal["no categories"].append(f"images in {folder}")
     names = Counter(category["name"] for category in categories.values())
@@ -126,17 +128,14 @@ def _whole(value):
         return value
 
 
-def _find_files(images, files, merge, report):
-    """The images by id, with the exact names of their files; None for those that cannot be used.
-
-    merge: where several ids have one file, each lacks the objects of the others, so all lead to the first record.
-    """
-    by_file = {}
+def _find_files(images, files, report):
+    """The images by id, with the exact names of their files; None for those that cannot be used."""
+    usable = {}
     for image_id, image in images.items():
         name = image["file_name"]
         where = f"image {image_id} ({name})"
         found = files.find(name)
-        images[image_id] = None
+        usable[image_id] = None
         if not 0 <= image_id < 2**63 or image["width"] < 1 or image["height"] < 1:
             report.fatal["images with an id that is negative or too long, or without pixels"].append(where)
         elif not found:
@@ -146,13 +145,19 @@ def _find_files(images, files, merge, report):
         else:
             if not name.replace("\\", "/").endswith(found):
                 report.warnings["files whose names only look as in the json"].append(f"{where}: {found}")
-            image["file_name"] = found
-            first = by_file.setdefault(found, image) if merge else image
-            images[image_id] = first
+            usable[image_id] = image | {"file_name": found}
+    return usable
+
+
+def _merge_copies(images, warnings):
+    """Leads all ids of a file to its first record, as each lacks the objects of the others."""
+    by_file = {}
+    for image_id, image in images.items():
+        if image:
+            images[image_id] = first = by_file.setdefault(image["file_name"], image)
             if first is not image:
                 problem = "files with several ids, taken as one image with the objects of all"
-                report.warnings[problem].append(f"{found} ({first['id']} and {image_id})")
-    return images
+                warnings[problem].append(f"{image['file_name']} ({first['id']} and {image_id})")
 
 
 # ---- Objects ---------------------------------------------------------------------------------------------------------
