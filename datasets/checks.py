@@ -23,7 +23,6 @@ FIELDS = {  # that a record needs, with their types
     "image": {"id": int, "file_name": str, "width": int, "height": int},
     "annotation": {"id": int, "image_id": int, "category_id": int},
 }
-MOST_OBJECTS = 100  # detections of an image that AP counts
 NO_MASK = (
     "objects without a mask, which boxes alone cannot train: draw outlines in CVAT, Label Studio or Roboflow, or let "
     "Segment Anything make masks of the boxes"
@@ -83,16 +82,11 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
             report.warnings["annotations of unknown images"].append(f"{where} (image {one['image_id']})")
         elif image := images[one["image_id"]]:
             one["image_id"] = image["id"]
-            if _mend(one, image["height"], image["width"], report.warnings):
+            if _mend(one, image, report.warnings):
                 objects.append(one)
     if len(report.warnings.get(WRONG_BOXES, ())) > len(objects) / 10:  # the format of all is in doubt
         for one in objects:
-            image = images[one["image_id"]]
-            one["bbox"] = _box_of_mask(one, image["height"], image["width"])
-    for image_id, count in Counter(one["image_id"] for one in objects if not one["iscrowd"]).items():
-        if count > MOST_OBJECTS:
-            problem = f"images with more than {MOST_OBJECTS} objects, which is as many as AP counts"
-            report.warnings[problem].append(f"image {image_id} ({count})")
+            one["bbox"] = _box_of_mask(one, images[one["image_id"]])
     images = [image for image_id, image in images.items() if image and image["id"] == image_id]
     return {**coco, "categories": list(categories.values()), "images": images, "annotations": objects}, report
 
@@ -163,15 +157,17 @@ def _merge_copies(images, warnings):
 # ---- Objects ---------------------------------------------------------------------------------------------------------
 
 
-def _mend(one, height, width, warnings):
+def _mend(one, image, warnings):
     """Gives an annotation a usable mask, `iscrowd`, `area` and `bbox`. False where it has no mask in its image."""
     where = f"annotation {one['id']}"
+    height = image["height"]
+    width = image["width"]
     one["segmentation"], fault = _segmentation(one.get("segmentation"), height, width)
     if fault:
         warnings[fault].append(where)
     if not one["segmentation"]:
         return False
-    box = _around(one["segmentation"], height, width) or _box_of_mask(one, height, width)
+    box = _around(one["segmentation"], height, width) or _box_of_mask(one, image)
     if not box[2]:
         warnings["objects of which nothing lies in the image"].append(where)
         return False
@@ -183,15 +179,15 @@ def _mend(one, height, width, warnings):
     if not _fits(one.get("bbox"), box):
         if one.get("bbox") is not None:
             warnings[WRONG_BOXES].append(where)
-        one["bbox"] = _box_of_mask(one, height, width)
+        one["bbox"] = _box_of_mask(one, image)
     one["iscrowd"] = int(str(one.get("iscrowd")).lower() in ("1", "1.0", "true"))
     if one["iscrowd"]:
         warnings[CROWD].append(where)
     return True
 
 
-def _box_of_mask(one, height, width):
-    return rle.toBbox(compressed(one["segmentation"], height, width)).tolist()
+def _box_of_mask(one, image):
+    return rle.toBbox(compressed(one["segmentation"], image["height"], image["width"])).tolist()
 
 
 def _around(polygons, height, width):
@@ -200,12 +196,10 @@ def _around(polygons, height, width):
     if not isinstance(polygons, list):
         return None
     points = list(chain.from_iterable(polygons))
-    x = points[::2]
-    y = points[1::2]
-    left = min(x)
-    top = min(y)
-    right = max(x)
-    bottom = max(y)
+    left = min(points[::2])
+    top = min(points[1::2])
+    right = max(points[::2])
+    bottom = max(points[1::2])
     if left <= -1 or top <= -1 or right >= width + 1 or bottom >= height + 1:
         return None
     x = polygons[0][::2]

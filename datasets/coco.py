@@ -169,19 +169,13 @@ def open_dataset(source: Source, split: str, geometry: Callable, training: bool,
     coco, report = sound(found.coco, found.images)
     report.warnings.update(found.warnings)
     if found.shared:
-        coco = _share(coco, split)
+        images = coco["images"]
+        coco["images"] = images[::HELD_OUT]
+        if split == "train":
+            coco["images"] = [image for index, image in enumerate(images) if index % HELD_OUT] or images
+        ids = {image["id"] for image in coco["images"]}
+        coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] in ids]
     return CocoDataset(coco, report, found.images, geometry, training, seed)
-
-
-def _share(coco, split):
-    """One split of a json that serves both: every tenth image is held out for validation."""
-    images = coco["images"]
-    if split == "train":
-        images = [image for index, image in enumerate(images) if index % HELD_OUT] or images
-    else:
-        images = images[::HELD_OUT]
-    ids = {image["id"] for image in images}
-    return {**coco, "images": images, "annotations": [a for a in coco["annotations"] if a["image_id"] in ids]}
 
 
 def require_sound(dataset: CocoDataset, name: str, decode: bool = False) -> str:

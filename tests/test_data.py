@@ -539,10 +539,6 @@ def test_crowds_are_counted_with_what_that_means(tmp_path):
     assert stops and "no images with objects" in text and "CVAT" in text
 
 
-def test_more_objects_in_an_image_than_ap_counts_are_reported(tmp_path):
-    assert "image 1 (101)" in said(opened(write(tmp_path, [{}] * 101)))[0]
-
-
 def test_all_problems_are_counted_and_the_first_five_shown(tmp_path):
     text, _ = said(opened(write(tmp_path, [{"category_id": 91}] * 7 + [{"segmentation": []}, {}])))
     _, errors, warnings = text.splitlines()
