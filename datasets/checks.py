@@ -58,18 +58,11 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
     that is not empty, `iscrowd`, `area` and `bbox`.
     """
     report = Report()
-    categories = _by_id(coco["categories"], "category", report)
+    categories = _categories(coco["categories"], report)
     annotations = _by_id(coco["annotations"], "annotation", report)
     images = _find_files(_by_id(coco["images"], "image", report), FileNames(folder), report)
     if annotations:  # of a test set, results under every id are wanted
         _merge_copies(images, report.warnings)
-    if not categories:
-        report.fatal["no categories"].append(f"images in {folder}")
-    names = Counter(category["name"] for category in categories.values())
-    for category_id, category in categories.items():
-        if names[category["name"]] > 1:
-            category["name"] += f" ({category_id})"
-            report.warnings["classes of one name, told apart by their ids"].append(category["name"])
     if 0 in annotations:  # pycocotools takes a match with annotation 0 for no match
         annotations[0]["id"] = max(annotations) + 1
     known = shortened([str(category_id) for category_id in categories])
@@ -84,8 +77,8 @@ def sound(coco: dict, folder: Path) -> tuple[dict, Report]:
             one["image_id"] = image["id"]
             if _mend(one, image, report.warnings):
                 objects.append(one)
-    if len(report.warnings.get(WRONG_BOXES, ())) > len(objects) / 10:  # the format of all is in doubt
-        for one in objects:
+    if len(report.warnings.get(WRONG_BOXES, ())) > len(objects) / 10:
+        for one in objects:  # as the format of all boxes is in doubt
             one["bbox"] = _box_of_mask(one, images[one["image_id"]])
     images = [image for image_id, image in images.items() if image and image["id"] == image_id]
     return {**coco, "categories": list(categories.values()), "images": images, "annotations": objects}, report
@@ -112,6 +105,19 @@ def _by_id(records, kind, report):
                 report.fatal[f"{kind} ids used twice"].append(f"{kind} {record['id']}")
             found.setdefault(record["id"], record)
     return found
+
+
+def _categories(records, report):
+    """The categories by id. Ids stand behind the names that several of them have."""
+    categories = _by_id(records, "category", report)
+    if not categories:
+        report.fatal["no categories"].append("in the json")
+    names = Counter(category["name"] for category in categories.values())
+    for category_id, category in categories.items():
+        if names[category["name"]] > 1:
+            category["name"] += f" ({category_id})"
+            report.warnings["classes of one name, told apart by their ids"].append(category["name"])
+    return categories
 
 
 def _whole(value):
