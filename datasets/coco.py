@@ -9,7 +9,6 @@ bottom to a multiple of 32. Users' errors raise ValueError or FileNotFoundError 
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha1
@@ -92,7 +91,7 @@ class CocoDataset(Dataset):
         width = self.images[image_id]["width"]
         labels = []
         masks = [np.zeros((0, *geometry.output), np.uint8)]
-        boxes = [np.zeros((0, 4), np.float32)]
+        boxes = []
         for annotation in self.annotations[image_id]:
             segmentation = annotation["segmentation"]
             if isinstance(segmentation, list):
@@ -104,12 +103,12 @@ class CocoDataset(Dataset):
             if len(x):
                 labels.append(self.labels[annotation["category_id"]])
                 masks.append(mask[None])
-                boxes.append(np.array([[x[0], y[0], x[-1] + 1, y[-1] + 1]], np.float32))
-        boxes = box_convert(torch.from_numpy(np.concatenate(boxes)), "xyxy", "cxcywh")
+                boxes.append((x[0], y[0], x[-1] + 1, y[-1] + 1))
+        boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
         height, width = (math.ceil(side / STRIDE) * STRIDE for side in geometry.output)  # padded
         return pixels, {
             "labels": torch.tensor(labels, dtype=torch.int64),
-            "boxes": boxes / torch.tensor([width, height, width, height]),
+            "boxes": box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([width, height, width, height]),
             "masks": torch.from_numpy(np.concatenate(masks)).view(torch.bool),
             "image_id": image_id,
         }
@@ -170,19 +169,13 @@ def open_dataset(source: Source, split: str, geometry: Callable, training: bool,
     coco, report = sound(found.coco, found.images)
     report.warnings.update(found.warnings)
     if found.shared:
-        coco = _share(coco, split)
+        images = coco["images"]
+        coco["images"] = images[::HELD_OUT]
+        if split == "train":
+            coco["images"] = [image for index, image in enumerate(images) if index % HELD_OUT] or images
+        ids = {image["id"] for image in coco["images"]}
+        coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] in ids]
     return CocoDataset(coco, report, found.images, geometry, training, seed)
-
-
-def _share(coco, split):
-    """One split of a json that serves both: every tenth image is held out for validation."""
-    images = coco["images"]
-    if split == "train":
-        images = [image for index, image in enumerate(images) if index % HELD_OUT] or images
-    else:
-        images = images[::HELD_OUT]
-    ids = {image["id"] for image in images}
-    return {**coco, "images": images, "annotations": [a for a in coco["annotations"] if a["image_id"] in ids]}
 
 
 def require_sound(dataset: CocoDataset, name: str, decode: bool = False) -> str:
@@ -222,23 +215,19 @@ def require_same_classes(ours: list[str], theirs: list[str], who: str, whose: st
 
 def seen_in_training(train_set: CocoDataset, val_set: CocoDataset) -> str:
     """A warning that lists validation images whose files equal, byte by byte, those of training images; "" if none."""
-    train = _files_by_size(train_set)
-    names = []
-    for size, paths in _files_by_size(val_set).items():
-        if size in train:
-            seen = {_digest(path) for path in train[size]}
-            names += [path.name for path in paths if _digest(path) in seen]
+    train = _sizes(train_set)
+    val = _sizes(val_set)
+    common = set(train.values()) & set(val.values())  # few files need to be read
+    seen = {_digest(path) for path, size in train.items() if size in common}
+    names = [path.name for path, size in val.items() if size in common and _digest(path) in seen]
     return f"warning: validation images that are training images ({len(names):,}): {shortened(names)}" if names else ""
 
 
-def _files_by_size(dataset):
-    """{(width, height, bytes): paths} of the images."""
-    files = defaultdict(list)
-    for image_id in dataset.image_ids:
-        record = dataset.images[image_id]
-        path = dataset.folder / record["file_name"]
-        files[record["width"], record["height"], path.stat().st_size].append(path)
-    return files
+def _sizes(dataset):
+    """(width, height, bytes) of each image's file, by its path."""
+    records = [dataset.images[image_id] for image_id in dataset.image_ids]
+    paths = [dataset.folder / record["file_name"] for record in records]
+    return {path: (one["width"], one["height"], path.stat().st_size) for path, one in zip(paths, records)}
 
 
 def _digest(path):

@@ -78,15 +78,16 @@ def find_images(paths: Iterable[Path], beside: Path) -> dict[str, Path]:
 
 
 def _files_in(folder, beside):
-    """All files in a folder but not in `beside`, recursively and through links, sorted."""
+    """All files in a folder, sorted: recursively and through links, no folder twice, and not in `beside`."""
     files = []
-    seen = {os.path.realpath(beside)}
+    seen = {os.path.realpath(beside)} - {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(root) in seen and root != str(folder):  # a link to a folder above
+        place = os.path.realpath(root)
+        if place in seen:
             folders.clear()
         else:
             files += [Path(root, name) for name in names]
-        seen.add(os.path.realpath(root))
+        seen.add(place)
     return sorted(files)
 
 

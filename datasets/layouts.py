@@ -136,13 +136,12 @@ def _image_folder(coco, path, folder):
     suffix = path.stem.removeprefix("instances_")
     names = [str(image.get("file_name")) for image in coco["images"] if isinstance(image, dict)]
     names = names[:: len(names) // 200 + 1]  # some of them, evenly spaced
-    counts = {}
-    for place in (folder / suffix, path.parent, folder, folder / "images" / suffix, folder / "images"):
-        files = FileNames(place)
-        counts[place] = sum(files.find(name) is not None for name in names)
-        if counts[place] == len(names):
-            break
-    return max(counts, key=counts.get)
+    places = (folder / suffix, path.parent, folder, folder / "images" / suffix, folder / "images")
+    return max(places, key=lambda place: _count(FileNames(place), names))
+
+
+def _count(files, names):
+    return sum(files.find(name) is not None for name in names)
 
 
 def _read_json(path):

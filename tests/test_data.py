@@ -103,25 +103,22 @@ def test_every_annotation_of_coco_loads_as_pycocotools_decodes_it(folder, split)
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
-
-def image_file(path, mode):
-    """An image of 80 x 60 whose left half is black and right half white, once upright."""
-    picture = Image.fromarray(np.repeat([[0] * 40 + [255] * 40], 60, 0).astype(np.uint8))
-    if mode == "16 bit":
-        Image.fromarray(np.asarray(picture).astype(np.uint16) * 257).save(path)
-    elif mode == "EXIF":
-        exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned clockwise by 90 degrees when shown
-        picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
-    else:
-        picture.convert("RGB").convert(mode).save(path, format="JPEG" if mode == "CMYK" else None)
+HALVES = Image.fromarray(np.repeat([[0] * 40 + [255] * 40], 60, 0).astype(np.uint8))  # black and white
+SIXTEEN = Image.fromarray(np.asarray(HALVES).astype(np.uint16) * 257)
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # to be turned clockwise by 90 degrees when shown
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "16 bit", "EXIF"])
 def test_images_of_every_mode_load_as_upright_rgb(tmp_path, mode):
-    folder = write(tmp_path, [{}])
-    image_file(folder / "val" / "a.png", mode)
-    pixels, _ = opened(folder)[0]
+    path = write(tmp_path, [{}]) / "val" / "a.png"
+    if mode == "16 bit":
+        SIXTEEN.save(path)
+    elif mode == "EXIF":
+        HALVES.transpose(Image.Transpose.ROTATE_90).save(path, exif=EXIF)
+    else:
+        HALVES.convert("RGB").convert(mode).save(path, format="JPEG" if mode == "CMYK" else None)
+    pixels, _ = opened(tmp_path)[0]
     assert pixels.shape == (3, 60, 80) and pixels.dtype == torch.uint8
     assert pixels[:, :, :30].float().mean() < 5 and pixels[:, :, 50:].float().mean() > 250  # JPEG and palettes round
 
@@ -151,8 +148,8 @@ def test_an_unreadable_image_is_named_and_no_other_is_affected(tmp_path, content
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: Image.fromarray(np.array([[0, 1e6]], np.float32)).save(path, "TIFF"), "32 bits"),
-        (lambda path: Image.fromarray(np.array([[0, 1e6]], np.int32)).save(path, "TIFF"), "32 bits"),
+        (lambda path: Image.fromarray(np.float32([[0, 1e6]])).save(path, "TIFF"), "32 bits"),
+        (lambda path: Image.fromarray(np.int32([[0, 1e6]])).save(path, "TIFF"), "32 bits"),
         (lambda path: path.write_text("P6 15000 13000 255 "), "truncated"),  # Pillow's own limit is 178 million
         (lambda path: path.write_text("P6 35000 30000 255 "), "1050000000 pixels"),
         (lambda path: path.mkdir(), "Is a directory"),
@@ -235,18 +232,14 @@ def test_polygons_and_both_kinds_of_run_lengths_give_one_mask(tmp_path, segmenta
     assert np.array_equal(dataset[0][1]["masks"].numpy(), MASK[None].astype(bool))
 
 
-def test_boxes_are_relative_to_the_padded_image_and_types_as_promised(tmp_path):
-    _, target = opened(write(tmp_path, [{}, {"category_id": 3}]))[0]
-    assert target["labels"].dtype == torch.int64 and target["boxes"].dtype == torch.float32
-    assert target["masks"].dtype == torch.bool and target["image_id"] == 1
+def test_a_target_has_labels_in_the_order_of_category_ids_and_padded_boxes(tmp_path):
+    dataset = opened(write(tmp_path, [{"category_id": 7}, {"category_id": 3}]))
+    _, target = dataset[0]
+    assert dataset.classes == ["dog", "cat"] and dataset.category_ids == [3, 7] and target["image_id"] == 1
+    assert target["labels"].tolist() == [1, 0] and target["labels"].dtype == torch.int64
+    assert target["masks"].dtype == torch.bool and target["boxes"].dtype == torch.float32
     # 80 x 60 is padded to 96 x 64.
     assert torch.allclose(target["boxes"], torch.tensor([20 / 96, 30 / 64, 20 / 96, 20 / 64]).expand(2, 4))
-
-
-def test_labels_count_the_sorted_category_ids(tmp_path):
-    dataset = opened(write(tmp_path, [{"category_id": 7}, {"category_id": 3}]))
-    assert dataset.classes == ["dog", "cat"] and dataset.category_ids == [3, 7]
-    assert dataset[0][1]["labels"].tolist() == [1, 0]
 
 
 def test_a_crowd_is_never_trained_on_and_kept_for_evaluation(tmp_path):
@@ -329,24 +322,22 @@ FATAL = {
     "unknown category": (annotation(category_id=91), "the categories, 7, 3 (1): annotation 100 (91)"),
     "annotation id twice": ({"annotations": annotation()["annotations"] * 2}, "annotation 100"),
     "image id twice": ({"images": image()["images"] * 2}, "image 1"),
-    "category id twice": ({"categories": [{"id": 7, "name": "cat"}] * 2}, "category 7"),
     "category name of no text": (
         {"categories": [{"id": 7, "name": 5}]},
-        "name is not text (1): category at position 0 (5)",
+        "name is not text (1): category at position 0",
     ),
     "no categories": ({"categories": [], "annotations": []}, "no categories"),
     "no images": ({"images": [], "annotations": []}, "no images"),
     "image without a size": (image(width=None), "width is not a whole number (1): image at position 0 (None)"),
     "image without pixels": (image(width=0), "image 1"),
-    "image of less than none": (image(height=-60), "image 1"),
     "image id of words": (image(id="first"), "id is not a whole number (1): image at position 0 (first)"),
+    "image id below zero": (image(id=-1), "negative"),
     "annotation without an image": (annotation(image_id=None), "annotation at position 0"),
     "annotation that is no object": ({"annotations": ["?"]}, "annotation at position 0"),
     "missing file": (image(file_name="c.png"), "image 1 (c.png)"),
     "path upwards": (image(file_name="../val/a.png"), "files missing in"),
     "path upwards for Windows": (image(file_name="..\\val\\a.png"), "files missing in"),
     "absolute path": (image(file_name="/etc/passwd"), "files missing in"),
-    "drive": (image(file_name="C:a.png"), "files missing in"),
     "empty path": (image(file_name=""), "image 1 ()"),
 }
 HALF = {"size": [60, 80], "counts": [1200]}
@@ -364,7 +355,6 @@ WARNING = {
     "polygon beyond any image": (segmentation([[*SQUARE[:7], 1e9]]), "finite numbers"),
     "polygon of text": (segmentation([["1", "2"] * 3]), "finite numbers"),
     "polygon of points": (segmentation([[[10, 20], [30, 20], [30, 40]]]), "[x0, y0, x1, y1, ...]"),
-    "polygon of points alone": (segmentation([[10, 20], [30, 20], [30, 40]]), "[x0, y0, x1, y1, ...]"),
     "polygon of named points": (segmentation([{"x": 10, "y": 20}]), "[x0, y0, x1, y1, ...]"),
     "polygon of shares": (segmentation([[0.1, 0.2, 0.5, 0.2, 0.5, 0.6]]), "shares of the image"),
     "one bad polygon of two": (segmentation([SQUARE, [1, 2]]), "three points or more"),
@@ -390,13 +380,13 @@ WARNING = {
 }
 
 
-@pytest.mark.parametrize(("fault", "words"), [pytest.param(*case, id=name) for name, case in FATAL.items()])
+@pytest.mark.parametrize(("fault", "words"), FATAL.values(), ids=FATAL)
 def test_a_fault_that_must_stop_a_run_is_found_and_named(tmp_path, fault, words):
     text, stops = said(opened(write(tmp_path, [{}], **fault)))
     assert stops and words in text
 
 
-@pytest.mark.parametrize(("fault", "words"), [pytest.param(*case, id=name) for name, case in WARNING.items()])
+@pytest.mark.parametrize(("fault", "words"), WARNING.values(), ids=WARNING)
 def test_a_fault_that_can_be_left_out_is_told_by_its_cause_and_left_out(tmp_path, fault, words):
     dataset = opened(write(tmp_path, [], **fault))
     text, stops = said(dataset)
@@ -410,27 +400,18 @@ def test_a_fault_that_can_be_left_out_is_told_by_its_cause_and_left_out(tmp_path
 @pytest.mark.parametrize("form", [compressed, uncompressed])
 @pytest.mark.parametrize("other", [float, str])
 def test_ids_of_another_type_that_mean_the_same_are_the_same(tmp_path, form, other):
-    """Of floats, run lengths too, as everything passes through them where one cell of a table is empty."""
-    folder = write(tmp_path, [{"segmentation": form(MASK)}])
-    path = folder / "annotations" / "instances_val.json"
+    """In a single json too. Of floats, run lengths too: one empty cell of a table makes floats of all."""
+    path = write(tmp_path, [{"segmentation": form(MASK)}, {"image_id": 2}]) / "annotations" / "instances_val.json"
     content = json.loads(path.read_text(), parse_int=float if other is float else None)
     for key, fields in {"images": ["id", "width"], "annotations": ["image_id", "category_id"]}.items():
         for field in fields:
             content[key][0][field] = other(content[key][0][field])
-    path.write_text(json.dumps(content))
-    dataset = opened(folder, training=True)
-    assert said(dataset) == ("", False) and dataset.image_ids == [1]
-    assert np.array_equal(dataset[0][1]["masks"][0], MASK == 1)
-
-
-def test_ids_as_floats_lose_no_object_of_a_single_json(tmp_path):
-    images = [(i, f"{i}.png") for i in range(1, 21)]
-    folder = write(tmp_path, [{"image_id": float(i)} for i, _ in images] + [{"image_id": 99}], images)
-    (folder / "annotations" / "instances_val.json").rename(folder / "annotations" / "instances_train.json")
-    (folder / "val").rename(folder / "train")
-    sets = [opened(folder, split=split) for split in ("train", "val")]
-    assert [len(dataset) for dataset in sets] == [dataset.objects for dataset in sets] == [18, 2]
-    assert all("unknown images (1)" in said(dataset)[0] for dataset in sets)
+    path.with_stem("instances_train").write_text(json.dumps(content))
+    path.unlink()
+    (tmp_path / "val").rename(tmp_path / "train")
+    train, val = (opened(tmp_path, training=True, split=split) for split in ("train", "val"))
+    assert (train.image_ids, val.image_ids) == ([2], [1]) and "unknown" not in said(val)[0]
+    assert np.array_equal(val[0][1]["masks"][0], MASK == 1)
 
 
 NAMES = {  # in the json, on the disk
@@ -557,10 +538,6 @@ def test_crowds_are_counted_with_what_that_means(tmp_path):
     assert stops and "no images with objects" in text and "CVAT" in text
 
 
-def test_more_objects_in_an_image_than_ap_counts_are_reported(tmp_path):
-    assert "image 1 (101)" in said(opened(write(tmp_path, [{}] * 101)))[0]
-
-
 def test_all_problems_are_counted_and_the_first_five_shown(tmp_path):
     text, _ = said(opened(write(tmp_path, [{"category_id": 91}] * 7 + [{"segmentation": []}, {}])))
     _, errors, warnings = text.splitlines()
@@ -667,10 +644,10 @@ def test_a_json_and_a_folder_can_be_given_outright(tmp_path):
 
 
 def test_images_are_taken_from_the_folder_that_has_most_of_them(tmp_path):
-    write(tmp_path, [{}], names=[(i, f"{i}.png") for i in range(1, 6)])
+    write(tmp_path, [{}], names=[(i, f"{i}.png") for i in range(1, 4)])
     (tmp_path / "images").mkdir()
-    for number in range(2, 6):
-        (tmp_path / "val" / f"{number}.png").rename(tmp_path / "images" / f"{number}.png")
+    for name in ("2.png", "3.png"):
+        (tmp_path / "val" / name).rename(tmp_path / "images" / name)
     assert opened(tmp_path).folder == tmp_path / "images"
 
 
@@ -685,32 +662,28 @@ BDD100K_OBJECTS = [  # names as in the rles json, with attributes and what they 
     ("other vehicle", {}, (3, 1)),
     ("traffic light", {}, None),
 ]
-
-
-def bdd100k_masks():
-    masks = np.zeros((len(BDD100K_OBJECTS), 720, 1280), np.uint8)
-    for number, mask in enumerate(masks):
-        mask[100 * number : 100 * number + 60, 50 : 300 + number] = 1
-    return masks
+BDD100K_MASKS = np.zeros((len(BDD100K_OBJECTS), 720, 1280), np.uint8)
+for number, mask in enumerate(BDD100K_MASKS):
+    mask[100 * number : 100 * number + 60, 50 : 300 + number] = 1
 
 
 def write_bdd100k(root):
-    """An image with objects and one without in BDD100K's layout."""
+    """An image with objects and one without in BDD100K's layout. Returns the path of the json."""
     (root / "images" / "10k" / "val").mkdir(parents=True)
     for name in ("x.jpg", "y.jpg"):
         Image.new("RGB", (1280, 720)).save(root / "images" / "10k" / "val" / name)
     labels = []
-    for (name, attributes, _), mask in zip(BDD100K_OBJECTS, bdd100k_masks(), strict=True):
+    for (name, attributes, _), mask in zip(BDD100K_OBJECTS, BDD100K_MASKS):
         labels.append({"id": name, "category": name, "attributes": attributes, "rle": compressed(mask)})
-    (root / "labels" / "ins_seg" / "rles").mkdir(parents=True)
-    frames = [{"name": "y.jpg"}, {"name": "x.jpg", "labels": labels}]
-    (root / "labels" / "ins_seg" / "rles" / "ins_seg_val.json").write_text(json.dumps({"frames": frames}))
+    path = root / "labels" / "ins_seg" / "rles" / "ins_seg_val.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"frames": [{"name": "y.jpg"}, {"name": "x.jpg", "labels": labels}]}))
+    return path
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '[{"name": "x.jpg", "labels": [{}]}]'])
 def test_a_file_that_is_no_json_of_bdd100k_is_named(tmp_path, content):
-    write_bdd100k(tmp_path)
-    (tmp_path / "labels" / "ins_seg" / "rles" / "ins_seg_val.json").write_text(content)
+    write_bdd100k(tmp_path).write_text(content)
     with pytest.raises(ValueError, match="ins_seg_val.json"):
         opened(tmp_path, source=Source("bdd100k", str(tmp_path)))
 
@@ -720,14 +693,13 @@ def test_bdd100k_is_read_with_crowds_and_ignored_objects_set_apart(tmp_path):
     dataset = opened(tmp_path, source=Source("bdd100k", str(tmp_path)))
     assert not said(dataset, decode=True)[1] and len(dataset) == 2
     assert dataset.classes == ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
-    assert sorted((a["category_id"], a["iscrowd"]) for a in dataset.json["annotations"]) == sorted(
-        expected for *_, expected in BDD100K_OBJECTS if expected
-    )
+    found = [(a["category_id"], a["iscrowd"]) for a in dataset.json["annotations"]]
+    assert found == [expected for *_, expected in BDD100K_OBJECTS if expected]
     _, target = dataset[0]
     found = dict(zip(target["labels"].tolist(), target["masks"].numpy(), strict=True))
     assert sorted(found) == [0, 2, 7]
     for label, number in ((2, 0), (0, 1), (7, 2)):
-        assert np.array_equal(found[label], bdd100k_masks()[number] == 1)
+        assert np.array_equal(found[label], BDD100K_MASKS[number] == 1)
 
 
 # ---- Shapes ----------------------------------------------------------------------------------------------------------
@@ -762,8 +734,9 @@ def test_the_test_split_begins_with_the_images_of_val(few):
     test = made(few, "test")
     val = made(few, "val")
     assert (len(test), len(val)) == (20, 4)
-    for (image, target), (other, truth) in zip(test, val, strict=False):
-        assert torch.equal(image, other) and torch.equal(target["masks"], truth["masks"])
+    for index in range(4):
+        assert torch.equal(test[index][0], val[index][0])
+        assert torch.equal(test[index][1]["masks"], val[index][1]["masks"])
 
 
 def test_other_data_have_their_validation_images_for_a_test_split(tmp_path):
