@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+import train
 from dimaskdino import Config
 from small_runs import SMALL, exit_code, same, weights
 from tools import paper_tables
@@ -180,13 +181,20 @@ def test_a_table_has_the_spread_over_seeds_and_the_gain_seed_by_seed():
 
 
 def test_a_finished_run_is_evaluated_once_by_the_program_itself(folder, trained, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
+    def start(program, *flags):
+        if program == "evaluate.py":
+            return program_itself(program, *flags)
+        assert exit_code(train.main, [*map(str, flags)]) == 0  # which has nothing left to do
+
+    program_itself = paper_tables.run
+    monkeypatch.setattr(paper_tables, "run", start)
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
     flags = [*SMALL, "--data", str(folder), "--epochs", "2"]
-    metrics = paper_tables.finish(flags, run)
+    metrics = paper_tables.finish(flags, out)
     assert metrics["images"] == 5 and "AP_mask" in metrics
     monkeypatch.setattr(paper_tables, "run", None)
-    assert paper_tables.finish(flags, run) == metrics and same(weights(run), weights(trained))
+    assert paper_tables.finish(flags, out) == metrics and same(weights(out), weights(trained))
 
 
 def test_a_program_that_fails_ends_the_table_with_its_exit_code(monkeypatch):
