@@ -243,7 +243,7 @@ def progress(things, total, what):
 # ---- Predictions -----------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     trained: Trained, image: str | Path | Image.Image | np.ndarray | Tensor, score: float = 0.0, amp: str | None = None
 ) -> dict:
@@ -278,7 +278,7 @@ def as_picture(image):
     return Image.fromarray(image)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def find(trained, picture, score, amp, form):
     """The objects of an upright PIL image, see `objects_of`, in boxes that are clipped to the image."""
     resized = pil_to_tensor(shortest_side(*trained.test_size)(None, *picture.size).image(picture))
@@ -289,7 +289,7 @@ def find(trained, picture, score, amp, form):
     return {**found, "boxes": clip_boxes_to_image(found["boxes"], size)}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_dataset(model, dataset, device, workers=0, amp=None, every_layer=False):
     """COCO results of the whole data set: a list of one list, or with every_layer of one for each prediction from
     layer 0 on.
@@ -302,12 +302,15 @@ def predict_dataset(model, dataset, device, workers=0, amp=None, every_layer=Fal
     mine = range(rank, len(dataset), world)
     found = {}  # index of the image -> its results by layer
     loader = DataLoader(Images(dataset, mine), batch_size=None, num_workers=workers)
-    for index, image in zip(mine, progress(batches_of(loader), len(mine), "evaluating")):
-        outputs = outputs_of(model, image, device, amp)
-        found[index] = []
-        for layer in outputs["layers"] if every_layer else [outputs]:
-            objects = objects_of(layer, image.shape[-2:], size_of(dataset, index), encode)
-            found[index].append(coco_results(objects, dataset.image_ids[index], dataset.category_ids))
+    amp = amp or amp_for(device, model.config.backbone)
+    with autocast(device, amp):  # around the whole loop, so that each weight is cast once
+        for index, image in zip(mine, progress(batches_of(loader), len(mine), "evaluating")):
+            outputs = outputs_of(model, image, device, amp)
+            found[index] = []
+            with torch.autocast(device.type, enabled=False):
+                for layer in outputs["layers"] if every_layer else [outputs]:
+                    objects = objects_of(layer, image.shape[-2:], size_of(dataset, index), encode)
+                    found[index].append(coco_results(objects, dataset.image_ids[index], dataset.category_ids))
     if world > 1:
         shards = [None] * world if rank == 0 else None
         dist.gather_object(found, shards)
@@ -320,7 +323,8 @@ def predict_dataset(model, dataset, device, workers=0, amp=None, every_layer=Fal
 
 
 def outputs_of(model, image, device, amp=None):
-    """Runs the model on one image [3 H W] uint8."""
+    """Runs the model on one image [3 H W] uint8. Gradients have to be off, but not by inference mode, in which autocast
+    keeps no weight that it has cast."""
     with autocast(device, amp or amp_for(device, model.config.backbone)):
         return model(image[None].to(device))
 
@@ -418,7 +422,7 @@ def average_precision(truth: dict, results: list[dict], per_class: bool = False)
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def speed(model, dataset, device, amp=None):
     """FPS as in the paper's tables: images one at a time, already loaded, post-processed to masks of their full size;
     and FPS without post-processing, which includes the product of the masks. Medians over the first 50 images, after
@@ -455,8 +459,7 @@ def flop_of(model, images):
     A multiplication and an addition count as two. Elementwise operators are not counted, nor is deformable attention
     where it is not compiled.
     """
-    # Inference mode would hide the operators inside composite ones.
-    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counted:
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
         mask_logits(type(model).forward(model, images))  # not compiled, as it counts PyTorch's operators
     return counted.get_total_flops()
 

@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 from datasets import Source, open_dataset
@@ -215,6 +216,25 @@ def test_a_json_without_annotations_gives_predictions_and_no_ap(folder, best, tm
 
 
 # ---- Autocast --------------------------------------------------------------------------------------------------------
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each of a model's weights is cast. nn.MultiheadAttention splits its own before."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.counts = {x.data_ptr(): 0 for name, x in model.named_parameters() if "in_proj" not in name}
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        if operator is torch.ops.aten._to_copy.default and arguments[0].data_ptr() in self.counts:
+            self.counts[arguments[0].data_ptr()] += 1
+        return operator(*arguments, **options or {})
+
+
+def test_weights_are_cast_to_16_bit_once_for_all_images(loaded, folder):
+    with Casts(loaded.model) as casts:
+        evaluate.predict_dataset(loaded.model, opened(folder), CPU, amp="bf16")
+    assert max(casts.counts.values()) == 1
 
 
 def give_instructions(patch, names):

@@ -84,7 +84,7 @@ def inference(model, device, amp, size=PHOTO):
     images, _ = made_up_batch(1, size, model.config.num_classes)
     model.eval()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def work():
         with autocast(device, amp):
             model(images.to(device))
