@@ -160,7 +160,7 @@ def test_a_browser_shows_eleven_steps_by_keyboard_without_a_jump(shown, tmp_path
             [0, 0, 0, 0, 0, 4, 0, 0, 0],  # T_i: the patches of one place
             [12, 0, 0, 0, 0, 0, 0, n, 0],
             [0, 0, 10, 0, 20, 1, 0, n, 0],
-            [6, 12, 0, 0, 0, 0, 0, n, 0],  # six crossed tokens, two lines each
+            [6, 6, 0, 0, 0, 0, 0, n, 0],
             [0, 0, 0, 1, samples, 1, 0, one, 0],
             [0, 0, 0, own, 0, 0, 0, 0, after],
             [0, 0, 0, 0, 0, own, guides, n, 0],

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from contourpy import contour_generator
+from matplotlib import colormaps
 from PIL import Image
 from torchvision.ops import box_iou, nms
 from torchvision.transforms.functional import pil_to_tensor
@@ -70,6 +71,7 @@ def page_data(trained, picture, against=None):
         "picture": png(picture),
         "size": picture.size,
         "padded": [width, height],
+        "shades": colormaps["viridis"](range(256), bytes=True)[:, :3].tolist(),
         "levels": levels,
         "shapes": {name: list(x.shape[1:]) for name, x in trace.items()},
         "queries": queries.tolist(),
