@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as nnf
 from matplotlib.path import Path as Polygon
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from dimaskdino import full_size_boxes, full_size_masks, mask_logits
 from small_models import SMALL, build
@@ -47,7 +48,7 @@ def trained(**changes):
     return Trained(build(**changes), [SCRIPT] * 5, [*range(5)], (64, 96), None, True)
 
 
-def picture(width=64, height=56):
+def picture(width, height):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -59,10 +60,10 @@ def shown():
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(explain, "SCORE", 0)
         patch.setattr(explain, "SAME", 2)
-        data = explain.page_data(model, picture())
+        data = explain.page_data(model, picture(80, 64))
         for name, module in model.model.named_modules():
             module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs}))
-        outputs, _, _ = explain.run(model, picture(), model.test_size)
+        outputs = model.model(pil_to_tensor(picture(80, 64))[None], trace=True)
     return model.model, data, outputs, seen
 
 
@@ -159,7 +160,7 @@ def test_a_browser_shows_eleven_steps_by_keyboard_without_a_jump(shown, tmp_path
             [0, 0, 0, 0, 0, 4, 0, 0, 0],  # T_i: the patches of one place
             [12, 0, 0, 0, 0, 0, 0, n, 0],
             [0, 0, 10, 0, 20, 1, 0, n, 0],
-            [6, 18, 0, 0, 0, 0, 0, n, 0],  # six crossed tokens, each a box and two lines
+            [6, 6, 0, 0, 0, 0, 0, n, 0],
             [0, 0, 0, 1, samples, 1, 0, one, 0],
             [0, 0, 0, own, 0, 0, 0, 0, after],
             [0, 0, 0, 0, 0, own, guides, n, 0],

@@ -10,6 +10,7 @@ explain.html shows them. From Python: `page(trained, picture)` is the HTML.
 import argparse
 import base64
 import dataclasses
+import html
 import io
 import json
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from contourpy import contour_generator
+from matplotlib import colormaps
 from PIL import Image
 from torchvision.ops import box_iou, nms
 from torchvision.transforms.functional import pil_to_tensor
@@ -36,17 +38,9 @@ SAME = 0.5  # IoU from which two boxes show the same object
 LISTENED = 10  # tokens that Eq. 2 draws for each
 
 
-def run(trained, picture, test_size):
-    """The model's outputs for a PIL image, that image as the model got it, and the boxes [Q 4] in its pixels."""
-    picture = shortest_side(*test_size)(None, *picture.size).image(picture)
-    outputs = trained.model(pil_to_tensor(picture)[None], trace=True)
-    return outputs, picture, boxes_of(outputs, picture)
-
-
-def boxes_of(prediction, picture):
-    """The boxes [Q 4] of a prediction as (x0, y0, x1, y1) in pixels of the image that the model got."""
-    size = picture.height, picture.width
-    return full_size_boxes(prediction, 0, slice(None), size, size)
+def boxes_of(prediction, queries=slice(None)):
+    """The boxes [n 4] of some queries as (x0, y0, x1, y1) in pixels of the image that the model got."""
+    return full_size_boxes(prediction, 0, queries, (1, 1), (1, 1))
 
 
 @torch.inference_mode()
@@ -55,9 +49,12 @@ def page_data(trained, picture, against=None):
 
     Objects are the queries whose best class reaches SCORE, best first, but one for each object; or the best query.
     """
-    outputs, picture, boxes = run(trained, picture, trained.test_size)
+    picture = shortest_side(*trained.test_size)(None, *picture.size).image(picture)
+    pixels = pil_to_tensor(picture)[None]
     model = trained.model
+    outputs = model(pixels, trace=True)
     trace = outputs["trace"]
+    boxes = boxes_of(outputs)
     height, width = (4 * side for side in outputs["pixels"].shape[2:])  # with padding
     strides = [8 * 2**level for level in range(model.config.levels)]
     levels = [(-(-height // stride), -(-width // stride)) for stride in strides]
@@ -65,14 +62,16 @@ def page_data(trained, picture, against=None):
     distinct = nms(boxes, scores[:, 0], SAME)
     queries = distinct[: (scores[distinct, 0] >= SCORE).sum().clamp(1, MOST)]  # [n]
     masks, _ = full_size_masks(mask_logits(outputs, 0, queries), (height, width), (height, width))
-    x, y = (cell_centers(levels, None) * torch.tensor([width, height])).long().T
+    padded = torch.tensor([width, height])
+    x, y = (cell_centers(levels, None) * padded).long().T
     on = masks[:, y, x]  # [n N]: which tokens have their centre on which object
     data = {
         "config": dataclasses.asdict(model.config),
-        "classes": trained.classes,
+        "classes": [html.escape(name) for name in trained.classes],
         "picture": png(picture),
         "size": picture.size,
         "padded": [width, height],
+        "shades": colormaps["viridis"](range(256), bytes=True)[:, :3].tolist(),
         "levels": levels,
         "shapes": {name: list(x.shape[1:]) for name, x in trace.items()},
         "queries": queries.tolist(),
@@ -80,26 +79,26 @@ def page_data(trained, picture, against=None):
         "scores": scores[queries, :5].tolist(),
         "layers": [layers_of(outputs, query, picture) for query in queries.tolist()],
         "probability": (100 * mask_logits(outputs, 0, queries).sigmoid()).round().int().flatten(1).tolist(),
-        **de_imbalance(model, trace, queries, on, torch.tensor([width, height])),
+        **de_imbalance(model, trace, queries, on, padded),
     }
     if model.config.bato:
-        data |= bato(model, outputs, levels, boxes[queries], on, picture)
+        data |= bato(model, outputs, levels, boxes[queries], on)
     if against:
-        others, picture, other_boxes = run(against, picture, trained.test_size)
-        same = box_iou(boxes[queries], other_boxes).argmax(1)
+        others = against.model(pixels)
+        same = box_iou(boxes[queries], boxes_of(others)).argmax(1)
         data["against"] = [layers_of(others, query, picture) for query in same.tolist()]
     return data
 
 
 def layers_of(outputs, query, picture):
     """Eq. 9: in each layer, a query's box, its mask, and the IoU of the box and that around the mask."""
+    size = picture.height, picture.width
     layers = []
     for prediction in outputs["layers"]:
-        size = picture.height, picture.width
         masks, _ = full_size_masks(mask_logits(prediction, 0, [query]), size, size)
         path, around = outline(masks[0])
-        box = boxes_of(prediction, picture)[query]
-        layers.append({"box": box.tolist(), "mask": path, "fit": box_iou(box[None], around).item()})
+        box = boxes_of(prediction, [query])
+        layers.append({"box": box[0].tolist(), "mask": path, "fit": box_iou(box, around).item()})
     return layers
 
 
@@ -150,14 +149,14 @@ def de_imbalance(model, trace, queries, on, padded):
     return data
 
 
-def bato(model, outputs, levels, boxes, on, picture):
+def bato(model, outputs, levels, boxes, on):
     """Eq. 5 to 8: the object that each guiding token's box shows, -1 for none; the cosine of all guiding tokens and the
     one that shows an object best; how much every token attends to the guiding tokens of each object; and T_i and T_bal
     at the finest level, in which the three directions that vary most are red, green and blue."""
     trace = outputs["trace"]
     guidance = model.config.guidance
     stages = {"Q_bal": outputs["layers"][1], "T_s2": outputs["layers"][0], "T_s1": outputs["selection"]}
-    guide_boxes = boxes_of(stages[guidance], picture)
+    guide_boxes = boxes_of(stages[guidance])
     if model.config.guiding_tokens:
         _, best = select(model.det_head.scores(trace[guidance]), model.config.guiding_tokens)
         guide_boxes = guide_boxes[best[0]]
@@ -220,9 +219,9 @@ def main(arguments=None):
         out = args.out or unused(Path("explained.html"))
         try_output(out, is_folder=False)
         against = load_model(args.against) if args.against else None
-        html = page(load_model(args.ckpt), read_image(args.image), against)
+        text = page(load_model(args.ckpt), read_image(args.image), against)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(html)
+        out.write_text(text)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
