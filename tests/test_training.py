@@ -58,14 +58,6 @@ def test_a_training_set_smaller_than_a_batch_fills_it_by_repetition():
     assert Counter(Counter(batch.flatten().tolist()).values()) == {3: 8, 2: 4}
 
 
-def test_each_epoch_augments_the_images_anew(folder):
-    images = open_training(folder)
-    seen = []
-    for images.epoch in (0, 1):
-        seen.append([images[i][0] for i in range(len(images))])
-    assert any(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
-
-
 # ---- Steps -----------------------------------------------------------------------------------------------------------
 
 
