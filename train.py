@@ -64,7 +64,7 @@ from util.weights import imagenet, load_backbone, load_weights, read_checkpoint
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 1000  # steps, beside the end of each epoch
-MOST_SKIPPED = 30  # steps in a row that fp16 may skip; its scale is then a billionth of the first
+LEAST_SCALE = 2.0**-14  # of fp16, which begins with 2 ** 16 and halves with each step that it skips
 
 
 # ---- The recipe (4.1, appendix B) ------------------------------------------------------------------------------------
@@ -500,7 +500,6 @@ def train(args, device):
         f"into {args.out}; {step:,} steps are done"
     )
     log = Log(args.out, steps, steps_per_epoch, step, checkpoint["step"] if checkpoint else 0)
-    skipped = 0  # steps in a row that fp16 has skipped
 
     while epoch < recipe.epochs:
         model.train()
@@ -553,10 +552,8 @@ def train(args, device):
                     names.pop()
                 first = step - len(history)
                 together(partial(require_finite, values.tolist(), names, first, with_images), FloatingPointError)
-                for norm in values[:, -1].tolist():
-                    skipped = 0 if math.isfinite(norm) else skipped + 1
-                if skipped >= MOST_SKIPPED:
-                    never = f"the gradient was not finite in any of the {skipped} steps up to {where(step - 1)}"
+                if scaler.get_scale() <= LEAST_SCALE:
+                    never = f"the gradient is not finite, however small its scale, at {where(step - 1)}"
                     stop(f"fp16 trains nothing: {never}. --amp bf16 or off may help", 1)
                 means = values.mean(0)
                 if world > 1:

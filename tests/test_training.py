@@ -58,14 +58,6 @@ def test_a_training_set_smaller_than_a_batch_fills_it_by_repetition():
     assert Counter(Counter(batch.flatten().tolist()).values()) == {3: 8, 2: 4}
 
 
-def test_each_epoch_augments_the_images_anew(folder):
-    images = open_training(folder)
-    seen = []
-    for images.epoch in (0, 1):
-        seen.append([images[i][0] for i in range(len(images))])
-    assert any(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
-
-
 # ---- Steps -----------------------------------------------------------------------------------------------------------
 
 
@@ -147,8 +139,11 @@ def test_a_run_denoises_evaluates_and_trains_as_its_settings_say(four, tmp_path,
 # ---- What people watch -----------------------------------------------------------------------------------------------
 
 
-def test_the_first_lines_tell_device_kernel_data_model_and_recipe(folder, tmp_path, still, capsys):
+def test_the_first_lines_tell_all_settings_and_the_bar_moves_by_steps(folder, tmp_path, monkeypatch, still, capsys):
+    moved = []
+    monkeypatch.setattr("tqdm.tqdm.update", lambda bar, steps=1: moved.append(steps))
     assert train_in(folder, tmp_path) == 0
+    assert moved == [1, 1, 1]
     lines = iter(capsys.readouterr().out.splitlines())
     for said in ("device: CPU", "deform_attn: ", "12 training and 5 validation images, 3 classes (box, plate, tile)"):
         assert said in next(lines)
@@ -198,13 +193,6 @@ def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path, monkeypat
     log.tensorboard = type("Writer", (), {"add_scalar": lambda self, *values: seen.append(values)})()
     log.write(2, {"loss": 1.0, "AP_box": None})
     assert seen == [("loss", 1.0, 2)]
-
-
-def test_the_progress_bar_moves_with_every_step(folder, tmp_path, monkeypatch, still):
-    moved = []
-    monkeypatch.setattr("tqdm.tqdm.update", lambda bar, steps=1: moved.append(steps))
-    assert train_in(folder, tmp_path) == 0
-    assert moved == [1, 1, 1]
 
 
 def test_images_with_more_objects_than_queries_are_counted(folder, tmp_path, capsys):

@@ -47,20 +47,20 @@ def launch(program: str, arguments: list[str], processes: int) -> int:
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on any free port
     common = {
-        "OMP_NUM_THREADS": max(1, os.cpu_count() // processes),
+        "OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes)),
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": store.port,
-        "TORCHELASTIC_USE_AGENT_STORE": True,
-        "TORCHELASTIC_RESTART_COUNT": 0,
-        "WORLD_SIZE": processes,
-        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
     }
+    command = [sys.executable, program, *arguments]
     ranks = []
     received = []
-    for rank in range(processes):
-        environment = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        command = [sys.executable, program, *arguments]
+    for rank in map(str, range(processes)):
+        environment = {**common, "RANK": rank, "LOCAL_RANK": rank}
         ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent))
 
     def pass_on(number, frame):
