@@ -122,6 +122,7 @@ def test_perfect_predictions_give_100_and_none_gives_0(folder):
 @pytest.mark.parametrize("shift", [0, 2, 7])
 def test_average_precision_is_that_of_pycocotools(folder, shift):
     truth = opened(folder).json
+    truth["categories"].reverse()  # any order will do
     results = [r for i in range(3) for r in predictions(truth, shift * i, score=0.9 - 0.3 * i)]
     for number, annotation in enumerate(truth["annotations"]):  # small, medium and large ones, and a crowd
         annotation.update(area=(500, 2000, 10000)[number % 3], iscrowd=int(number == 5))
@@ -505,6 +506,13 @@ def test_own_images_get_pictures_and_what_reaches_the_score_by_its_ids(best, tmp
     assert kept[0][0]["segmentation"]["size"] == [30, 40] and kept[2] == []
     assert {(r["category_id"], r["category"]) for r in kept[0]} <= {(2, "box"), (5, "plate"), (8, "tile")}
     assert (tmp_path / "found" / "photo_found.png").exists()
+
+
+@pytest.mark.parametrize("flags, size", [((), [3, 48, 64]), (("--test-size", 30, 20), [3, 15, 20])])
+def test_images_have_the_size_of_the_training_or_that_asked_for(best, tmp_path, monkeypatch, flags, size):
+    photos(tmp_path, "photo.jpg")  # 40 x 30; the training was at 64
+    monkeypatch.setattr(evaluate, "outputs_of", lambda model, image, *_: sys.exit([*image.shape]))
+    assert run(best, "--images", tmp_path / "photo.jpg", "--out", tmp_path, *flags) == size
 
 
 def test_an_unreadable_image_is_named_and_the_others_are_found(best, tmp_path, capsys):
