@@ -123,7 +123,7 @@ def test_perfect_predictions_give_100_and_none_gives_0(folder):
 def test_average_precision_is_that_of_pycocotools(folder, shift):
     truth = opened(folder).json
     truth["categories"].reverse()  # any order will do
-    results = [r for i in range(3) for r in predictions(truth, shift * i, score=0.9 - 0.3 * i)]
+    results = [r for i in range(3) for r in predictions(truth, shift * i, score=0.3 + 0.3 * i)]
     for number, annotation in enumerate(truth["annotations"]):  # small, medium and large ones, and a crowd
         annotation.update(area=(500, 2000, 10000)[number % 3], iscrowd=int(number == 5))
     ours = evaluate.average_precision(truth, results, per_class=True)
