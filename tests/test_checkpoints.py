@@ -370,12 +370,14 @@ def test_predictions_that_are_not_finite_end_before_they_are_matched(folder, tmp
     assert "step 1 (epoch 1" in message and "not finite: predicted logits" in message
 
 
-def test_a_gradient_that_is_not_finite_changes_no_weight(folder):
-    steps, images = Steps(), open_training(folder)
+@pytest.mark.parametrize("amp, scale", [("off", 1), ("fp16", 64)])  # half of what it was
+def test_a_gradient_that_is_not_finite_changes_no_weight(folder, amp, scale):
+    steps, images = Steps(amp), open_training(folder)
     before = {name: x.clone() for name, x in steps.model.named_parameters()}
     handle = steps.model.det_head.classifier.weight.register_hook(lambda grad: grad * math.inf)
     steps(batch_of(images, *FOUR[:2]))
     assert not steps.norm.isfinite() and same(before, dict(steps.model.named_parameters()))
+    assert steps.scaler.get_scale() == scale
     handle.remove()
     steps(batch_of(images, *FOUR[:2]))
     assert not same(before, dict(steps.model.named_parameters()))

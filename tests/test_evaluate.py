@@ -185,7 +185,16 @@ def test_evaluation_gives_the_ap_that_training_logged_and_every_layers(folder, t
     model = load_model(trained / "last.pt").model
     assert metrics["GFLOP"] == evaluate.flop_of(model, torch.zeros(1, 3, 48, 64, dtype=torch.uint8)) / 1e9 > 0
     assert metrics["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert (tmp_path / "predictions.json").read_bytes() == (trained / "predictions.json").read_bytes()
     assert len(list((tmp_path / "pictures").iterdir())) == 3 and found_in(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_the_ap_of_a_model_is_that_of_its_last_layer(folder, best, tmp_path, monkeypatch):
+    measured, action = iter(range(3)), evaluate.average_precision
+    monkeypatch.setattr(evaluate, "average_precision", lambda *args: action(*args) | {"AP_box": next(measured)})
+    assert run(best, "--data", folder, "--layers", "--json", tmp_path / "m.json", "--out", tmp_path) == 0
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert metrics["AP_box"] == 2 and [row["AP_box"] for row in metrics["layers"]] == [0, 1, 2]
 
 
 def test_operations_of_matrices_convolutions_and_attention_are_counted():
@@ -325,7 +334,9 @@ def test_predict_says_what_an_image_is_where_it_gets_something_else(loaded, imag
 
 
 @pytest.mark.parametrize("size", [(1, 1), (200, 4), (3, 150), (33, 31)])
-def test_images_of_any_size_give_boxes_inside_and_masks_of_their_size(best, tmp_path, size):
+def test_images_of_any_size_give_boxes_inside_and_masks_of_their_size(best, tmp_path, monkeypatch, size):
+    boxes = evaluate.full_size_boxes
+    monkeypatch.setattr(evaluate, "full_size_boxes", lambda *args: 10 * boxes(*args))  # far beyond the image
     Image.new("RGB", size, "blue").save(tmp_path / "image.png")
     assert run(best, "--out", tmp_path, "--score", 0, "--images", tmp_path / "image.png") == 0
     results = json.loads((tmp_path / "predictions.json").read_text())
