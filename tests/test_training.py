@@ -89,6 +89,14 @@ def test_the_gradient_of_the_whole_model_is_clipped_and_unscaled(images, amp):
     assert steps.norm.item() == pytest.approx(Steps(image_size=128)(batch_of(images, *FOUR[:2])).norm.item(), rel=0.2)
 
 
+def test_a_step_has_the_gradient_of_its_own_batch_alone(images):
+    steps, batch = Steps(image_size=128), batch_of(images, FOUR[0])
+    start = {name: x.clone() for name, x in steps.model.state_dict().items()}
+    first = gradient_of(steps, batch)
+    steps.model.load_state_dict(start)
+    assert torch.equal(gradient_of(steps, batch), first)
+
+
 def test_each_group_learns_at_its_rate(folder, tmp_path, monkeypatch, score):
     rates = []
 
