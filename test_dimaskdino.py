@@ -31,7 +31,7 @@ from dimaskdino import (
     sine_of_grid,
     token_anchors,
 )
-from losses import Denoising
+from losses import Denoising, denoising_queries
 from small_attention import DEVICES, TOLERANCES, assert_agrees, inputs, problems
 from small_models import RELEASED, SMALL, TRAINING, build, close, factors_of, law, objects, pictures, step
 from util.weights import load_weights
@@ -595,7 +595,7 @@ def test_a_step_that_is_switched_off_passes_on_what_it_got(change, symbol, same,
 def test_table3_random_position_tokens_are_one_for_all_images_and_saved():
     for selection in ((12, 6), (6,)):  # DI-MaskDINO: of Q_bal; MaskDINO: of its query
         model = build(position_token="random", selection=selection)
-        trace = model(pictures(2, 3, 96, 96), trace=True)["trace"]
+        trace = model(pictures(2, 3, 96, 96), denoising_queries(objects(2, 3), 5, 9), trace=True)["trace"]
         box = trace["box_bal" if len(selection) == 2 else "box_s2"]
         assert torch.equal(box[0], model.state_dict()["random_box"]) and torch.equal(box[0], box[1])
 

@@ -137,6 +137,14 @@ def test_a_run_goes_on_with_other_images_and_says_so(folder, tmp_path, capsys, s
     assert (checkpoint["epoch"], checkpoint["step"]) == (3, 3) and log_of(run)[: len(before)] == before
 
 
+def test_no_epoch_is_skipped_where_one_was_stopped_later_than_it_ends_now(folder, four, tmp_path, still):
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(2, signal.SIGTERM, patch)
+        assert train_in(folder, tmp_path) == 143
+    assert train_in(four, tmp_path, "--resume", "--epochs", 3) == 0  # an epoch has one step now, and had three
+    assert aps(tmp_path) == [1, 2, 3]
+
+
 def test_other_classes_are_refused_with_those_that_differ(trained, tmp_path, capsys):
     for split in ("train", "val"):
         write_images(tmp_path, split, 4, classes=("box", "plate", "lid"))
@@ -362,12 +370,14 @@ def test_predictions_that_are_not_finite_end_before_they_are_matched(folder, tmp
     assert "step 1 (epoch 1" in message and "not finite: predicted logits" in message
 
 
-def test_a_gradient_that_is_not_finite_changes_no_weight(folder):
-    steps, images = Steps(), open_training(folder)
+@pytest.mark.parametrize("amp, scale", [("off", 1), ("fp16", 64)])  # half of what it was
+def test_a_gradient_that_is_not_finite_changes_no_weight(folder, amp, scale):
+    steps, images = Steps(amp), open_training(folder)
     before = {name: x.clone() for name, x in steps.model.named_parameters()}
     handle = steps.model.det_head.classifier.weight.register_hook(lambda grad: grad * math.inf)
     steps(batch_of(images, *FOUR[:2]))
     assert not steps.norm.isfinite() and same(before, dict(steps.model.named_parameters()))
+    assert steps.scaler.get_scale() == scale
     handle.remove()
     steps(batch_of(images, *FOUR[:2]))
     assert not same(before, dict(steps.model.named_parameters()))

@@ -31,12 +31,14 @@ from small_runs import (
     exit_code,
     flags_of,
     gradient_of,
+    log_of,
 )
 from util import distributed
 from util.distributed import LoadingError, batches_of
 from util.weights import read_checkpoint
 
 HERE = Path(__file__).parents[1]
+ONE_OBJECT = 2  # an image that has one
 
 
 # ---- Many processes --------------------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ def two_processes(rank, threads, folder, four, out):
     micro_batches = {
         "shared": [batch_of(images, *mine)],
         "in micro-batches": [batch_of(images, i) for i in mine],
-        "one without objects": [batch_of(images, *FOUR[:2])],
+        "one without objects": [batch_of(images, ONE_OBJECT)],
     }
     if rank == 1:
         without_objects(micro_batches["one without objects"][0])
@@ -87,6 +89,7 @@ def two_processes(rank, threads, folder, four, out):
         if (rank, len(seeds)) == (1, 3):
             os.kill(os.getpid(), signal.SIGTERM)
         done = step(model, *rest)
+        seen.setdefault("loss", sum(done[0].values()).item())
         seen.setdefault("own statistics", statistics(model))
         return done
 
@@ -120,7 +123,8 @@ def pair(folder, four, tmp_path_factory):
     arguments = torch.get_num_threads(), folder, four, out
     torch.multiprocessing.start_processes(two_processes, arguments, nprocs=2, start_method="forkserver")
     seen = [torch.load(out / f"{rank}.seen", weights_only=True) for rank in (0, 1)]
-    return [{**of_rank, "saved step": read_checkpoint(out / "last.pt")["step"]} for of_rank in seen]
+    left = {"saved step": read_checkpoint(out / "last.pt")["step"], "logged": log_of(out)[0]["loss"]}
+    return [of_rank | left for of_rank in seen]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +141,7 @@ def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(sets, pair,
 
 def test_a_process_without_objects_neither_hangs_nor_skews_the_gradient(sets, pair):
     # Two micro-batches, as an image without objects beside others takes part in their denoising groups.
-    batch, empty = (batch_of(sets[0], *FOUR[:2]) for _ in range(2))
+    batch, empty = (batch_of(sets[0], ONE_OBJECT) for _ in range(2))
     whole = gradient_of(comparable(), batch, without_objects(empty))
     assert_same_gradient(pair[0]["one without objects"], whole)
 
@@ -152,6 +156,11 @@ def test_evaluation_by_two_processes_equals_that_of_one_to_the_digit(sets, pair)
 def test_all_processes_evaluate_with_the_statistics_of_the_checkpoint(pair):
     assert not torch.equal(pair[0]["own statistics"], pair[1]["own statistics"])
     assert all(torch.equal(seen["statistics"], pair[0]["own statistics"]) for seen in pair)
+
+
+def test_the_logged_loss_is_the_mean_over_the_processes(pair):
+    assert pair[0]["loss"] != pair[1]["loss"]
+    assert pair[0]["logged"] == pytest.approx((pair[0]["loss"] + pair[1]["loss"]) / 2, rel=1e-4)
 
 
 def test_each_process_and_step_draws_noise_of_its_own(pair):
@@ -200,6 +209,23 @@ def test_one_gpu_by_its_number_is_for_one_process_alone(monkeypatch):
     cluster(monkeypatch, RANK="0", WORLD_SIZE="2")
     with pytest.raises(ValueError, match="--device cuda gives each its own"):
         distributed.join("cuda:1")
+
+
+def test_each_process_has_the_gpu_of_its_number_on_its_own_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: None)
+    cluster(monkeypatch, RANK="3", LOCAL_RANK="1", WORLD_SIZE="4")
+    assert distributed.join("cuda") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("rank, order", [(0, ["act", "wait", "wait"]), (1, ["wait", "act", "wait"])])
+def test_process_0_makes_files_before_the_others_look_for_them(monkeypatch, rank, order):
+    done = []
+    monkeypatch.setattr(distributed, "rank_and_world", lambda: (rank, 2))
+    monkeypatch.setattr(distributed, "any_rank", lambda _: done.append("wait"))
+    distributed.on_every_rank(lambda: done.append("act"))
+    assert done == order
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
@@ -266,6 +292,15 @@ def test_a_process_that_fails_ends_the_others_with_its_exit_code(tmp_path, monke
     process, _ = small_ranks(tmp_path, "2")
     process.join(30)
     assert process.exitcode == 2
+
+
+def test_processes_share_out_the_cores_of_a_machine(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    (tmp_path / "rank.py").write_text("import os; print('threads', os.environ['OMP_NUM_THREADS'])")
+    process, said = launched(tmp_path, tmp_path / "rank.py")
+    process.join(30)
+    assert said.read_text().split() == ["threads", "4"] * 2
 
 
 def test_processes_get_the_signals_of_their_launcher(tmp_path):
@@ -360,8 +395,12 @@ def test_a_damaged_first_image_is_told_where_shared_memory_is_short(monkeypatch)
         next(batches_of(loader))
 
 
-@pytest.mark.parametrize("free, workers", [(2**40, 4), (900_000, 2), (500_000, 1), (64_000, 0), (0, 0)])
-def test_as_many_workers_start_as_shared_memory_has_room_for(monkeypatch, capsys, free, workers):
+@pytest.mark.parametrize(
+    "free, processes, workers",
+    [(2**40, "", 4), (900_000, "", 2), (900_000, "2", 1), (500_000, "", 1), (64_000, "", 0), (0, "", 0)],
+)
+def test_as_many_workers_start_as_shared_memory_has_room_for(monkeypatch, capsys, free, processes, workers):
+    cluster(monkeypatch, LOCAL_WORLD_SIZE=processes)
     monkeypatch.setattr(distributed.shutil, "disk_usage", lambda path: USAGE(free))
     distributed.say_once.cache_clear()
     assert loaded(Numbers(), 4) == ([*range(8)], workers)

@@ -122,7 +122,8 @@ def test_perfect_predictions_give_100_and_none_gives_0(folder):
 @pytest.mark.parametrize("shift", [0, 2, 7])
 def test_average_precision_is_that_of_pycocotools(folder, shift):
     truth = opened(folder).json
-    results = [r for i in range(3) for r in predictions(truth, shift * i, score=0.9 - 0.3 * i)]
+    truth["categories"].reverse()  # any order will do
+    results = [r for i in range(3) for r in predictions(truth, shift * i, score=0.3 + 0.3 * i)]
     for number, annotation in enumerate(truth["annotations"]):  # small, medium and large ones, and a crowd
         annotation.update(area=(500, 2000, 10000)[number % 3], iscrowd=int(number == 5))
     ours = evaluate.average_precision(truth, results, per_class=True)
@@ -184,7 +185,16 @@ def test_evaluation_gives_the_ap_that_training_logged_and_every_layers(folder, t
     model = load_model(trained / "last.pt").model
     assert metrics["GFLOP"] == evaluate.flop_of(model, torch.zeros(1, 3, 48, 64, dtype=torch.uint8)) / 1e9 > 0
     assert metrics["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert (tmp_path / "predictions.json").read_bytes() == (trained / "predictions.json").read_bytes()
     assert len(list((tmp_path / "pictures").iterdir())) == 3 and found_in(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_the_ap_of_a_model_is_that_of_its_last_layer(folder, best, tmp_path, monkeypatch):
+    measured, action = iter(range(3)), evaluate.average_precision
+    monkeypatch.setattr(evaluate, "average_precision", lambda *args: action(*args) | {"AP_box": next(measured)})
+    assert run(best, "--data", folder, "--layers", "--json", tmp_path / "m.json", "--out", tmp_path) == 0
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert metrics["AP_box"] == 2 and [row["AP_box"] for row in metrics["layers"]] == [0, 1, 2]
 
 
 def test_operations_of_matrices_convolutions_and_attention_are_counted():
@@ -324,7 +334,9 @@ def test_predict_says_what_an_image_is_where_it_gets_something_else(loaded, imag
 
 
 @pytest.mark.parametrize("size", [(1, 1), (200, 4), (3, 150), (33, 31)])
-def test_images_of_any_size_give_boxes_inside_and_masks_of_their_size(best, tmp_path, size):
+def test_images_of_any_size_give_boxes_inside_and_masks_of_their_size(best, tmp_path, monkeypatch, size):
+    boxes = evaluate.full_size_boxes
+    monkeypatch.setattr(evaluate, "full_size_boxes", lambda *args: 10 * boxes(*args))  # far beyond the image
     Image.new("RGB", size, "blue").save(tmp_path / "image.png")
     assert run(best, "--out", tmp_path, "--score", 0, "--images", tmp_path / "image.png") == 0
     results = json.loads((tmp_path / "predictions.json").read_text())
@@ -505,6 +517,13 @@ def test_own_images_get_pictures_and_what_reaches_the_score_by_its_ids(best, tmp
     assert kept[0][0]["segmentation"]["size"] == [30, 40] and kept[2] == []
     assert {(r["category_id"], r["category"]) for r in kept[0]} <= {(2, "box"), (5, "plate"), (8, "tile")}
     assert (tmp_path / "found" / "photo_found.png").exists()
+
+
+@pytest.mark.parametrize("flags, size", [((), [3, 48, 64]), (("--test-size", 30, 20), [3, 15, 20])])
+def test_images_have_the_size_of_the_training_or_that_asked_for(best, tmp_path, monkeypatch, flags, size):
+    photos(tmp_path, "photo.jpg")  # 40 x 30; the training was at 64
+    monkeypatch.setattr(evaluate, "outputs_of", lambda model, image, *_: sys.exit([*image.shape]))
+    assert run(best, "--images", tmp_path / "photo.jpg", "--out", tmp_path, *flags) == size
 
 
 def test_an_unreadable_image_is_named_and_the_others_are_found(best, tmp_path, capsys):

@@ -99,8 +99,14 @@ def test_attention_is_what_the_model_computed(shown):
     )
     assert np.allclose(data["weights"], talk.gather(1, torch.tensor(data["to"])), atol=1e-5)
     assert np.allclose(data["weights"], talk.topk(explain.LISTENED).values, atol=1e-5)
+    assert any(i >= 0 for i in data["guides"])  # an object has the guide that shows it best, however badly
     for i, one in enumerate(data["attends"]):
         assert np.allclose(one["of"], move[:, np.array(data["guides"]) == i].sum(1), atol=1e-5)
+
+
+def test_attention_is_averaged_over_an_object_and_over_the_rest():
+    weights, first = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([True, False])
+    assert explain.shares(weights, first, first) == {"of": [0.5, 1.0], "on": 0.5, "off": 1.0, "chance": 0.5}
 
 
 def test_eq4_is_shown_where_it_reads(shown):

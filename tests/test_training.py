@@ -23,6 +23,7 @@ from small_runs import (
     batch_of,
     comparable,
     exit_code,
+    flags_of,
     gradient_of,
     log_of,
     open_training,
@@ -88,6 +89,14 @@ def test_the_gradient_of_the_whole_model_is_clipped_and_unscaled(images, amp):
     assert steps.norm.item() == pytest.approx(Steps(image_size=128)(batch_of(images, *FOUR[:2])).norm.item(), rel=0.2)
 
 
+def test_a_step_has_the_gradient_of_its_own_batch_alone(images):
+    steps, batch = Steps(image_size=128), batch_of(images, FOUR[0])
+    start = {name: x.clone() for name, x in steps.model.state_dict().items()}
+    first = gradient_of(steps, batch)
+    steps.model.load_state_dict(start)
+    assert torch.equal(gradient_of(steps, batch), first)
+
+
 def test_each_group_learns_at_its_rate(folder, tmp_path, monkeypatch, score):
     rates = []
 
@@ -100,6 +109,21 @@ def test_each_group_learns_at_its_rate(folder, tmp_path, monkeypatch, score):
     full = [1e-3 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]
     assert [max(r) for r in rates] == pytest.approx([full[0] / 2, full[1], full[2]])
     assert [min(r) for r in rates] == pytest.approx([r / 2 for r in map(max, rates)])
+
+
+def test_each_epoch_and_each_seed_augments_the_images_in_another_way(four, tmp_path, monkeypatch, score):
+    seen = []
+
+    def recorded(model, criterion, optimizer, scaler, micro_batches, *_):
+        [(images, _)] = micro_batches
+        seen.append({image.numpy().tobytes() for image in images})
+        return {"class_0": torch.tensor(1.0)}, torch.tensor(1.0)
+
+    monkeypatch.setattr(train, "train_step", recorded)
+    for seed in (0, 1):
+        assert train_in(four, tmp_path / str(seed), "--epochs", 2, "--seed", seed) == 0
+    first, second, other_seed, _ = seen
+    assert first != second and first != other_seed
 
 
 def test_a_batch_without_objects_trains():
@@ -161,6 +185,19 @@ def test_the_log_has_every_loss_the_rate_the_speed_and_ap(trained):
     assert {f"AP_{what}{area}" for what in ("box", "mask") for area in ("", "_S", "_M", "_L")} <= metrics[0].keys()
 
 
+def test_the_logged_speed_is_that_of_the_steps_since_the_line_before(folder, tmp_path, monkeypatch, score):
+    now = [0.0]  # a clock that a step takes half a second of
+
+    def slow(*_):
+        now[0] += 0.5
+        return {"class_0": torch.tensor(1.0)}, torch.tensor(1.0)
+
+    monkeypatch.setattr(train, "train_step", slow)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    assert train_in(folder, tmp_path) == 0  # in batches of 4 images, with a line after steps 1 and 3
+    assert [r["images_per_second"] for r in log_of(tmp_path) if "loss" in r] == [8, 8]
+
+
 def test_each_epoch_leaves_curves_predictions_and_pictures(trained):
     assert Image.open(trained / "curves.png").size[0] > 500
     assert len(json.loads((trained / "predictions.json").read_text())) == 5 * 18  # 6 queries of 3 classes
@@ -193,6 +230,17 @@ def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path, monkeypat
     log.tensorboard = type("Writer", (), {"add_scalar": lambda self, *values: seen.append(values)})()
     log.write(2, {"loss": 1.0, "AP_box": None})
     assert seen == [("loss", 1.0, 2)]
+
+
+def test_images_without_objects_are_evaluated_and_not_trained_on(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path, split, 3)
+        path = tmp_path / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 1]
+        path.write_text(json.dumps(content))
+    args = train.parse_training(flags_of(tmp_path, "unused"))
+    assert [len(dataset) for dataset in train.open_data(args, train.choose_recipe(args))] == [2, 3]
 
 
 def test_images_with_more_objects_than_queries_are_counted(folder, tmp_path, capsys):
