@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from datasets.images import read_image
@@ -26,6 +28,7 @@ def tells_objects_apart(trained, path):
 
 
 def main():
+    torch.set_num_threads(1)  # adds numbers up in one order, so that the page is the same to the byte
     trained = load_model(HERE / "shapes.pt")
     data = HERE.parent / "data/shapes"
     make_shapes(data, "val")
