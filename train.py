@@ -77,7 +77,7 @@ class Recipe:
     epochs: int = 50
     batch_size: int = 16  # over all processes and micro-batches
     lr: float = 1e-4
-    backbone_lr: float = 0.1  # times lr
+    backbone_lr: float = 0.1  # times lr; 0 freezes the backbone
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05  # but none for norms and embeddings
     clip: float = 0.01  # norm of the gradient of the whole model
@@ -300,7 +300,9 @@ def recompute_activations(model):
 
 def make_optimizer(model, recipe):
     """AdamW, with no weight decay on norms, embeddings and Swin's position biases. Each group keeps its learning rate
-    before the schedule as `base_lr`; the backbone has its own."""
+    before the schedule as `base_lr`; the backbone has its own, and is frozen where that is 0."""
+    if recipe.backbone_lr == 0:
+        model.backbone.requires_grad_(False)
     groups = {}
     for prefix, module in model.named_modules():
         lr = recipe.lr * (recipe.backbone_lr if prefix.startswith("backbone") else 1)
