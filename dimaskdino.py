@@ -605,8 +605,8 @@ class DIMaskDINO(nn.Module):
         self.det_head = DetectionHead(config)
         self.seg_head = SegmentationHead(config)
         self.label_embed = nn.Embedding(config.num_classes, dim)
-        random = config.position_token == "random"
-        self.register_buffer("random_box", torch.rand(config.selection[-1], 4) if random else None)
+        random_box = torch.rand(config.selection[-1], 4) if config.position_token == "random" else None  # table 3
+        self.register_buffer("random_box", random_box)
         initialize(self)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

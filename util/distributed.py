@@ -64,11 +64,13 @@ def launch(program: str, arguments: list[str], processes: int) -> int:
     except SignalException as received:
         return 128 + received.sigval
     except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda item: item[1].exitcode)  # a killed one first
-        if failure.exitcode > 0:
-            return failure.exitcode
-        print(f"process {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
-        return 128 - failure.exitcode
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        # One that was killed tells more than one that failed, but for SIGTERM, by which the launcher ends the others.
+        rank = min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, codes[rank]))
+        if codes[rank] > 0:
+            return codes[rank]
+        print(f"process {rank} was killed by {signal.Signals(-codes[rank]).name}", file=sys.stderr)
+        return 128 - codes[rank]
     return 0
 
 
