@@ -391,7 +391,8 @@ def test_released_a_training_step_gives_every_parameter_its_gradient(step):
 
 @pytest.mark.slow
 def test_released_swin_l_agrees_from_backbone_to_the_100_objects(monkeypatch):
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda x, **_: x)  # seconds, for numbers that are replaced
+    for initializer in ("trunc_normal_", "kaiming_uniform_"):  # seconds, for numbers that are replaced
+        monkeypatch.setattr(torch.nn.init, initializer, lambda x, **_: x)
     g = Recorded("swinl")
     weights = numbers.weights("dimaskdino_swinl", g["weight_seed"].item())
     model = DIMaskDINO(config_of({"model": weights})).eval()
