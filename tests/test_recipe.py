@@ -82,6 +82,13 @@ def test_norms_and_embeddings_do_not_decay_and_the_frozen_does_not_train():
     assert of[id(head.weight)] == of[id(head.bias)] == (0.05, 1e-4)
 
 
+def test_a_backbone_rate_of_0_freezes_the_backbone():
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    (group,) = make_optimizer(model, Recipe(backbone_lr=0)).param_groups
+    assert [*map(id, group["params"])] == [*map(id, model["head"].parameters())]
+    assert not any(parameter.requires_grad for parameter in model["backbone"].parameters())
+
+
 @pytest.mark.parametrize("field", ["epochs", "batch_size", "lr", "clip", "mask_points", "image_size"])
 def test_what_cannot_be_nothing_is_refused(field):
     with pytest.raises(ValueError, match=f"^{field}=0 is not above 0$"):
