@@ -101,7 +101,8 @@ def main(arguments=None):
         if args.compile:
             compile_in_place(trained.model)
         if args.images:
-            evaluate_images(trained, args)
+            with autocast(device, args.amp):  # around the whole loop, so that each weight is cast once
+                evaluate_images(trained, args)
         else:
             evaluate_dataset(trained, device, args)
         if dist.is_initialized():
@@ -285,7 +286,8 @@ def find(trained, picture, score, amp, form):
     device = next(trained.model.parameters()).device
     outputs = outputs_of(trained.model.eval(), resized, device, amp)
     size = picture.height, picture.width
-    found = objects_of(outputs, resized.shape[-2:], size, form, score)
+    with torch.autocast(device.type, enabled=False):
+        found = objects_of(outputs, resized.shape[-2:], size, form, score)
     return {**found, "boxes": clip_boxes_to_image(found["boxes"], size)}
 
 

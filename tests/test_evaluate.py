@@ -241,9 +241,13 @@ class Casts(TorchDispatchMode):
         return operator(*arguments, **options or {})
 
 
-def test_weights_are_cast_to_16_bit_once_for_all_images(loaded, folder):
+def test_weights_are_cast_to_16_bit_once_for_all_images(loaded, best, folder, tmp_path, monkeypatch):
     with Casts(loaded.model) as casts:
         evaluate.predict_dataset(loaded.model, opened(folder), CPU, amp="bf16")
+    assert max(casts.counts.values()) == 1
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: loaded)
+    with Casts(loaded.model) as casts:
+        assert run(best, "--amp", "bf16", "--images", folder / "val", "--out", tmp_path) == 0
     assert max(casts.counts.values()) == 1
 
 
