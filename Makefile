@@ -27,7 +27,7 @@ build: installed  ## install requirements.txt and compile the deformable attenti
 	$(ADVICE)
 
 # As the paper starts from a backbone trained on ImageNet, the demo starts from that of docs/shapes.pt, which it freezes.
-# Operators are so small here that threads which wait for one another actively take half of the processor's time.
+# Operators are so small here that two threads spend a third of their time waiting for one another: they sleep, not spin.
 demo: export OMP_WAIT_POLICY = passive
 demo: installed  ## train the tiny model on synthetic shapes for 2 epochs, evaluate it and draw its predictions
 	$(PYTHON) train.py --epochs 2 --batch-size 4 --lr 3e-3 --backbone-weights docs/shapes.pt --set backbone_lr=0 \

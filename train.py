@@ -303,6 +303,7 @@ def make_optimizer(model, recipe):
     before the schedule as `base_lr`; the backbone has its own, and is frozen where that is 0."""
     if recipe.backbone_lr == 0:
         model.backbone.requires_grad_(False)
+        model.backbone.freeze_norm()
     groups = {}
     for prefix, module in model.named_modules():
         lr = recipe.lr * (recipe.backbone_lr if prefix.startswith("backbone") else 1)

@@ -3,10 +3,11 @@
 import dataclasses
 
 import pytest
+import torch
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from dimaskdino import Config
+from dimaskdino import Backbone, Config
 from small_runs import exit_code
 from train import Recipe, choose_config, choose_recipe, make_optimizer, parse_training
 
@@ -83,10 +84,13 @@ def test_norms_and_embeddings_do_not_decay_and_the_frozen_does_not_train():
 
 
 def test_a_backbone_rate_of_0_freezes_the_backbone():
-    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    model = nn.ModuleDict({"backbone": Backbone("tiny"), "head": nn.Linear(2, 2)})
     (group,) = make_optimizer(model, Recipe(backbone_lr=0)).param_groups
     assert [*map(id, group["params"])] == [*map(id, model["head"].parameters())]
+    before = {name: x.clone() for name, x in model["backbone"].state_dict().items()}
+    model.train()["backbone"](torch.randn(2, 3, 64, 64))
     assert not any(parameter.requires_grad for parameter in model["backbone"].parameters())
+    assert all(torch.equal(x, before[name]) for name, x in model["backbone"].state_dict().items())
 
 
 @pytest.mark.parametrize("field", ["epochs", "batch_size", "lr", "clip", "mask_points", "image_size"])

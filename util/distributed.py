@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import fcntl
 import functools
-import logging
 import multiprocessing.queues
 import os
 import pickle
@@ -17,16 +16,15 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -42,36 +40,57 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def launch(program: str, arguments: list[str], processes: int) -> int:
-    """Runs `python program arguments` in several processes on this machine, as torchrun does; returns the exit code of
-    the first that fails, or 0. (torchrun itself would add a traceback for each wrong flag, and end when the terminal
-    closes, even under nohup.)"""
-    logging.disable()  # of the launcher; the processes speak for themselves
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
-    here = "127.0.0.1"  # the machine's own name may have no address
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{here}:0",  # any free port
-        local_addr=here,
-        max_restarts=0,
-        signals_to_handle=",".join(number.name for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN),
-    )
-    try:
-        elastic_launch(config, sys.executable)(program, *arguments)
-    except SignalException as received:
-        return 128 + received.sigval
-    except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        # One that was killed tells more than one that failed, but for SIGTERM, by which the launcher ends the others.
-        rank = min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, codes[rank]))
-        if codes[rank] > 0:
-            return codes[rank]
-        print(f"process {rank} was killed by {signal.Signals(-codes[rank]).name}", file=sys.stderr)
-        return 128 - codes[rank]
-    return 0
+    """Runs `python program arguments` in several processes on this machine; returns the first exit code that is not 0.
+
+    Signals are passed on; a second Ctrl-C or SIGTERM kills the processes. When one fails, the others are ended.
+    (torchrun would add a traceback for each wrong flag, end when the terminal closes, even under nohup, kill a process
+    that needs more than 30 s to save, and leave the others running when it is killed itself.)
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on any free port
+    common = {
+        "OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes)),
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    command = [sys.executable, program, *arguments]
+    ranks = []
+    received = []
+    for rank in map(str, range(processes)):
+        environment = {**common, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent))
+
+    def pass_on(number, frame):
+        received.append(number)
+        again = len(received) > 1 and number in (signal.SIGINT, signal.SIGTERM)
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL if again else number)
+
+    catch_signals(pass_on)
+    codes = [None]
+    while None in codes and not any(codes):
+        time.sleep(0.1)
+        codes = [rank.poll() for rank in ranks]
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(5)
+        rank.kill()
+    code = min(filter(None, codes), default=0)
+    if code >= 0:
+        return code
+    print(f"process {codes.index(code)} was killed by {signal.Signals(-code).name}", file=sys.stderr)
+    return 128 - code
+
+
+def end_with_parent() -> None:
+    """Asks Linux to send this process SIGTERM when its parent dies."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def launched_processes() -> int:
@@ -85,6 +104,7 @@ def join(name: str | None) -> torch.device:
     name: "cpu", "cuda", "cuda:1", or None for a GPU where there is one. Raises ValueError if there is no GPU for this
     process.
     """
+    atexit.register(end_workers)
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     processes = launched_processes()
     if device.type == "cuda":
@@ -229,6 +249,13 @@ def held(folder: Path) -> Iterator[None]:
 # ---- Signals ---------------------------------------------------------------------------------------------------------
 
 
+def catch_signals(handler: Callable) -> None:
+    """Sets the handler of SIGNALS, but for those that are ignored on purpose, as SIGHUP under nohup."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 class Interruption:
     """Catches SIGTERM, Ctrl-C, SIGHUP and SIGUSR1, so that a training step in progress is finished and saved.
 
@@ -239,9 +266,7 @@ class Interruption:
     def __init__(self):
         self.number = 0
         self.saved = True
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-                signal.signal(number, self.catch)
+        catch_signals(self.catch)
 
     def catch(self, number, frame):
         self.number = number
@@ -262,29 +287,27 @@ class LoadingError(ValueError):
 
 def batches_of(loader: DataLoader) -> Iterator:
     """Yields the batches of a loader, with as many workers as shared memory has room for. Raises LoadingError."""
-    with contextlib.ExitStack() as stack:
+    try:
+        loader.num_workers = workers_that_fit(loader)
+        loader.worker_init_fn = prepare_worker
+        batches = iter(loader)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises wherever the program is just then
         try:
-            loader.num_workers = workers_that_fit(loader)
-            loader.worker_init_fn = prepare_worker
-            batches = iter(loader)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises wherever the program is just then
-            if loader.num_workers:
-                # Left to the garbage collector or to the exit, workers may not be told to end: they ignore SIGTERM.
-                stack.callback(batches._shutdown_workers)
-                atexit.register(stack.close)
-                stack.callback(atexit.unregister, stack.close)
             yield from batches
-        except (ValueError, OSError, MemoryError) as error:
-            # An error in a worker arrives with its traceback as the message, whose last line is the worker's message.
-            message = re.sub(r"^\w+Error:? ?", "", str(error).strip().rpartition("\n")[2])
-            raise LoadingError(message or "there is too little memory to load an image") from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise LoadingError(
-                "a worker, a process that loads images, has failed or was killed, as the system does where memory or "
-                "shared memory (/dev/shm) is short: fewer --workers need less, 0 none"
-            ) from None
+        finally:
+            if loader.num_workers:
+                batches._shutdown_workers()  # the garbage collector may forget to tell them, and wait for them
+    except (ValueError, OSError, MemoryError) as error:
+        # An error in a worker arrives with its traceback as the message, whose last line is the worker's message.
+        message = re.sub(r"^\w+Error:? ?", "", str(error).strip().rpartition("\n")[2])
+        raise LoadingError(message or "there is too little memory to load an image") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise LoadingError(
+            "a worker, a process that loads images, has failed or was killed, as the system does where memory or "
+            "shared memory (/dev/shm) is short: fewer --workers need less, 0 none"
+        ) from None
 
 
 def workers_that_fit(loader: DataLoader) -> int:
@@ -315,6 +338,12 @@ def prepare_worker(worker: int) -> None:
 def end_worker(error: Exception, batch: Any) -> None:
     print(f"a worker could not put a batch into shared memory (/dev/shm): {error}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def end_workers() -> None:
+    """Kills workers that are left at exit: Python would send SIGTERM, which they ignore, and wait for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 # ---- Devices ---------------------------------------------------------------------------------------------------------
