@@ -374,6 +374,22 @@ def test_a_worker_that_dies_ends_the_loading_with_what_helps():
         loaded(Numbers("killed"), 2)
 
 
+def test_a_program_ends_though_a_worker_is_stuck():
+    program = """if True:
+        import sys, time
+        from torch.utils.data import DataLoader
+        from util.distributed import batches_of, join
+        class Slow:
+            __len__ = lambda self: 8
+            __getitem__ = lambda self, index: time.sleep(1000 * bool(index))
+        join("cpu")
+        batches = batches_of(DataLoader(Slow(), batch_size=None, num_workers=1, collate_fn=repr))
+        next(batches)
+        sys.exit(3)
+    """
+    assert subprocess.run([sys.executable, "-c", program], cwd=HERE, timeout=100).returncode == 3
+
+
 def test_a_batch_that_does_not_fit_into_shared_memory_ends_the_loading(capfd):
     """A limit on the size of files stands for a /dev/shm that is full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
