@@ -286,8 +286,7 @@ def find(trained, picture, score, amp, form):
     device = next(trained.model.parameters()).device
     outputs = outputs_of(trained.model.eval(), resized, device, amp)
     size = picture.height, picture.width
-    with torch.autocast(device.type, enabled=False):
-        found = objects_of(outputs, resized.shape[-2:], size, form, score)
+    found = objects_of(outputs, resized.shape[-2:], size, form, score)
     return {**found, "boxes": clip_boxes_to_image(found["boxes"], size)}
 
 
@@ -309,10 +308,9 @@ def predict_dataset(model, dataset, device, workers=0, amp=None, every_layer=Fal
         for index, image in zip(mine, progress(batches_of(loader), len(mine), "evaluating")):
             outputs = outputs_of(model, image, device, amp)
             found[index] = []
-            with torch.autocast(device.type, enabled=False):
-                for layer in outputs["layers"] if every_layer else [outputs]:
-                    objects = objects_of(layer, image.shape[-2:], size_of(dataset, index), encode)
-                    found[index].append(coco_results(objects, dataset.image_ids[index], dataset.category_ids))
+            for layer in outputs["layers"] if every_layer else [outputs]:
+                objects = objects_of(layer, image.shape[-2:], size_of(dataset, index), encode)
+                found[index].append(coco_results(objects, dataset.image_ids[index], dataset.category_ids))
     if world > 1:
         shards = [None] * world if rank == 0 else None
         dist.gather_object(found, shards)
@@ -354,7 +352,8 @@ def objects_of(prediction, image_size, size, form, score=0.0):
     masks = []
     qualities = [class_scores.new_zeros(0)]  # for an image without objects
     for few in once.split(max(1, PIXELS // (size[0] * size[1]))) if len(once) else ():
-        full, quality = full_size_masks(mask_logits(prediction, 0, few), image_size, size)
+        with torch.autocast(few.device.type, enabled=False):  # the product in the type of its factors
+            full, quality = full_size_masks(mask_logits(prediction, 0, few), image_size, size)
         masks += form(full)
         qualities.append(quality)
     scores, order = (class_scores * torch.cat(qualities)[which]).sort(descending=True)

@@ -296,7 +296,7 @@ def batches_of(loader: DataLoader) -> Iterator:
             yield from batches
         finally:
             if loader.num_workers:
-                batches._shutdown_workers()  # the garbage collector may forget to tell them, and wait for them
+                batches._shutdown_workers()  # done by the garbage collector, it may not reach them, and waits long
     except (ValueError, OSError, MemoryError) as error:
         # An error in a worker arrives with its traceback as the message, whose last line is the worker's message.
         message = re.sub(r"^\w+Error:? ?", "", str(error).strip().rpartition("\n")[2])
