@@ -42,7 +42,7 @@ lint: installed  ## check style and format, and change nothing
 # A file goes to one process, as its tests share what they trained. One thread each: two would wait for one another.
 test: export OMP_NUM_THREADS = 1
 test: installed  ## run the specification, in two processes
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(ADVICE)
 
 mutants: export OMP_NUM_THREADS = 1

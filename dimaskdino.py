@@ -412,7 +412,9 @@ def select(scores, k, *tokens):
     scores [B N]: best class logit of each token. Returns the k scores, their indices [B k], and those of each of
     `tokens` [B N ...] as [B k ...]. An image with fewer than k tokens keeps all.
     """
-    best, index = scores.topk(min(k, scores.shape[1]))
+    N = scores.shape[1]
+    k = k if k < N else N  # with min(), k would be no constant where the model is compiled or exported
+    best, index = scores.topk(k)
     image = torch.arange(index.shape[0], device=index.device)[:, None]
     return best, index, *(x[image, index] for x in tokens)
 
