@@ -233,8 +233,8 @@ def test_figure_1_has_a_panel_for_each_model_with_means_over_its_runs(trained, t
 
 def test_models_are_called_as_the_paper_calls_them():
     config, off = Config.paper(), {"selection": (300,), "bato": False}
-    named = {"": {}, "row 2 of table 4": {"bato": False}, "row 3 of table 4": {"selection": (300,)}}
-    for name, changes in (named | {"row 1 of table 4": off, "MaskDINO": off | {"decoder_layers": 9}}).items():
+    named = {"": {}, "DI alone": {"bato": False}, "BATO alone": {"selection": (300,)}}
+    for name, changes in (named | {"neither DI nor BATO": off, "MaskDINO": off | {"decoder_layers": 9}}).items():
         assert paper_tables.name_of(dataclasses.replace(config, **changes)) == (name or "DI-MaskDINO")
 
 

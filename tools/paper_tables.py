@@ -231,11 +231,13 @@ def table(number, flags, seeds, root):
 
 
 def name_of(config):
-    """The paper's name of a model."""
-    row = 1 + (len(config.selection) > 1) + 2 * config.bato  # of table 4
-    if row == 1 and config.decoder_layers == 9:
-        return "MaskDINO"
-    return "DI-MaskDINO" if row == 4 else f"row {row} of table 4"
+    """The paper's name of a model, or what distinguishes it in table 4."""
+    di = len(config.selection) > 1
+    if di and config.bato:
+        return "DI-MaskDINO"
+    if di or config.bato:
+        return "DI alone" if di else "BATO alone"
+    return "MaskDINO" if config.decoder_layers == 9 else "neither DI nor BATO"
 
 
 def figure1(args, flags):
