@@ -39,7 +39,8 @@ lint: installed  ## check style and format, and change nothing
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 
-# A file goes to one process, as its tests share what they trained. One thread each: two would wait for one another.
+# A file goes to one process, as its tests share what they trained; tests/conftest.py says which come first. One thread
+# each: two would wait for one another.
 test: export OMP_NUM_THREADS = 1
 test: installed  ## run the specification, in two processes
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

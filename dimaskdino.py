@@ -413,7 +413,7 @@ def select(scores, k, *tokens):
     `tokens` [B N ...] as [B k ...]. An image with fewer than k tokens keeps all.
     """
     N = scores.shape[1]
-    k = k if k < N else N  # with min(), k would be no constant where the model is compiled or exported
+    k = k if k < N else N  # min() would make k a symbol in compiled and exported programs
     best, index = scores.topk(k)
     image = torch.arange(index.shape[0], device=index.device)[:, None]
     return best, index, *(x[image, index] for x in tokens)

@@ -352,7 +352,7 @@ def objects_of(prediction, image_size, size, form, score=0.0):
     masks = []
     qualities = [class_scores.new_zeros(0)]  # for an image without objects
     for few in once.split(max(1, PIXELS // (size[0] * size[1]))) if len(once) else ():
-        with torch.autocast(few.device.type, enabled=False):  # the product in the type of its factors
+        with autocast(few.device, "off"):  # the product in the type of its factors
             full, quality = full_size_masks(mask_logits(prediction, 0, few), image_size, size)
         masks += form(full)
         qualities.append(quality)

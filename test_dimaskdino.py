@@ -652,6 +652,8 @@ def test_the_model_exports_for_any_batch_and_multiples_of_32_from_96_on():
     model, sizes = build(decoder_layers=2, interaction_layers=1), {0: torch.export.Dim("batch", max=16)}
     sizes |= {place: 32 * torch.export.Dim(name, min=3, max=64) for place, name in ((2, "height"), (3, "width"))}
     program = torch.export.export(model, (pictures(2, 3, 96, 128).float(),), dynamic_shapes=(sizes,)).module()
+    topk = [node for node in program.graph.nodes if node.target == torch.ops.aten.topk.default]
+    assert [node.args[1] for node in topk] == [*model.config.selection]  # constants, whatever the size
     for shape in ((1, 3, 128, 96), (3, 3, 96, 160)):
         images = pictures(*shape).float()
         for name in ("logits", "boxes", "mask_embedding", "pixels"):

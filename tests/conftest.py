@@ -62,8 +62,6 @@ def trained(folder, tmp_path_factory):
 @pytest.fixture
 def score(monkeypatch):
     """Evaluations cost nothing: each epoch of a run gets its AP_box from this list, and 5 when it is empty."""
-    import train
-
     scores = []
     nothing = {name + area: None for name in ("AP_box", "AP_mask") for area in ("", "_50", "_S", "_M", "_L")}
 
@@ -71,8 +69,8 @@ def score(monkeypatch):
         model.eval()
         return {**nothing, "AP_box": scores.pop(0) if scores else 5.0, "AP_mask": 5.0}, []
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    monkeypatch.setattr(train.Log, "draw_curves", lambda self: None)
+    monkeypatch.setattr("train.evaluate", evaluate)
+    monkeypatch.setattr("train.Log.draw_curves", lambda self: None)
     monkeypatch.setattr("util.log.draw_dataset", lambda *_: 1.0)
     return scores
 
@@ -82,7 +80,5 @@ def still(monkeypatch, score):
     """Steps cost nothing either, and change no weight."""
     import torch
 
-    import train
-
     losses = {"class_0": torch.tensor(1.0)}
-    monkeypatch.setattr(train, "train_step", lambda *_: (losses, torch.tensor(1.0)))
+    monkeypatch.setattr("train.train_step", lambda *_: (losses, torch.tensor(1.0)))

@@ -312,7 +312,7 @@ def test_processes_get_the_signals_of_their_launcher(tmp_path):
     assert said.read_text().split().count(str(int(signal.SIGUSR1))) == 2 and said.read_text().count("True") == 2
 
 
-def test_a_second_ctrl_c_kills_processes_that_wait(tmp_path):
+def test_a_second_sigterm_kills_processes_that_wait(tmp_path):
     process, said = small_ranks(tmp_path, "waits", "stays")
     os.kill(process.pid, signal.SIGTERM)
     while str(int(signal.SIGTERM)) not in said.read_text().split():
